@@ -1,0 +1,41 @@
+# Everything a person or contributor needs; each line below is a plain command that also works by hand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FOR ?= 2m
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
+	$(BIN)/firstwords train --for $(FOR)
+
+test: $(VENV)/installed-test  ## run the tests
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto
+	@find src -name '*.py' | xargs cat | wc -l | xargs printf 'src: %s lines of Python\n'
+	@find tests -name '*.py' | xargs cat | wc -l | xargs printf 'tests: %s lines of Python\n'
+
+format: $(VENV)/installed-dev  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and caches, never runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

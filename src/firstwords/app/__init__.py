@@ -1,0 +1,1 @@
+"""The person: the command line and what it shows."""

@@ -1,0 +1,226 @@
+"""The command line: every verb is one thin function over `api`. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from firstwords import __version__
+from firstwords.config import did_you_mean, fields_by_key, flag, flatten, run_config
+from firstwords.errors import ConfigError, FirstwordsError, UsageError
+
+if TYPE_CHECKING:
+    from firstwords.app.console import Console
+
+EXAMPLES = """examples:
+  firstwords train notes/ --for 10m              pretrain on your text for ten minutes
+  firstwords train --resume --out runs/notes     go on with a run
+  firstwords generate runs/notes --prompt "Dear"
+  firstwords eval runs/notes other.txt
+  firstwords explain runs/notes "Every effort moves you"
+"""
+NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
+
+
+def entry() -> NoReturn:
+    """Run the program and leave with its exit code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    started_s = time.perf_counter()
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        options = parser().parse_args(arguments)
+        from firstwords.app.console import Console
+
+        run: Callable[[argparse.Namespace, Console, float], int] = options.run
+        return run(options, Console(as_json=as_json), started_s)
+    except FirstwordsError as error:
+        if debug:
+            raise
+        from firstwords.app.console import Console
+
+        Console(as_json=as_json).error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 141
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are the program's own."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UsageError, with the nearest flag for an unknown one."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], known, n=1)
+        raise UsageError(message, where=self.prog, do=f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = did_you_mean(str(value), action.choices)
+            raise UsageError(f"no verb {value!r}", where=self.prog, do=f"{near}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse unknown arguments in the verb's own parser, which knows the flags that are near."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error("unrecognized arguments: " + " ".join(unknown))
+        return options, unknown
+
+
+def parser() -> Parser:
+    """Return the parser of the whole command line."""
+    shared = Parser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print one JSON object as the last line; progress to stderr")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top = Parser(
+        prog="firstwords",
+        description="Pretrain a GPT on your own text, on the laptop you have.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"firstwords {__version__}")
+    verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=Parser)
+
+    def verb(name: str, run: Callable[..., int], meaning: str) -> Parser:
+        made: Parser = verbs.add_parser(name, help=meaning, description=meaning, parents=[shared], allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    _train_flags(verb("train", train, "pretrain a GPT on text"))
+    for name, run, meaning in (
+        ("eval", evaluate, "how good a model is on a text"),
+        ("generate", generate, "let a model speak"),
+        ("explain", explain, "each token of a text: its probability, rank, and what the model would rather have said"),
+        ("info", info, "what is in a run or checkpoint"),
+    ):
+        made = verb(name, run, meaning)
+        made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
+        _flags_of(name, made)
+    return top
+
+
+def _flags_of(name: str, made: Parser) -> None:
+    match name:
+        case "eval":
+            made.add_argument("text", nargs="*", metavar="TEXT", help="files and folders; default: the run's held-out text")
+            made.add_argument("--encoding", help="encoding of the text files; by default recognised")
+        case "generate":
+            made.add_argument("--prompt", default="", help="how it begins; default: as a document does")
+            made.add_argument("--max-new-tokens", default="200", metavar="N", help="at most so many (default 200)")
+            made.add_argument("--temperature", default="0.8", metavar="T", help="0: the likeliest (default 0.8)")
+            made.add_argument("--top-k", metavar="K", help="draw from the K likeliest")
+            made.add_argument("--top-p", metavar="P", help="draw from the likeliest that have this probability together")
+            made.add_argument("--seed", default="123", metavar="S", help="the same seed, the same text (default 123)")
+            made.add_argument("--samples", default="1", metavar="M", help="so many texts, of seeds S, S+1, ... (default 1)")
+        case "explain":
+            made.add_argument("text", metavar="TEXT", help="the text itself")
+
+
+def _train_flags(made: Parser) -> None:
+    made.usage = "firstwords train [TEXT ...] [--out RUN] [--for TIME | --steps N | --epochs E] [--resume] [--KEY VALUE ...]"
+    made.add_argument("text", nargs="*", metavar="TEXT", help="files and folders, or -; default: a built-in text")
+    made.add_argument("--out", metavar="RUN", help="the run folder; default: runs/<name of the text>")
+    made.add_argument("--config", metavar="FILE", help="a TOML file of these keys, such as a run's config.toml")
+    made.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    groups = {"": made, "model": made.add_argument_group("model"), "optim": made.add_argument_group("optimizer")}
+    defaults = flatten(dataclasses.asdict(run_config()))
+    for key, field in fields_by_key().items():
+        if key not in NOT_FLAGS:
+            default = "" if defaults[key] in (None, "") else f" (default {defaults[key]})"
+            groups[key.rpartition(".")[0]].add_argument(
+                flag(key), dest=key, default=argparse.SUPPRESS, metavar="X", help=field.metadata["meaning"] + default
+            )
+
+
+def train(options: argparse.Namespace, console: Console, started_s: float) -> int:
+    """Pretrain, and say what came of it."""
+    from firstwords import api
+    from firstwords.runs import signals
+
+    overrides = {key: value for key, value in vars(options).items() if key in fields_by_key() and key not in NOT_FLAGS}
+    with console.progress() as listener:
+        result = api.train(
+            tuple(options.text),
+            out=options.out,
+            config=options.config,
+            resume=options.resume,
+            listener=listener,
+            started_s=started_s,
+            **overrides,
+        )
+    console.trained(result)
+    return 0 if result.stopped == "done" else signals.exit_code(result.stopped)
+
+
+def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say how good a model is."""
+    from firstwords import api
+
+    with console.progress() as listener:
+        found = api.evaluate(options.model, options.text or None, encoding=options.encoding, listener=listener)
+    console.evaluated(found)
+    return 0
+
+
+def generate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Let a model speak."""
+    count, seed = _number(options.samples, int, "--samples"), _number(options.seed, int, "--seed")
+    max_new_tokens = _number(options.max_new_tokens, int, "--max-new-tokens")
+    temperature = _number(options.temperature, float, "--temperature")
+    top_k = None if options.top_k is None else _number(options.top_k, int, "--top-k")
+    top_p = None if options.top_p is None else _number(options.top_p, float, "--top-p")
+    if count < 1:
+        raise ConfigError(f"cannot be {count}", where="--samples", do="allowed: from 1")
+    from firstwords import api
+    from firstwords.model.generate import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    with console.progress() as listener:
+        lm = api.load(options.model, notice=api.noticed(listener))
+    streams = (
+        lm.stream(options.prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + i, notice=console.notice)
+        for i in range(count)
+    )
+    console.spoken(options.prompt, streams)
+    return 0
+
+
+def explain(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Show the six steps on a text."""
+    from firstwords import api
+
+    with console.progress() as listener:
+        explanation = api.explain(options.model, options.text, listener=listener)
+    console.explained(explanation)
+    return 0
+
+
+def info(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say what is in a run."""
+    from firstwords import api
+
+    with console.progress() as listener:
+        found = api.info(Path(options.model), listener=listener)
+    console.described(found)
+    return 0
+
+
+def _number(text: str, kind: type, name: str) -> Any:
+    try:
+        return kind(text)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{text!r} is no {'whole ' if kind is int else ''}number", where=name) from error

@@ -1,0 +1,331 @@
+"""What a person sees: progress on standard error, results on standard output. The only module that prints.
+
+On a terminal progress is a live line; elsewhere it is plain lines, a few a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from firstwords import api
+from firstwords.errors import FirstwordsError
+from firstwords.model import cost
+from firstwords.training.events import (
+    Evaluated,
+    Listener,
+    Notice,
+    Planned,
+    Preparing,
+    Sampled,
+    Started,
+    StepDone,
+    Told,
+)
+
+if TYPE_CHECKING:
+    from firstwords.insight.explain import Explanation, TokenExplained
+    from firstwords.recorder import TrainResult
+    from firstwords.training.evaluate import Evaluation
+
+PLAIN_LINE_EVERY_S = 10.0
+SMOOTHING = 0.9  # of the loss and speed that are shown
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
+
+
+def visible(text: str) -> str:
+    r"""Return text with control characters spelled out (`\x1b`), so that no output can steer a terminal."""
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Return text as one visible line."""
+    return visible(text).replace("\n", "⏎").replace("\t", " ")
+
+
+class Console:
+    """The two outputs of the program.
+
+    Args:
+        as_json: Results are one JSON object, the last line of standard output.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.out = RichConsole(highlight=False, markup=False, soft_wrap=True)
+        self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Listener]:
+        """Yield a listener that shows what it is told while inside."""
+        display = LiveDisplay(self.err) if self.err.is_terminal else PlainDisplay(self.err)
+        with display:
+            yield display.tell
+
+    def notice(self, line: str) -> None:
+        """Show a line that a person should read."""
+        self.err.print(Text(f"note: {visible(line)}", style="yellow"))
+
+    def error(self, error: FirstwordsError) -> None:
+        """Show an error: what, where, why, what to do."""
+        if self.as_json:
+            self._json({"error": error.as_dict()})
+            return
+        head = f"{error.where}: {error.what}" if error.where else error.what
+        self.err.print(Text.assemble(("error: ", "bold red"), visible(head)))
+        for part in (error.why, error.do):
+            if part:
+                self.err.print(f"  {visible(part)}")
+
+    def trained(self, result: TrainResult) -> None:
+        """Show what came of a run, and the commands to go on with."""
+        if self.as_json:
+            self._json(vars(result))
+            return
+        run = result.run
+        if result.bits_per_byte is not None and result.perplexity is not None:
+            self.out.print(
+                f"\nheld-out  {result.bits_per_byte:.3f} bits per byte; unsure among {result.perplexity:.1f} tokens"
+                f" (best checkpoint: step {result.best_step})"
+            )
+        self.out.print(f"run       {run}: {result.steps} steps in {duration(result.elapsed_s)}")
+        if result.stopped != "done":
+            self.out.print(f"stopped   by {result.stopped}; go on: firstwords train --resume --out {run}")
+            return
+        self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
+        self.out.print(f'speak     firstwords generate {run} --prompt "..."')
+        self.out.print(f'explain   firstwords explain {run} "..."')
+        self.out.print(f"\nit says:\n{visible(api.load(run).generate(max_new_tokens=120))}")
+
+    def evaluated(self, found: Evaluation) -> None:
+        """Show how good a model is."""
+        if self.as_json:
+            self._json(found.as_dict())
+            return
+        self._figures(found)
+
+    def explained(self, explanation: Explanation) -> None:
+        """Show the six steps: a table of the tokens, then what they come to."""
+        if self.as_json:
+            self._json(explanation.as_dict())
+            return
+        table = Table(box=rich.box.SIMPLE_HEAD)
+        for heading in ("token", "id", "probability", "log", "rank"):
+            table.add_column(heading, justify="left" if heading == "token" else "right")
+        table.add_column("it would rather have said")
+        for token in explanation.tokens:
+            table.add_row(*_explained_row(token))
+        self.out.print(table)
+        mean = explanation.evaluation.nats_per_token
+        self.out.print(f"mean log probability  {-mean:.4f}\ncross-entropy         {mean:.4f} (its negative)")
+        self._figures(explanation.evaluation)
+
+    def spoken(self, prompt: str, streams: Iterable[Iterator[str]]) -> None:
+        """Show texts as they are drawn."""
+        texts, n_tokens, started_s = [], 0, time.perf_counter()
+        for number, stream in enumerate(streams):
+            if not self.as_json:
+                self.out.print(("\n---\n" if number else "") + visible(prompt), end="", style="bold")
+            pieces = []
+            for piece in stream:
+                pieces.append(piece)
+                n_tokens += 1
+                if not self.as_json:
+                    self.out.print(visible(piece), end="")
+            texts.append("".join(pieces))
+            if not self.as_json:
+                self.out.print()
+        if self.as_json:
+            self._json({"texts": texts, "tokens_per_s": round(n_tokens / (time.perf_counter() - started_s), 1)})
+
+    def described(self, found: Mapping[str, Any]) -> None:
+        """Show what is in a run."""
+        if self.as_json:
+            self._json(found)
+            return
+        for key, value in found.items():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            self.out.print(f"{key:15} {f'{shown:,}' if isinstance(shown, int) else visible(str(shown))}")
+
+    def _figures(self, found: Evaluation) -> None:
+        self.out.print(f"bits per byte         {found.bits_per_byte:.4f}")
+        self.out.print(f"perplexity            {found.perplexity:.2f} (unsure among so many tokens)")
+        self.out.print(f"nats per token        {found.nats_per_token:.4f}")
+        self.out.print(f"on                    {found.n_tokens:,} tokens, {found.n_bytes:,} bytes")
+
+    def _json(self, value: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+        sys.stdout.flush()
+
+
+def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:
+    if token.probability is None:
+        return Text(one_line(token.text), "dim"), str(token.id), "", "", "", Text("(nothing stands before it)", "dim")
+    style = "green" if token.probability >= GOOD else "yellow" if token.probability >= FAIR else "red"
+    rather = "  ".join(f"{one_line(guess.text)!r} {guess.probability:.0%}" for guess in token.top)
+    return (
+        Text(one_line(token.text), style),
+        str(token.id),
+        f"{token.probability:.2e}",
+        f"{token.log_probability:.4f}",
+        f"{token.rank:,}",
+        Text(rather),
+    )
+
+
+class PlainDisplay:
+    """Progress as plain lines."""
+
+    def __init__(self, console: RichConsole) -> None:
+        self.console = console
+        self.config_steps: int | None = None
+        self.loss: float | None = None
+        self.tokens_per_s: float | None = None
+        self.held_out: float | None = None
+        self._line_s = -PLAIN_LINE_EVERY_S
+        self._what = ""
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def tell(self, told: Told) -> None:
+        """Show one thing that happened."""
+        match told:
+            case Notice(text):
+                self.line(Text(f"note: {visible(text)}", "yellow"))
+            case Preparing(what, share):
+                self.preparing(what, share)
+            case Started():
+                self.config_steps = told.config.steps
+                self.line(Text("\n".join(_introduction(told)), "bold"))
+            case Planned(_, total_steps, _):
+                self.config_steps = total_steps
+            case StepDone():
+                self.loss = _smooth(self.loss, told.nats_per_token)
+                self.tokens_per_s = _smooth(self.tokens_per_s, told.tokens_per_s)
+                self.stepped(told)
+            case Evaluated(step, evaluation, best, _) if evaluation is not None:
+                self.held_out = evaluation.bits_per_byte
+                mark = " (best so far)" if best else ""
+                self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
+            case Sampled(_, text):
+                self.line(Text.assemble("             ", (f"{one_line(text)}", "italic")))
+
+    def line(self, text: Text) -> None:
+        """Show one line for good."""
+        self.console.print(text)
+
+    def preparing(self, what: str, share: float | None) -> None:  # noqa: ARG002
+        """Show what is done before training."""
+        if what != self._what:
+            self._what = what
+            self.line(Text(visible(what)))
+
+    def stepped(self, done: StepDone) -> None:
+        """Show the numbers now and then."""
+        now_s = time.perf_counter()
+        if now_s - self._line_s >= PLAIN_LINE_EVERY_S or done.step == self.config_steps:
+            self._line_s = now_s
+            self.line(Text(self.numbers(done)))
+
+    def numbers(self, done: StepDone) -> str:
+        """Return step, loss, speed and time left as one line."""
+        of = f"/{self.config_steps}" if self.config_steps else ""
+        held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
+        left = ""
+        if self.config_steps:
+            left = f"  {duration(done.elapsed_s / done.step * (self.config_steps - done.step))} left"
+        return f"step {done.step:>6}{of}  loss {self.loss:.3f}{held_out}  {self.tokens_per_s:,.0f} tokens/s{left}"
+
+
+class LiveDisplay(PlainDisplay):
+    """Progress as a live line at the bottom of the terminal."""
+
+    def __init__(self, console: RichConsole) -> None:
+        super().__init__(console)
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        self.bar = Progress(*columns, console=console, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> LiveDisplay:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def line(self, text: Text) -> None:
+        """Show one line for good, above the live one."""
+        self.bar.console.print(text)
+
+    def preparing(self, what: str, share: float | None) -> None:
+        """Show what is done before training."""
+        self._show(visible(what), share, 1.0)
+
+    def stepped(self, done: StepDone) -> None:
+        """Show the numbers of every step."""
+        self._show(self.numbers(done), done.step, self.config_steps)
+
+    def _show(self, description: str, completed: float | None, total: float | None) -> None:
+        if self._task is None:
+            self._task = self.bar.add_task(description, total=total)
+        total = None if completed is None else total
+        self.bar.update(self._task, description=description, completed=completed or 0, total=total)
+
+
+def _introduction(told: Started) -> list[str]:
+    """Return the lines that say what will be trained on what."""
+    config, corpus = told.config, told.corpus
+    shape = f"{config.model.n_layers} layers of {config.model.emb_dim}, context {config.model.context_length}"
+    length = f"{config.steps:,} steps" if config.steps else f"for {duration(config.for_s or 0)}"
+    return [
+        f"text   {corpus.train.n_tokens:,} tokens to learn from, {corpus.val.n_tokens:,} held out ({config.tokenizer})",
+        f"model  {cost.parameters(config.model):,} parameters: {shape} ({config.preset})",
+        f"run    {told.run}, {length} of {config.batch_size} sequences, {config.precision}, {config.threads} threads"
+        + (f", from step {told.step}" if told.step else ""),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a person: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _smooth(before: float | None, now: float) -> float:
+    return now if before is None else SMOOTHING * before + (1 - SMOOTHING) * now
+
+
+def train(text: Any = (), *, progress: bool = True, **options: Any) -> TrainResult:
+    """Pretrain a GPT on text, showing how it goes; otherwise as `firstwords.api.train`, whose arguments it takes.
+
+    Args:
+        text: Files and folders, or "-"; none: the built-in text.
+        progress: Show progress on standard error.
+        **options: `out`, `config`, `resume`, and any configuration key.
+
+    Raises:
+        FirstwordsError: What is wrong and what to do.
+    """
+    if not progress:
+        return api.train(text, **options)
+    with Console().progress() as listener:
+        return api.train(text, listener=listener, **options)

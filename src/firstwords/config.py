@@ -1,0 +1,393 @@
+"""What a run is made of: frozen dataclasses, presets, and TOML in and out. Parts of the program get parts of it.
+
+A key has one name everywhere: `steps` is `--steps` on the command line and `steps = ` in TOML; `model.n_layers` is
+`--model.n-layers` and `n_layers` under `[model]`. Keys that end in `_s` are times in seconds and lose the suffix as a flag:
+`save_every_s` is `--save-every`, and takes `90`, `90s`, `3m` or `1h`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from firstwords.errors import ConfigError
+
+# Dotted key -> value: `{"steps": 500, "model.n_layers": 6}`. Values may still be text, as flags are.
+Overrides = Mapping[str, Any]
+
+Tokenizer = Literal["gpt2", "bytes"] | str
+Block = Literal["gpt2", "qwen3"]
+Optimizer = Literal["adamw", "muon"]
+Decay = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Compile = Literal["auto", "on", "off"]
+NONE = "none"
+NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
+
+GPT_CONFIG_124M: dict[str, int | float | bool] = {
+    "vocab_size": 50257,
+    "context_length": 256,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
+
+def option(default: Any, meaning: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """Return a dataclass field with its meaning (shown by `--help`) and its allowed range."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. The defaults are the chapter's."""
+
+    vocab_size: int = option(50257, "entries of the token table; by default the tokenizer's", least=2, most=2**31)
+    context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**24)
+    emb_dim: int = option(768, "channels", least=1, most=2**20)
+    n_heads: int = option(12, "attention heads", least=1, most=2**16)
+    n_layers: int = option(12, "transformer blocks", least=1, most=2**14)
+    drop_rate: float = option(0.1, "dropout", least=0.0, most=0.999)
+    qkv_bias: bool = option(False, "bias in the query, key and value layers")
+    block: Block = option("gpt2", "gpt2: LayerNorm, learned positions, GELU; qwen3: RMSNorm, rotary, QK-norm, SwiGLU")
+    tied_head: bool = option(False, "the output head is the token table itself")
+    ff_dim: int | None = option(None, "width of the feed-forward layer; by default 4 x emb_dim", least=1, most=2**22)
+    gelu_cubic: float = option(0.044715, "coefficient in GELU's tanh form (arXiv:1606.08415)", least=0.0, most=10.0)
+    rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
+    norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
+    init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "model.")
+        if self.emb_dim % self.n_heads:
+            good = nearest_multiples(self.emb_dim, self.n_heads)
+            raise ConfigError(
+                f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads",
+                where="model.emb_dim",
+                do=f"the nearest widths are {good}",
+            )
+        if self.block == "qwen3" and self.head_dim % 2:
+            raise ConfigError(
+                f"rotary positions need an even head size, not {self.head_dim}",
+                where="model.emb_dim",
+                do=f"the nearest widths are {nearest_multiples(self.emb_dim, 2 * self.n_heads)}",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.emb_dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels inside the feed-forward layer."""
+        return self.ff_dim or 4 * self.emb_dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How gradients become updates, and the learning rate over the run."""
+
+    kind: Optimizer = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
+    peak_lr: float = option(6e-4, "highest learning rate", least=0.0, most=1e12)
+    floor_lr: float = option(0.0, "learning rate of the last step", least=0.0, most=1e12)
+    warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
+    decay: Decay = option("cosine", "shape of the way from peak_lr to floor_lr")
+    weight_decay: float = option(0.1, "of matrices; norms and biases are not decayed", least=0.0, most=100.0)
+    beta1: float = option(0.9, "AdamW's mean of gradients", least=0.0, most=0.9999)
+    beta2: float = option(0.95, "AdamW's mean of squared gradients", least=0.0, most=0.99999)
+    eps: float = option(1e-8, "AdamW's epsilon", least=0.0, most=1.0)
+    momentum: float = option(0.95, "Muon's momentum", least=0.0, most=0.9999)
+    max_grad_norm: float | None = option(1.0, "gradients are clipped to this norm; none: never", least=1e-9, most=1e9)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "optim.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `None` means: decided from the text and the machine before step 1, and then recorded."""
+
+    text: tuple[str, ...] = option((), "files and folders of text, or -; none: the built-in text")
+    text_sha256: str | None = option(None, "the text that this run was made from; checked when given")
+    encoding: str | None = option(None, "encoding of the text files; by default recognised")
+    val: str | None = option(None, "a held-out text; by default a part of each document")
+    val_fraction: float = option(0.1, "share of each document's end that is held out", least=0.0, most=0.9)
+    tokenizer: str = option("bpe:1024", "gpt2, bytes, bpe:N (trained on the text), or a run's tokenizer.json")
+    preset: str = option("laptop", "a named recipe; the other keys override it")
+    steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
+    epochs: float | None = option(None, "passes over the training text", least=0.0, most=1e6)
+    for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
+    batch_size: int = option(32, "sequences an update", least=1, most=2**20)
+    micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
+    eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
+    sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1)
+    sample_prompt: str = option("", "how the samples during training begin; by default as a document does")
+    save_every_s: float = option(60.0, "time between checkpoints", least=0.0, most=1e9)
+    keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6)
+    seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps")
+    precision: Precision = option("auto", "of the matrix products; auto: what is faster on this machine")
+    threads: int | None = option(None, "CPU threads; by default all cores", least=1, most=4096)
+    compile: Compile = option("auto", "torch.compile of the model; auto: off")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "")
+        lengths = [name for name in ("steps", "epochs", "for_s") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            names = " and ".join(flag(name) for name in lengths)
+            raise ConfigError(f"{names} both say how long to train", where=flag(lengths[1]), do="give one of them")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"a batch of {self.batch_size} does not divide into micro-batches of {self.micro_batch_size}",
+                where="micro_batch_size",
+                do=f"the nearest are {nearest_divisors(self.batch_size, self.micro_batch_size)}",
+            )
+
+
+LAPTOP: Overrides = {
+    "tokenizer": "bpe:1024",
+    "batch_size": 16,
+    "model.block": "qwen3",
+    "model.context_length": 256,
+    "model.emb_dim": 192,
+    "model.n_heads": 3,
+    "model.n_layers": 4,
+    "model.ff_dim": 512,
+    "model.drop_rate": 0.0,
+    "model.tied_head": True,
+    "model.norm_eps": 1e-6,
+    "model.init_std": 0.02,
+    "optim.kind": "muon",
+    "optim.peak_lr": 6e-3,
+    "optim.warmup_steps": 20,
+    "optim.decay": "linear",
+}
+GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
+
+
+def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
+    return {**GPT2, "model.emb_dim": emb_dim, "model.n_heads": n_heads, "model.n_layers": n_layers}
+
+
+def presets() -> dict[str, Overrides]:
+    """Return every preset by name. `gpt2-*` are the shapes of GPT-2's releases (Radford et al. 2019, table 2)."""
+    return {
+        "laptop": LAPTOP,
+        "laptop-small": {**LAPTOP, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
+        "laptop-large": {
+            **LAPTOP,
+            "tokenizer": "bpe:4096",
+            "model.emb_dim": 384,
+            "model.n_heads": 6,
+            "model.n_layers": 6,
+            "model.ff_dim": 1024,
+            "optim.peak_lr": 3e-3,
+        },
+        "chapter": {
+            **{f"model.{key}": value for key, value in GPT_CONFIG_124M.items() if key != "vocab_size"},
+            "tokenizer": "gpt2",
+            "batch_size": 2,
+            "epochs": 10,
+            "eval_every": 5,
+            "optim.peak_lr": 4e-4,
+            "optim.warmup_steps": 0,
+            "optim.decay": "constant",
+            "optim.beta2": 0.999,
+            "optim.max_grad_norm": None,
+        },
+        "gpt2-124m": _gpt2(768, 12, 12),
+        "gpt2-355m": _gpt2(1024, 16, 24),
+        "gpt2-774m": _gpt2(1280, 20, 36),
+        "gpt2-1558m": _gpt2(1600, 25, 48),
+    }
+
+
+def run_config(*layers: Overrides) -> RunConfig:
+    """Return the configuration that the layers make, each overriding those before it, over the preset that they name.
+
+    Raises:
+        ConfigError: An unknown key or preset (the nearest is offered), a value of the wrong type or out of its range.
+    """
+    given: dict[str, Any] = {}
+    for layer in layers:
+        given |= layer
+    by_name = presets()
+    preset = str(given.get("preset", RunConfig.preset))
+    if preset not in by_name:
+        raise ConfigError(f"no preset {preset!r}", where="preset", do=did_you_mean(preset, by_name))
+    given = _one_length({**by_name[preset], **given}, layers)
+    parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "optim": {}}
+    types_of = key_types()
+    for key, value in given.items():
+        if key not in types_of:
+            raise ConfigError(f"unknown key {key!r}", where=key, do=did_you_mean(key, types_of))
+        part, _, name = key.rpartition(".")
+        parts[part][name] = converted(key, value, types_of[key])
+    return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
+
+
+def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str, Any]:
+    """Return `given` with only the newest layer's word on how long to train: `--for` replaces a file's `steps`."""
+    lengths = ("steps", "epochs", "for_s")
+    named = [[name for name in lengths if layer.get(name) not in (None, *NONES)] for layer in layers]
+    newest = next((names for names in reversed(named) if names), None)
+    return {key: value for key, value in given.items() if newest is None or key not in lengths or key in newest}
+
+
+def key_types() -> dict[str, Any]:
+    """Return every dotted key of a run's configuration with its type."""
+    found: dict[str, Any] = {}
+    for prefix, part in (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig)):
+        hints = get_type_hints(part)
+        found |= {prefix + f.name: hints[f.name] for f in dataclasses.fields(part) if f.name not in ("model", "optim")}
+    return found
+
+
+def fields_by_key() -> dict[str, dataclasses.Field[Any]]:
+    """Return every dotted key with its dataclass field (default, meaning, range), in the order of the help page."""
+    parts = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
+    return {
+        prefix + field.name: field
+        for prefix, part in parts
+        for field in dataclasses.fields(part)
+        if field.name not in ("model", "optim")
+    }
+
+
+def flag(key: str) -> str:
+    """Return the command line's spelling of a key: `save_every_s` -> `--save-every`."""
+    return "--" + key.removesuffix("_s").replace("_", "-")
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def from_toml(text: str, where: str) -> dict[str, Any]:
+    """Return the overrides in a TOML file.
+
+    Raises:
+        ConfigError: It is no TOML; the line and column are in the message.
+    """
+    try:
+        return flatten(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError("is no TOML", where=where, why=str(error)) from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return the whole configuration as TOML: `"none"` where there is no value, so that no preset fills it in again."""
+    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=_without_none))
+
+
+def _without_none(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: NONE if value is None else value for key, value in items}
+
+
+def converted(key: str, value: Any, wanted: Any) -> Any:
+    """Return `value` (text from a flag, or a TOML value) as the type that `key` has.
+
+    Raises:
+        ConfigError: It cannot be one.
+    """
+    options = [kind for kind in get_args(wanted) if kind is not type(None)] if _is_union(wanted) else [wanted]
+    if _is_union(wanted) and (value is None or value in NONES):
+        return None
+    kind = options[0]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"cannot be {value!r}", where=flag(key), do=did_you_mean(str(value), get_args(kind)))
+        return value
+    if get_origin(kind) is tuple:
+        return tuple(str(item) for item in value)
+    if key.endswith("_s") and isinstance(value, str):
+        return seconds(value, key)
+    try:
+        return _plain(value, kind)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{value!r} is no {_KINDS[kind]}", where=flag(key)) from error
+
+
+_KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value)
+    wrong = {bool: not isinstance(value, bool), str: not isinstance(value, str), int: isinstance(value, float)}
+    if wrong.get(kind) or (kind is not bool and isinstance(value, bool)):
+        raise TypeError
+    return kind(value)
+
+
+def seconds(text: str, key: str = "time") -> float:
+    """Return a time in seconds: `90`, `90s`, `3m`, `1.5h`.
+
+    Raises:
+        ConfigError: The text is no time.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
+    if not match:
+        raise ConfigError(f"{text!r} is no time", where=flag(key), do="write 90, 90s, 3m or 1h")
+    return float(match[1]) * {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return what to do about an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else "known: " + ", ".join(known)
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """Return the multiples of `of` around `value`, for a message."""
+    below = value // of * of
+    return " and ".join(str(good) for good in (below, below + of) if good > 0)
+
+
+def nearest_divisors(value: int, to: int) -> str:
+    """Return the divisors of `value` around `to`, for a message."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    near = {max(d for d in divisors if d <= to), min((d for d in divisors if d >= to), default=value)}
+    return " and ".join(map(str, sorted(near)))
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _check_ranges(part: Any, prefix: str) -> None:
+    """Raise a ConfigError for the first number of a dataclass that is outside its field's range."""
+    for field in dataclasses.fields(part):
+        value, least, most = getattr(part, field.name), field.metadata.get("least"), field.metadata.get("most")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+            span = " ".join(word for word in (_from(least), _to(most)) if word)
+            raise ConfigError(f"cannot be {value}", where=flag(prefix + field.name), do=f"allowed: {span}")
+
+
+def _from(least: float | None) -> str:
+    return "" if least is None else f"from {least}"
+
+
+def _to(most: float | None) -> str:
+    return "a finite number" if most is None else f"to {most}"

@@ -1,0 +1,49 @@
+"""What a model costs: parameters, floating-point operations, bytes. Formulas, no measurements."""
+
+from __future__ import annotations
+
+from firstwords.config import ModelConfig
+
+
+def parameters(config: ModelConfig) -> int:
+    """Return the number of distinct parameters; a tied head adds none."""
+    C, V, hidden = config.emb_dim, config.vocab_size, config.hidden_dim
+    if config.block == "qwen3":
+        block = 4 * C * C + 3 * config.qkv_bias * C + 3 * C * hidden + 2 * C + 2 * config.head_dim
+        rest = C
+    else:
+        block = 4 * C * C + 3 * config.qkv_bias * C + C + 2 * C * hidden + hidden + C + 4 * C
+        rest = 2 * C + config.context_length * C
+    return config.n_layers * block + rest + (1 if config.tied_head else 2) * V * C
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Return the operations of forward and backward for one token: 6 for each weight of a matrix product, and attention's.
+
+    Attention multiplies QKᵀ and PV, 2 T C each and layer on the way forward, three times that in all; the causal half is
+    not subtracted. Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
+    """
+    C = config.emb_dim
+    matrices = config.n_layers * (4 * C * C + (3 if config.block == "qwen3" else 2) * C * config.hidden_dim)
+    return 6 * (matrices + config.vocab_size * C) + 12 * config.n_layers * config.context_length * C
+
+
+def training_bytes(config: ModelConfig, micro_batch_size: int) -> int:
+    """Return a rough upper estimate of the memory of training, in bytes: state and activations in float32.
+
+    State: weights, gradients and AdamW's two means, 16 bytes a parameter. Activations: about 20 C + 6 hidden channels a
+    token and layer are kept for backward (counted from the modules), doubled for what is temporary.
+    """
+    tokens = micro_batch_size * config.context_length
+    kept = config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
+    return 16 * parameters(config) + 2 * 4 * tokens * kept
+
+
+def micro_batch_size(config: ModelConfig, batch_size: int) -> int:
+    """Return the largest divisor of `batch_size` whose forward pass has at most 8,192 tokens and keeps at most 4 GiB."""
+    state = training_bytes(config, 0)
+
+    def fits(rows: int) -> bool:
+        return rows * config.context_length <= 8192 and training_bytes(config, rows) - state <= 4 << 30
+
+    return max((rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and fits(rows)), default=1)

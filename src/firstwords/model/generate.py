@@ -1,0 +1,105 @@
+"""Speak: draw the next token, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firstwords.errors import ConfigError
+from firstwords.model.gpt import GPTModel, KVCache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's probabilities. Temperature 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 1e4:
+            raise ConfigError(f"cannot be {self.temperature}", where="--temperature", do="allowed: 0 (greedy) to 10000")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"cannot be {self.top_k}", where="--top-k", do="allowed: from 1 to the vocabulary's size")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"cannot be {self.top_p}", where="--top-p", do="allowed: above 0, to 1")
+
+
+def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities (V) from which the next token is drawn, for its logits (V).
+
+    Temperature divides the logits; top-k keeps the k likeliest; top-p keeps the fewest likeliest whose sum reaches p
+    (Holtzman et al. 2020, arXiv:1904.09751).
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(0, logits.argmax(keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    probabilities = torch.softmax(logits, dim=-1)
+    if sampling.top_p is not None:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the sum before a token already reaches p
+        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
+    return probabilities / probabilities.sum()
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield token ids without end; the caller stops.
+
+    The model sees the last `context_length` tokens. While they fit, keys and values are cached; beyond, each token is
+    computed from the whole window, as the chapter does, so the cache never changes the text.
+
+    Args:
+        model: In eval mode.
+        prompt_ids: At least one id.
+        sampling: How the next token is drawn.
+        generator: On the CPU, so that a seed means the same text on every device.
+        use_cache: Without, every token is computed from the whole window; slower, the same text.
+
+    Raises:
+        ValueError: Empty prompt, or an id beyond the vocabulary.
+    """
+    check_ids(prompt_ids, model.config.vocab_size)
+    device, limit = model.tok_emb.weight.device, model.config.context_length
+    ids = list(prompt_ids)
+    cache = KVCache(model.config) if use_cache and len(ids) <= limit else None
+    while True:
+        if len(ids) > limit:
+            cache = None
+        seen = ids[cache.length :] if cache is not None else ids[-limit:]
+        features = model.features(torch.tensor([seen], device=device), cache)
+        probabilities = next_probabilities(model.out_head(features[0, -1]), sampling).cpu()
+        ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        yield ids[-1]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise a ValueError for an empty sequence or an id that the model has no row for."""
+    if not ids:
+        raise ValueError("the prompt has no token")
+    beyond = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if beyond is not None:
+        raise ValueError(f"token id {beyond} is beyond the model's vocabulary of {vocab_size}")
+
+
+def generate_text_simple(model: torch.nn.Module, idx: Tensor, max_new_tokens: int, context_size: int) -> Tensor:
+    """Return `idx` (B, T) with the `max_new_tokens` likeliest ids after it, as the chapter's function of that name does."""
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model(idx[:, -context_size:])[:, -1, :]
+        idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    return idx

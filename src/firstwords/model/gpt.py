@@ -1,0 +1,280 @@
+"""GPTModel: token ids in, logits out. One decoder for GPT-2's blocks and for qwen3's.
+
+Shapes: B batch, T tokens, C channels, H heads, D = C / H channels of a head, V vocabulary.
+Module and parameter names are those of Raschka's "Build a Large Language Model (From Scratch)".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, assert_never
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firstwords.config import ModelConfig
+
+GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has already seen, one pair for each block.
+
+    Args:
+        config: Gives the number of blocks and the most tokens that fit, `context_length`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.length = 0  # tokens seen by every block
+        self._capacity = config.context_length
+        self._keys: list[Tensor | None] = [None] * config.n_layers
+        self._values: list[Tensor | None] = [None] * config.n_layers
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the (B, H, T, D) of new tokens and return those of all tokens so far, (B, H, length + T, D)."""
+        end = self.length + key.shape[2]
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            room = (*key.shape[:2], self._capacity, key.shape[3])
+            keys = self._keys[layer] = key.new_empty(room)
+            values = self._values[layer] = value.new_empty(room)
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + shift over the channels (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.shift = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) for (..., C)."""
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * scale over the channels (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) for (..., C)."""
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)
+
+
+class GELU(nn.Module):
+    """0.5 x (1 + tanh(sqrt(2/π) (x + cubic x³))), the form that GPT-2 was trained with."""
+
+    def __init__(self, cubic: float) -> None:
+        super().__init__()
+        self.cubic = cubic
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) for (..., C)."""
+        if self.cubic == GELU_CUBIC:
+            return F.gelu(x, approximate="tanh")
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + self.cubic * x**3)))
+
+
+class FeedForward(nn.Module):
+    """GPT-2's: widen, GELU, narrow."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(config.emb_dim, config.hidden_dim),
+            GELU(config.gelu_cubic),
+            nn.Linear(config.hidden_dim, config.emb_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) for (..., C)."""
+        y: Tensor = self.layers(x)
+        return y
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.up = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, config.emb_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) for (..., C)."""
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position * base^(-2i/D), each (context_length, D/2) (Su et al. 2021, arXiv:2104.09864)."""
+    rates = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), rates)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of (B, H, T, D) by the angles of their positions, (T, D/2) each."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal multi-head self-attention: softmax(QKᵀ/√D) V (Vaswani et al. 2017, eq. 1), masked to the past."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, modern = config.emb_dim, config.block == "qwen3"
+        self.layer, self.n_heads = layer, config.n_heads
+        self.W_query = nn.Linear(C, C, bias=config.qkv_bias)
+        self.W_key = nn.Linear(C, C, bias=config.qkv_bias)
+        self.W_value = nn.Linear(C, C, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(C, C, bias=not modern)
+        self.dropout = nn.Dropout(config.drop_rate)
+        # Norms of queries and keys keep the attention logits bounded (Henry et al. 2020, arXiv:2010.04245).
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else None
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        """Return (B, T, C) for (B, T, C); `angles` turn queries and keys, `cache` holds the tokens before these."""
+        B, T, C = x.shape
+        q, k, v = (
+            W(x).view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # (B, H, T, D)
+            for W in (self.W_query, self.W_key, self.W_value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_past(T, k.shape[2], x.device), is_causal=k.shape[2] == T, dropout_p=self._dropout()
+        )
+        z: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return z
+
+    def _dropout(self) -> float:
+        return self.dropout.p if self.training else 0.0
+
+
+def _past(T: int, S: int, device: torch.device) -> Tensor | None:
+    """Return the mask of T new tokens over S in all, (T, S); None where `is_causal` or nothing needs to be hidden."""
+    if T in (1, S):
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm1(x)), then x + feed-forward(norm2(x)), with dropout on both ways."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        norm = RMSNorm if config.block == "qwen3" else LayerNorm
+        self.att = MultiHeadAttention(config, layer)
+        self.ff = SwiGLU(config) if config.block == "qwen3" else FeedForward(config)
+        self.norm1 = norm(config.emb_dim, config.norm_eps)
+        self.norm2 = norm(config.emb_dim, config.norm_eps)
+        self.drop_shortcut = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        """Return (B, T, C) for (B, T, C)."""
+        x = x + self.drop_shortcut(self.att(self.norm1(x), angles, cache))
+        y: Tensor = x + self.drop_shortcut(self.ff(self.norm2(x)))
+        return y
+
+
+class GPTModel(nn.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: A `ModelConfig`, or a mapping with its keys, such as `GPT_CONFIG_124M`. The weights come from
+            PyTorch's global random generator, in the order in which the chapter's own model draws them.
+    """
+
+    pos_emb: nn.Embedding | None
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: ModelConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        match config.block:
+            case "gpt2":
+                self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+                final_norm: nn.Module = LayerNorm(config.emb_dim, config.norm_eps)
+            case "qwen3":
+                self.pos_emb = None
+                for name, table in zip(("rotary_cos", "rotary_sin"), rotary_angles(config), strict=True):
+                    self.register_buffer(name, table, persistent=False)
+                final_norm = RMSNorm(config.emb_dim, config.norm_eps)
+            case _ as never:
+                assert_never(never)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.Sequential(*(TransformerBlock(config, layer) for layer in range(config.n_layers)))
+        self.final_norm = final_norm
+        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.out_head.weight = self.tok_emb.weight
+        if config.init_std is not None:
+            initialise(self, config.init_std)
+
+    def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return what the head reads, (B, T, C), for the ids (B, T).
+
+        Args:
+            tokens: At most `context_length` ids together with those in `cache`.
+            cache: Holds the tokens before these, and takes these in.
+
+        Raises:
+            ValueError: More tokens than the model can see at once.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens, but the model sees at most {self.config.context_length}")
+        x = self.tok_emb(tokens)
+        angles = None
+        if self.pos_emb is not None:
+            x = x + self.pos_emb(torch.arange(start, end, device=tokens.device))
+        else:
+            angles = self.rotary_cos[start:end], self.rotary_sin[start:end]
+        x = self.drop_emb(x)
+        for block in self.trf_blocks:
+            x = block(x, angles, cache)
+        if cache is not None:
+            cache.length = end
+        y: Tensor = self.final_norm(x)
+        return y
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the token after each of the ids (B, T)."""
+        logits: Tensor = self.out_head(self.features(tokens))
+        return logits
+
+
+def initialise(model: GPTModel, std: float) -> None:
+    """Draw the weights as GPT-2 does: N(0, std²), biases 0, and what adds to the residual stream scaled by 1/√(2 n_layers).
+
+    Source: Radford et al. 2019, section 2.3; openai/gpt-2, src/model.py.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith(("att.out_proj", "ff.layers.2", "ff.down"))
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * model.config.n_layers) if residual else std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,110 @@
+"""How wrong the model is: the nats of the targets, and what is printed of them.
+
+The head and the loss are one operation over chunks of tokens, so the (B, T, V) logits of a large vocabulary are never whole
+in memory. The gradients are formed on the way forward, while a chunk's logits are there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstwords.text.batches import IGNORE
+
+CHUNK_BYTES = 32 << 20  # of float32 logits; larger chunks were no faster, smaller ones call more kernels
+
+
+def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy of the targets, in nats: Σ (log Σ_v exp(logit_v) - logit_target).
+
+    A sum, not a mean: callers divide once by the number of counted targets of the whole batch, so the gradient does not
+    depend on how the batch was cut. The softmax is float32; the matrix products follow autocast.
+
+    Args:
+        features: (..., C), what the model gives before its head.
+        head_weight: (V, C).
+        targets: (...) ids; those equal to `IGNORE` add nothing.
+
+    Raises:
+        ValueError: `features` and `targets` disagree on their leading shape.
+    """
+    if features.shape[:-1] != targets.shape:
+        raise ValueError(f"features {tuple(features.shape)} do not fit targets {tuple(targets.shape)}")
+    nats: Tensor = _ChunkedNats.apply(  # type: ignore[no-untyped-call]
+        features.flatten(0, -2), head_weight, targets.flatten(), _dtype(features)
+    )
+    return nats
+
+
+def token_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the nats of each target, (...) float32, 0 where it is `IGNORE`. No gradient."""
+    nats = torch.zeros(targets.numel(), device=features.device)
+    with torch.no_grad():
+        rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
+        weight = head_weight.to(rows.dtype)
+        for start, end in _chunks(len(flat), len(weight)):
+            nats[start:end] = _nats(rows[start:end] @ weight.T, flat[start:end])[0]
+    return nats.view(targets.shape)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """Return exp(nats per token): among how many tokens the model is unsure."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Return the bits that the model needs for each byte of UTF-8: nats / ln 2 / bytes. Comparable across tokenizers."""
+    return nats / math.log(2) / n_bytes
+
+
+def _dtype(features: Tensor) -> torch.dtype:
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+
+
+def _chunks(n: int, vocab_size: int) -> list[tuple[int, int]]:
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return [(start, min(n, start + size)) for start in range(0, n, size)]
+
+
+def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nats (N) of the targets and the float32 log-probabilities (N, V)."""
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    picked = log_probabilities.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return -picked * (targets != IGNORE), log_probabilities
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Head and cross-entropy in one: d nats / d logits = softmax(logits) - onehot(target)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, table = features.to(dtype), weight.to(dtype)
+        wanted = any(ctx.needs_input_grad)
+        d_features = torch.empty_like(features) if wanted else None
+        d_weight = torch.zeros_like(weight) if wanted else None
+        nats = torch.zeros(
+            (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
+        )
+        for start, end in _chunks(len(targets), len(table)):
+            chunk, target = rows[start:end], targets[start:end]
+            losses, log_probabilities = _nats(chunk @ table.T, target)
+            nats += losses.sum()
+            if d_features is None or d_weight is None:
+                continue
+            d_logits = log_probabilities.exp_()
+            d_logits.scatter_add_(1, target.clamp(min=0)[:, None], d_logits.new_full((end - start, 1), -1.0))
+            d_logits *= (target != IGNORE)[:, None]
+            d_logits = d_logits.to(dtype)
+            d_features[start:end] = d_logits @ table
+            d_weight += d_logits.T @ chunk
+        ctx.gradients = d_features, d_weight
+        return nats.float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_features, d_weight = ctx.gradients
+        return d_features.mul_(upstream[0]), d_weight.mul_(upstream[0]), None, None

@@ -1,0 +1,65 @@
+"""A time budget becomes steps: measured on the first ones, corrected after each evaluation."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+WARM_STEPS = 2  # the first steps allocate memory and are left out
+PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or this share of the budget
+LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
+MOST_LOOKS, FEWEST_LOOKS = 20, 2
+RECENT = 50  # steps that the speed is measured on
+
+
+@dataclass
+class Budget:
+    """How the time is going. All times are seconds on one clock.
+
+    Args:
+        deadline_s: When the process should be done.
+        total_s: The whole budget.
+        now_s: When training begins.
+    """
+
+    deadline_s: float
+    total_s: float
+    now_s: float
+    _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _n_steps: int = 0
+    _between_s: float = 0.0  # spent between steps
+    _looks: int = 0
+    _planned_looks: int = -1
+
+    def look(self) -> None:
+        """Count an evaluation; its time, and that of what comes with it, is what passes between two steps."""
+        self._looks += 1
+
+    def step(self, now_s: float, took_s: float) -> bool:
+        """Take note of a step and return whether a plan is due."""
+        self._n_steps += 1
+        self._between_s += max(0.0, now_s - self.now_s - took_s)
+        self.now_s = now_s
+        if self._n_steps > WARM_STEPS or not self._steps_s:
+            self._steps_s.append(took_s)
+        if self._planned_looks < 0:
+            used = 1 - (self.deadline_s - now_s) / self.total_s
+            return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and used > PROBE_SHARE)
+        return self._looks > self._planned_looks
+
+    def plan(self, done: int, eval_every: int | None) -> tuple[int, int]:
+        """Return (total steps, steps between evaluations) that end at the deadline.
+
+        Args:
+            done: Updates done.
+            eval_every: Where it is fixed already.
+        """
+        self._planned_looks = self._looks
+        step_s = statistics.mean(self._steps_s)
+        look_s = self._between_s / max(1, self._looks)
+        left_s = max(0.0, self.deadline_s - self.now_s - look_s)  # the last look comes after the last step
+        if eval_every is None:
+            looks = min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * self.total_s / max(look_s, 1e-3))))
+            eval_every = max(1, int(left_s / (step_s + looks * look_s / max(1.0, left_s / step_s)) / looks))
+        return done + max(1, int(left_s / (step_s + look_s / eval_every))), eval_every

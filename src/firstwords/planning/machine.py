@@ -1,0 +1,79 @@
+"""This machine: which device and precision, and what decides whether two runs can be equal to the last bit."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from firstwords.config import Precision
+from firstwords.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MUCH_FASTER = 1.5  # bfloat16 must win by this much to be worth its rounding
+PROBE_SIZE, PROBE_TIMES = 512, 5
+
+
+def device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the first GPU of CUDA, or else the CPU.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no device {name!r}", where="--device", do="known: auto, cpu, cuda, cuda:1, mps") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(found.type, False) or (found.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ConfigError(f"there is no {name} here", where="--device", do="use --device cpu")
+    return found
+
+
+def precision(name: Precision, where: torch.device) -> Precision:
+    """Return `float32` or `bfloat16`; for `auto`, bfloat16 if its matrix products are much faster on this device."""
+    if name != "auto":
+        return name
+    return "bfloat16" if _product_s(where, torch.float32) > MUCH_FASTER * _product_s(where, torch.bfloat16) else "float32"
+
+
+def _product_s(where: torch.device, dtype: torch.dtype) -> float:
+    """Return the median seconds of one square matrix product."""
+    a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
+    times = []
+    for _ in range(PROBE_TIMES):
+        started_s = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        times.append(time.perf_counter() - started_s)
+    return statistics.median(times)
+
+
+def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:
+    """Return all that the bits of a run depend on beside its configuration and text."""
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": precision_name,
+        "compile": compiled,
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what differs between two fingerprints, for a person: `threads 2 -> 8`; empty where nothing does."""
+    keys = sorted(before.keys() | now.keys())
+    return ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k))
+
+
+def memory_bytes() -> int | None:
+    """Return this machine's memory, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,190 @@
+"""Between the loop and the disk: journals what happens, saves, turns a time budget into steps, brings a run back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from firstwords import store
+from firstwords.config import RunConfig
+from firstwords.errors import StorageError
+from firstwords.planning import machine
+from firstwords.planning.budget import Budget
+from firstwords.runs import checkpoint
+from firstwords.runs.checkpoint import Checkpoint
+from firstwords.runs.folder import RunFolder
+from firstwords.text.corpus import Corpus
+from firstwords.training import state as states
+from firstwords.training.evaluate import Evaluation
+from firstwords.training.events import (
+    Evaluated,
+    Event,
+    Listener,
+    Notice,
+    Planned,
+    Sampled,
+    Saved,
+    SaveDue,
+    StepDone,
+    Stopped,
+)
+from firstwords.training.state import TrainState
+
+MOST_FAILED_SAVES = 3  # in a row, before a run gives up
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. The held-out figures are those of the best checkpoint; None without a held-out text."""
+
+    run: str
+    steps: int
+    tokens: int
+    elapsed_s: float
+    tokens_per_s: float
+    best_step: int
+    nats_per_token: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    last: dict[str, float | None]
+    weights_sha256: str  # of the last checkpoint
+    precision: str
+    seed: int
+    stopped: str  # done, or the name of the signal
+
+
+@dataclass
+class Recorder:
+    """The record of one run while it goes on. The caller holds the run's lock."""
+
+    run: RunFolder
+    config: RunConfig
+    corpus: Corpus
+    state: TrainState
+    fingerprint: dict[str, Any]
+    listener: Listener
+    budget: Budget | None = None
+    newest: Checkpoint | None = None
+    last_train: float | None = None  # nats per token of the last step
+    last_held_out: float | None = None  # and of the last evaluation
+    failed_saves: int = 0
+
+    def take(self, event: Event) -> None:
+        """Record one event of the loop and pass it on.
+
+        Raises:
+            StorageError: Saving failed too often in a row.
+        """
+        metrics = self.run.metrics
+        match event:
+            case StepDone():
+                metrics.add("step", dataclasses.asdict(event))
+                self.last_train = event.nats_per_token
+            case Evaluated(step, evaluation, best, _) if evaluation is not None:
+                metrics.add("evaluation", {"step": step, **evaluation.as_dict(), "best": best})
+                self.last_held_out = evaluation.nats_per_token
+            case Sampled(step, text):
+                self.run.samples.add("sample", {"step": step, "text": text})
+                metrics.add("sample", {"step": step})
+            case SaveDue():
+                self._save()
+            case Stopped(step, reason):
+                metrics.add("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
+        self.listener(event)
+        if self.budget is not None:
+            self._plan(event, self.budget)
+
+    def _save(self) -> None:
+        """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
+        self.run.metrics.add("save", {"step": self.state.step})
+        journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
+        scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
+        try:
+            self.newest = checkpoint.save(
+                self.run.checkpoints,
+                self.state.step,
+                states.model_tensors(self.state.model),
+                states.optimizer_tensors(self.state),
+                {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
+                self.corpus.tokenizer.to_json(),
+            )
+        except StorageError as error:
+            self.failed_saves += 1
+            if self.failed_saves >= MOST_FAILED_SAVES:
+                raise
+            self.listener(Notice(f"{error}; training goes on and the next save tries again"))
+            return
+        self.failed_saves = 0
+        checkpoint.rotate(self.run.checkpoints, self.config.keep, self.state.best_step)
+        self.listener(Saved(self.newest.step, self.newest.folder))
+
+    def _plan(self, event: Event, budget: Budget) -> None:
+        """Let the time budget hear of the event, and take over its plan when one is due."""
+        state = self.state
+        if isinstance(event, Evaluated):
+            budget.look()
+        if not isinstance(event, StepDone) or not budget.step(time.perf_counter(), event.took_s):
+            return
+        if state.step == state.total_steps:
+            return
+        state.total_steps, state.eval_every = budget.plan(state.step, state.eval_every)
+        told = Planned(state.step, state.total_steps, state.eval_every)
+        self.run.metrics.add("plan", dataclasses.asdict(told))
+        self.listener(told)
+
+    def result(self, stopped: str) -> TrainResult:
+        """Return what came of the run; at least one checkpoint must be saved."""
+        assert self.newest is not None
+        state, val, best = self.state, self.corpus.val, None
+        if state.best_nats is not None:
+            best = Evaluation.of(state.best_nats * val.n_tokens, val.n_tokens, val.n_bytes)
+        return TrainResult(
+            run=str(self.run.path),
+            steps=state.step,
+            tokens=state.tokens,
+            elapsed_s=state.elapsed_s,
+            tokens_per_s=round(state.tokens / max(state.elapsed_s, 1e-9), 1),
+            best_step=state.step if state.best_step is None else state.best_step,
+            nats_per_token=state.best_nats,
+            perplexity=None if best is None else best.perplexity,
+            bits_per_byte=None if best is None else best.bits_per_byte,
+            last={"train_nats_per_token": self.last_train, "nats_per_token": self.last_held_out},
+            weights_sha256=self.newest.weights_sha256,
+            precision=self.config.precision,
+            seed=self.config.seed,
+            stopped=stopped,
+        )
+
+    def restore(self) -> None:
+        """Bring the run back to its newest valid checkpoint, and its journals with it.
+
+        Raises:
+            DataError: There are checkpoints, but none is whole.
+        """
+        found = checkpoint.newest(self.run.checkpoints, self._notice, aside=True)
+        saved = {} if found is None else found.json(checkpoint.STATE)
+        for journal in (self.run.metrics, self.run.samples):
+            store.cut(journal.path, int(saved["journal_bytes"][journal.path.name]) if saved else 0)
+        if found is None:
+            self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
+            return
+        states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
+        states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
+        states.load_scalars(self.state, saved)
+        if self.config.steps is not None:  # a larger --steps extends the schedule from here
+            self.state.total_steps = self.config.steps
+        self.newest = found
+        for line in self.run.metrics.lines():
+            match line["event"]:
+                case "step":
+                    self.last_train = line["nats_per_token"]
+                case "evaluation":
+                    self.last_held_out = line["nats_per_token"]
+        changed = machine.differences(saved["fingerprint"], self.fingerprint)
+        self._notice(f"not bit-exact because: {changed}" if changed else "bit-exact resume")
+
+    def _notice(self, line: str) -> None:
+        self.listener(Notice(line))

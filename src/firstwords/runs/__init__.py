@@ -1,0 +1,1 @@
+"""What outlives the process: checkpoints and the journal. Knows named tensors and JSON, nothing of training."""

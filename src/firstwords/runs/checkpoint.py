@@ -1,0 +1,163 @@
+"""Named tensors and JSON <-> a published, verified folder; which of them stay.
+
+Tensors are written as safetensors, streamed through `store` because the package's own writer neither syncs nor can be
+made to fail at a chosen write; they are read back with the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from firstwords import store
+from firstwords.errors import DataError, NoInputError
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+PREFIX = "step-"
+# Names of the safetensors format (huggingface/safetensors, README).
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    folder: Path
+    manifest: store.Json
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.manifest["step"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights' file: equal for equal weights."""
+        return str(self.manifest["files"][MODEL]["sha256"])
+
+    def json(self, name: str) -> store.Json:
+        """Return one of its JSON files."""
+        value: store.Json = json.loads((self.folder / name).read_bytes())
+        return value
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one of its files, memory-mapped.
+
+        Raises:
+            DataError: It is no safetensors file.
+        """
+        try:
+            return load_file(self.folder / name)
+        except SafetensorError as error:
+            raise DataError("is no safetensors file", where=str(self.folder / name), why=str(error)) from error
+
+
+def save(
+    parent: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    jsons: Mapping[str, Mapping[str, Any]],
+    tokenizer_json: bytes,
+) -> Checkpoint:
+    """Publish `parent/step-<step>` and return it, verified; one that is there already is returned as it is.
+
+    Args:
+        parent: The run's folder of checkpoints.
+        step: Updates done.
+        model: The weights.
+        optimizer: The optimizers' tensors.
+        jsons: File name to content, for `state.json` and `config.json`.
+        tokenizer_json: The tokenizer's own file.
+
+    Raises:
+        StorageError: It could not be written; nothing appears.
+    """
+    folder = parent / f"{PREFIX}{step:08d}"
+    if folder.exists():
+        return Checkpoint(folder, store.verify(folder))
+    files = {
+        MODEL: safetensors_bytes(model),
+        OPTIMIZER: safetensors_bytes(optimizer),
+        TOKENIZER: [tokenizer_json],
+        **{name: [store.canonical_json(value)] for name, value in jsons.items()},
+    }
+    return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": step}))
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[store.Bytes]:
+    """Yield a safetensors file: header length (8 bytes), JSON header padded to 8, the tensors in order of their names."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def existing(parent: Path) -> list[Path]:
+    """Return the folders of checkpoints, oldest first, by number."""
+    folders = [path for path in parent.glob(PREFIX + "*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(folders, key=_step_of)
+
+
+def newest(parent: Path, notice: Callable[[str], None], *, aside: bool) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
+
+    Args:
+        parent: The run's folder of checkpoints.
+        notice: Told of each damaged one.
+        aside: Set damaged ones aside (only under the run's lock).
+
+    Raises:
+        DataError: There are checkpoints, and every one is damaged.
+    """
+    refused = []
+    for folder in reversed(existing(parent)):
+        try:
+            return Checkpoint(folder, store.verify(folder))
+        except DataError as error:
+            refused.append(str(error))
+            notice(f"{error}; " + (f"set aside as {store.set_aside(folder).name}" if aside else "an older one is used"))
+    if refused:
+        raise DataError("every checkpoint is damaged", where=str(parent), why="; ".join(refused))
+    return None
+
+
+def at_step(parent: Path, step: int) -> Checkpoint:
+    """Return the verified checkpoint of a step.
+
+    Raises:
+        NoInputError: There is none.
+        DataError: It is damaged.
+    """
+    folder = parent / f"{PREFIX}{step:08d}"
+    if not folder.is_dir():
+        raise NoInputError("no such checkpoint", where=str(folder))
+    return Checkpoint(folder, store.verify(folder))
+
+
+def rotate(parent: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best. Call it only after the newest was read back."""
+    for folder in existing(parent)[:-keep]:
+        if _step_of(folder) != best_step:
+            store.remove_folder(folder)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))

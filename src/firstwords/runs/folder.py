@@ -1,0 +1,102 @@
+"""The run folder: the name of everything in it, and who may write there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from firstwords import store
+from firstwords.errors import CannotCreateError, NoInputError
+from firstwords.runs.journal import Journal
+
+LOCK = "run.lock"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def corpus(self) -> Path:
+        """Which prepared text."""
+        return self.path / "corpus.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Journal:
+        """What happened."""
+        return Journal(self.path / "metrics.jsonl")
+
+    @property
+    def samples(self) -> Journal:
+        """What the model said during training."""
+        return Journal(self.path / "samples.jsonl")
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run's lock, having removed what a killed process left half-written.
+
+        Raises:
+            CannotCreateError: Another process trains here, or no folder can be made.
+        """
+        store.make_folder(self.checkpoints)
+        with store.lock(self.path / LOCK):
+            store.remove_leftovers(self.path)
+            store.remove_leftovers(self.checkpoints)
+            yield
+
+
+def new(out: Path | None, name: str) -> RunFolder:
+    """Return the folder for a new run: `out`, or `runs/<name>`, numbered if taken. An empty folder is free.
+
+    Raises:
+        CannotCreateError: `out` holds a run or other files, or is no folder.
+    """
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise CannotCreateError("is a file, not a folder", where=str(out), do="give another --out")
+        run = RunFolder(out)
+        require_new(run)
+        if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+            raise CannotCreateError("is not empty and holds no run", where=str(out), do="give another --out")
+        return run
+    number = 1
+    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists() and any(path.iterdir()):
+        number += 1
+    return RunFolder(path)
+
+
+def require_new(run: RunFolder) -> None:
+    """Raise a CannotCreateError where a run was begun already."""
+    if run.exists:
+        raise CannotCreateError("holds another run", where=str(run.path), do="go on with --resume, or give another --out")
+
+
+def existing(path: Path) -> RunFolder:
+    """Return the run in `path`.
+
+    Raises:
+        NoInputError: There is none.
+    """
+    run = RunFolder(path)
+    if not run.exists:
+        raise NoInputError("there is no run", where=str(path), why="no config.toml in it", do="check --out")
+    return run

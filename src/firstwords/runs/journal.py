@@ -1,0 +1,43 @@
+"""What happened, one JSON object a line. Appended to while a run goes on, cut back to the checkpoint when it resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firstwords import store
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A file of JSON lines."""
+
+    path: Path
+
+    def add(self, event: str, values: Mapping[str, Any]) -> None:
+        """Append one line; numbers that are not finite become null."""
+        line = {"event": event, **{key: _finite(value) for key, value in values.items()}}
+        store.append(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
+
+    def size_bytes(self) -> int:
+        """Return its length after making it durable: what a checkpoint records."""
+        if not self.path.exists():
+            return 0
+        store.sync(self.path)
+        return self.path.stat().st_size
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what was added, oldest first; a last line that was torn by a kill is left out."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

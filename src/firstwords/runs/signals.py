@@ -1,0 +1,49 @@
+"""How a run is asked to stop: the first signal is a request, a second Ctrl-C stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class StopRequest:
+    """Whether and by which signal the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __call__(self) -> str | None:
+        """Return the signal's name, or None."""
+        return self.signal_name
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn stop signals into a request while inside; outside the main thread, where Python allows none, do nothing."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if request.signal_name is not None:  # safe at any moment: checkpoints appear whole or not at all
+            signal.default_int_handler(number, frame)
+        request.signal_name = signal.Signals(number).name
+
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(signal_name: str) -> int:
+    """Return the exit code of a process that a signal stopped: 128 + its number."""
+    return 128 + int(signal.Signals[signal_name])

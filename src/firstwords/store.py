@@ -1,0 +1,294 @@
+"""The only writer: every byte that firstwords leaves on a disk passes through here.
+
+Folders are *published*: written under a temporary name, made durable, renamed, read back. A reader therefore sees a whole
+folder or none, whenever the process or the machine stops. Nothing is overwritten in place; only logs are appended to.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from firstwords.errors import CannotCreateError, DataError, FirstwordsError, PermissionDeniedError, StorageError
+
+Json = dict[str, Any]
+Bytes: TypeAlias = "bytes | memoryview[int]"
+FORMAT = 1
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 20
+
+
+def canonical_json(value: Mapping[str, Any]) -> bytes:
+    """Return the one spelling of `value` that is hashed and compared: sorted keys, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents; a folder that exists is fine.
+
+    Raises:
+        CannotCreateError: A file stands where a folder is needed.
+        PermissionDeniedError, StorageError: The system refuses.
+    """
+    with _speaking_of(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a whole small file atomically: readers see the old one or the new one, never a part."""
+    temporary = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
+    with _speaking_of(path):
+        try:
+            _write_durably(temporary, [data])
+            os.replace(temporary, path)  # noqa: PTH105  the calls that matter are spelled as the system's, for tests to fail them
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes) -> int:
+    """Append to a log and return its new length in bytes. Not synced: `sync` makes it durable."""
+    with _speaking_of(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            _write_all(descriptor, data)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+
+def cut(path: Path, size_bytes: int) -> None:
+    """Cut a log back to `size_bytes`; one that is shorter or absent stays as it is."""
+    with _speaking_of(path):
+        if path.exists() and path.stat().st_size > size_bytes:
+            os.truncate(path, size_bytes)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content durable."""
+    with _speaking_of(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(
+    folder: Path,
+    files: Mapping[str, Iterable[Bytes]],
+    describe: Callable[[], Mapping[str, Any]],
+) -> Json:
+    """Write `files` and a manifest as one folder that appears whole or not at all, and return the manifest.
+
+    Args:
+        folder: The final place; its parent must exist, it must not.
+        files: File name to its bytes in pieces, written in this order and never held whole in memory.
+        describe: Called after the last piece; its keys join the manifest (counts are known only then).
+
+    Raises:
+        CannotCreateError: `folder` exists already.
+        StorageError: Disk full or failing; nothing appears under `folder`.
+        DataError: What was read back is not what was written.
+    """
+    if folder.exists():
+        raise CannotCreateError("is there already", where=str(folder))
+    temporary = folder.with_name(f"tmp-{folder.name}-{secrets.token_hex(4)}")
+    with _speaking_of(folder):
+        try:
+            temporary.mkdir()
+            records = {name: _write_durably(temporary / name, pieces) for name, pieces in files.items()}
+            manifest = {"format": FORMAT, "files": records, **describe()}
+            manifest["sha256"] = sha256(canonical_json(manifest))
+            _write_durably(temporary / MANIFEST, [canonical_json(manifest)])
+            _sync_folder(temporary)
+            os.rename(temporary, folder)  # noqa: PTH104
+            _sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return verify(folder)
+
+
+def read_manifest(folder: Path) -> Json:
+    """Return the manifest of a published folder, checked against its own hash.
+
+    Raises:
+        DataError: Missing, damaged, or made by a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        manifest = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("the manifest cannot be read", where=str(path), why=str(error)) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DataError("this is no manifest", where=str(path))
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"made by format {manifest.get('format')}; this version reads format {FORMAT}", where=str(path))
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256") != sha256(canonical_json(rest)) or data != canonical_json(manifest):
+        raise DataError("the manifest is damaged", where=str(path), why="its checksum does not match")
+    return manifest
+
+
+def verify(folder: Path) -> Json:
+    """Return the manifest after comparing every file's size and SHA-256 with it.
+
+    Raises:
+        DataError: Names the first file that is missing, of another size, or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise DataError("a file is missing", where=str(path))
+        if path.stat().st_size != record["bytes"]:
+            raise DataError(f"has {path.stat().st_size} bytes, its manifest says {record['bytes']}", where=str(path))
+        if file_sha256(path) != record["sha256"]:
+            raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
+    return manifest
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged folder to `damaged-...` so that nothing takes it for a good one, and return its new place."""
+    place = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
+    with _speaking_of(folder):
+        os.rename(folder, place)  # noqa: PTH104
+    return place
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a published folder; its manifest goes first, so that a half-removed one is never taken for whole."""
+    with _speaking_of(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock."""
+    with _speaking_of(parent):
+        for path in parent.glob("tmp-*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space of the disk that holds `path`, in bytes."""
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the system frees it when the process ends, however it ends.
+
+    Raises:
+        CannotCreateError: Another process holds it; the message names its pid and host.
+    """
+    with _speaking_of(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try_lock(descriptor):
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise CannotCreateError(
+                "is in use", where=str(path.parent), why=f"held by {holder}", do="wait for it, or use another --out"
+            )
+        with _speaking_of(path):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there the lock is a courtesy only
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_all(descriptor: int, data: Bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
+    """Create `path`, write and sync it, and return its record for a manifest."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for piece in pieces:
+            _write_all(descriptor, piece)
+            digest.update(piece)
+            size += memoryview(piece).nbytes
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder to sync it
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder; its files are synced by then
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _speaking_of(path: Path) -> Iterator[None]:
+    """Turn the system's errors into ones that say what a person can do about them."""
+    try:
+        yield
+    except OSError as error:
+        raise as_firstwords_error(error, path) from error
+
+
+def as_firstwords_error(error: OSError, path: Path) -> FirstwordsError:
+    """Return the error to show for a failed system call on `path`."""
+    match error.errno:
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return PermissionDeniedError("may not be written", where=str(path), why=os.strerror(error.errno))
+        case errno.EEXIST | errno.ENOTDIR | errno.EISDIR | errno.ENOTEMPTY | errno.ENAMETOOLONG:
+            return CannotCreateError("cannot be created", where=str(path), why=os.strerror(error.errno))
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageError("the disk is full", where=str(path), why=str(error), do="free some space, then --resume")
+        case _:
+            return StorageError("writing failed", where=str(path), why=str(error))

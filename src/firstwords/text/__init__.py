@@ -1,0 +1,1 @@
+"""Raw text becomes batches: sources -> tokenizer -> corpus -> batches."""

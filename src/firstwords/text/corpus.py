@@ -1,0 +1,286 @@
+"""Documents become token shards: two memory-mapped files and a manifest, shared by every run on the same text.
+
+A part (training or held-out) is one stream of ids: `<|endoftext|>`, document, `<|endoftext|>`, document, ... so that a
+document's first token is predicted from `<|endoftext|>`. Whatever the size of the text, memory stays constant.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firstwords import store
+from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.sources import Document, Notice, Texts
+from firstwords.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
+LAYOUT = 1  # of the shards; part of the key under which they are cached
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream of token ids, as memory-mapped uint16 or uint32."""
+
+    ids: np.ndarray[Any, Any]
+    n_bytes: int  # UTF-8 bytes of its text
+    n_documents: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Ids of text, `<|endoftext|>` not counted."""
+        return len(self.ids) - self.n_documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared text."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Part
+    val: Part
+    text_sha256: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the documents tells: the hash of their texts in order, and their lengths in characters."""
+
+    sha256: str
+    n_chars: array.array[int]
+
+    @property
+    def total_chars(self) -> int:
+        """Characters of all documents."""
+        return sum(self.n_chars)
+
+
+def silent(what: str, share: float | None) -> None:
+    """Show no progress."""
+
+
+def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey:
+    """Read every document once.
+
+    Raises:
+        DataError: Nothing but white space in all of them.
+    """
+    whole, n_chars, blank = hashlib.sha256(), array.array("q"), True
+    for document in documents:
+        progress(f"reading {document.name}", None)
+        digest, length = hashlib.sha256(), 0
+        for piece in document.pieces():
+            digest.update(piece.encode())
+            length += len(piece)
+            blank = blank and not piece.strip()
+        whole.update(digest.digest())
+        n_chars.append(length)
+    if blank:
+        raise DataError("there is no text, only white space" if n_chars else "there is no text", where="text")
+    return Survey(whole.hexdigest(), n_chars)
+
+
+def prepare(
+    texts: Texts,
+    tokenizer: str | Tokenizer,
+    *,
+    cache: Path,
+    val_fraction: float = 0.1,
+    val: Texts | None = None,
+    notice: Notice = lambda _: None,
+    progress: Progress = silent,
+) -> Corpus:
+    """Return the corpus of `texts`, from the cache where the same content was prepared in the same way before.
+
+    Args:
+        texts: The documents; read two to four times.
+        tokenizer: `gpt2`, `bytes`, `bpe:N`, the path of a `tokenizer.json`, or one that is there already.
+        cache: Folder of prepared corpora, named by content hash.
+        val_fraction: The share of each document's end that is held out, in characters; 0 with `val`.
+        val: Texts that are held out as a whole.
+        notice: Told what a person should know.
+        progress: Told how far it is.
+
+    Raises:
+        ConfigError: No such tokenizer.
+        DataError: No text.
+    """
+    if isinstance(tokenizer, str):
+        parse_tokenizer(tokenizer)
+    found = survey(texts, progress)
+    held_out = survey(val, progress) if val is not None else None
+    if val is not None and held_out is not None and held_out.sha256 == found.sha256:
+        notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
+    fraction = 0.0 if val is not None else val_fraction
+    folder = cache / _key(found, held_out, fraction, tokenizer)
+    store.make_folder(cache)
+    if folder.exists():
+        try:
+            return load(folder)
+        except DataError as error:
+            notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
+    cuts = array.array("q", (int((1 - fraction) * n) for n in found.n_chars))
+    training = _Slices(texts, [(0, cut) for cut in cuts], found.total_chars, progress)
+    if val is not None and held_out is not None:
+        validation = _Slices(val, [(0, n) for n in held_out.n_chars], held_out.total_chars, progress)
+    else:
+        validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
+    _publish(folder, training, validation, make_tokenizer(tokenizer, training), found.sha256)
+    return load(folder)
+
+
+def load(folder: Path) -> Corpus:
+    """Return a prepared corpus after checking its files against their hashes and its ids against the vocabulary.
+
+    Raises:
+        NoInputError: It is not there.
+        DataError: It is damaged.
+    """
+    if not folder.is_dir():
+        raise NoInputError("the prepared text is not there", where=str(folder), do="train on the text again")
+    manifest = store.verify(folder)
+    tokenizer = tokenizers.from_json((folder / TOKENIZER_FILE).read_bytes(), str(folder / TOKENIZER_FILE))
+    parts = [_open(folder / f"{name}.bin", manifest[name], tokenizer) for name in ("train", "val")]
+    return Corpus(folder, tokenizer, parts[0], parts[1], manifest["text_sha256"])
+
+
+def require_context(part: Part, context_length: int) -> None:
+    """Raise a DataError where a training part is shorter than one context and its target."""
+    n = part.n_tokens
+    if n <= context_length:
+        raise DataError(
+            f"the training text has {n} tokens, a context of {context_length} needs {context_length + 1}",
+            where="text",
+            do=f"give more text, or --model.context-length {n - 1}" if n > 1 else "give more text",
+        )
+
+
+def parse_tokenizer(name: str) -> tuple[str, int]:
+    """Return (kind, size) of a tokenizer's name; kind is gpt2, bytes, bpe or file, size is 0 but for bpe.
+
+    Raises:
+        ConfigError: Neither a known name nor an existing file.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdecimal() and len(size) < 10:
+        tokenizers.check_vocab_size(int(size))
+        return "bpe", int(size)
+    if name in ("gpt2", "bytes"):
+        return name, 0
+    if Path(name).is_file():
+        return "file", 0
+    raise ConfigError(f"no tokenizer {name!r}", where="--tokenizer", do="known: gpt2, bytes, bpe:N, a tokenizer.json")
+
+
+def make_tokenizer(name: str | Tokenizer, training: Iterable[Document]) -> Tokenizer:
+    """Return the tokenizer of that name; a `bpe:N` is trained on the training part only."""
+    if isinstance(name, Tokenizer):
+        return name
+    kind, size = parse_tokenizer(name)
+    match kind:
+        case "gpt2":
+            return tokenizers.gpt2()
+        case "bytes":
+            return tokenizers.byte_tokenizer()
+        case "bpe":
+            return tokenizers.train_bpe((piece for document in training for piece in document.pieces()), size)
+        case _:
+            return tokenizers.from_json(Path(name).read_bytes(), name)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Documents cut to character ranges; iterated anew each time."""
+
+    documents: Iterable[Document]
+    ranges: list[tuple[int, int]]
+    total_chars: int
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Document]:
+        done = 0
+        for document, (start, end) in zip(self.documents, self.ranges, strict=True):
+            self.progress(f"tokenizing {document.name}", done / max(1, self.total_chars))
+            if end > start:
+                yield Document(document.name, functools.partial(_slice, document.pieces, start, end))
+            done += end
+
+
+def _slice(pieces: Callable[[], Iterator[str]], start: int, end: int) -> Iterator[str]:
+    at = 0
+    for piece in pieces():
+        if at < end and at + len(piece) > start:
+            yield piece[max(0, start - at) : end - at]
+        at += len(piece)
+
+
+def _key(found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer) -> str:
+    """Return the cache folder's name: a hash of all that decides the shards."""
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = "ranks:" + tokenizer.sha256
+    elif parse_tokenizer(tokenizer)[0] == "file":
+        tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
+    wanted = [LAYOUT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
+    return store.sha256(store.canonical_json({"prepared": wanted}))[:32]
+
+
+def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: Tokenizer, text_sha256: str) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    counts: dict[str, dict[str, int]] = {}
+
+    def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
+        count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
+        for document in documents:
+            count["documents"] += 1
+            count["ids"] += 1
+            yield np.array([tokenizer.end_of_text], dtype).tobytes()
+            for ids in tokenizer.stream(_counted(document.pieces(), count)):
+                count["ids"] += len(ids)
+                yield ids.astype(dtype).tobytes()
+
+    store.publish(
+        folder,
+        {
+            TOKENIZER_FILE: [tokenizer.to_json()],
+            "train.bin": shard("train", training),
+            "val.bin": shard("val", validation),
+        },
+        lambda: {
+            "kind": "corpus",
+            "dtype": dtype.str,
+            "text_sha256": text_sha256,
+            "tokenizer": tokenizers.metadata(tokenizer),
+            **{name: {**count, "dtype": dtype.str} for name, count in counts.items()},
+        },
+    )
+
+
+def _counted(pieces: Iterable[str], count: dict[str, int]) -> Iterator[str]:
+    for piece in pieces:
+        count["bytes"] += len(piece.encode())
+        yield piece
+
+
+def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:
+    dtype = np.dtype(record["dtype"])
+    if path.stat().st_size != record["ids"] * dtype.itemsize:
+        raise DataError(f"does not hold the {record['ids']} ids that its manifest names", where=str(path))
+    ids = np.memmap(path, dtype, "r") if record["ids"] else np.empty(0, dtype)  # an empty file cannot be mapped
+    if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
+        at = int(np.argmax(ids >= tokenizer.vocab_size))
+        raise DataError(
+            f"token id {int(ids[at])} is beyond the vocabulary of {tokenizer.vocab_size}",
+            where=f"{path}, token {at}",
+            do="remove the folder; the text will be prepared again",
+        )
+    return Part(ids, record["bytes"], record["documents"])

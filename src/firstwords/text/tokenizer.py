@@ -1,0 +1,264 @@
+"""Text <-> token ids: GPT-2's byte-pair encoding, one trained here, or bytes.
+
+All three are a `tiktoken.Encoding` over ranks, so they encode alike and fast, and all three are written as the
+`tokenizer.json` that the `tokenizers` library reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import regex
+import tiktoken
+
+from firstwords.errors import ConfigError, DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's split pattern (openai/gpt-2, src/encoder.py).
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+KINDS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # of characters; a piece is a run of one kind, after a space
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as pinned in tiktoken
+PIECE_CHARS = 1 << 16  # the longest text that is encoded at once
+LONGEST_TRAINED = 1000  # characters; training a BPE is quadratic in its longest piece
+SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20
+
+Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level tokenizer: every text has ids, and its ids give the text back."""
+
+    name: str  # gpt2, bytes, or bpe:N
+    encoding: tiktoken.Encoding
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, `<|endoftext|>` included."""
+        return self.encoding.n_vocab
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of `<|endoftext|>`, the last one."""
+        return self.encoding.n_vocab - 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; `<|endoftext|>` in it is text like any other."""
+        return [int(token) for ids in self.stream([text]) for token in ids]
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[Ids]:
+        """Yield the ids of a text given in pieces, in constant memory; however it is cut, they are those of the whole."""
+        if self.name == "bytes":
+            for piece in pieces:
+                yield np.frombuffer(piece.encode(), np.uint8).astype(np.uint32)
+            return
+        for piece in safe_pieces(pieces):
+            yield self.encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: An id beyond the vocabulary.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that one id stands for.
+
+        Raises:
+            ValueError: An id beyond the vocabulary.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is beyond the vocabulary of {self.vocab_size}")
+        return self.encoding.decode_single_token_bytes(token)
+
+    def to_json(self) -> bytes:
+        """Return the tokenizer as the `tokenizers` library's own file."""
+        spelled = _byte_letters()
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        words = {"".join(spelled[byte] for byte in word): rank for word, rank in ranks}
+        merges = [[_spell(part, spelled) for part in pair] for pair in _merges(self.encoding._mergeable_ranks)]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        words[END_OF_TEXT] = self.end_of_text
+        value = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.end_of_text, "content": END_OF_TEXT, **special}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "vocab": words, "merges": merges},
+        }
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the ranks: what decides the ids."""
+        digest = hashlib.sha256()
+        for word, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d %d " % (rank, len(word)) + word)
+        return digest.hexdigest()
+
+
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """Return GPT-2's encoding, equal to `tiktoken.get_encoding("gpt2")` but never from the network.
+
+    Raises:
+        DataError: The vocabulary file of this installation is damaged.
+    """
+    file = files("firstwords.text") / "data" / "vocab.bpe"
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
+        raise DataError("GPT-2's vocabulary is damaged", where=str(file), do="install firstwords again")
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_letters())}
+    for line in data.decode().splitlines()[1:]:
+        ranks[bytes(letters[letter] for letter in line.replace(" ", ""))] = len(ranks)
+    return _encoding("gpt2", ranks)
+
+
+def gpt2() -> Tokenizer:
+    """Return GPT-2's tokenizer: 50,257 ids."""
+    return Tokenizer("gpt2", gpt2_tokenizer())
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer without merges: id = byte, 256 = `<|endoftext|>`."""
+    return Tokenizer("bytes", _encoding("bytes", {bytes([byte]): byte for byte in range(256)}))
+
+
+def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-pair encoding of at most `vocab_size` ids, with GPT-2's split pattern; `<|endoftext|>` is the last.
+
+    A text that has fewer pairs to merge gives fewer ids. Runs of over 1,000 letters, digits, signs or spaces are left out
+    of training (they are still encoded).
+
+    Raises:
+        ConfigError: A size that bytes and `<|endoftext|>` already exceed, or beyond 2^20.
+    """
+    from tokenizers import Tokenizer as Trainable
+    from tokenizers import models, pre_tokenizers, trainers
+
+    check_vocab_size(vocab_size)
+    trainable = Trainable(models.BPE())
+    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    too_long = regex.compile("|".join(rf"{kind}{{{LONGEST_TRAINED + 1},}}" for kind in KINDS))
+    trainable.train_from_iterator((too_long.sub("\n", piece) for piece in safe_pieces(pieces)), trainer)
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    ranks = {bytes(letters[letter] for letter in word): rank for word, rank in trainable.get_vocab().items()}
+    return Tokenizer(f"bpe:{len(ranks) + 1}", _encoding("bpe", ranks))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise a ConfigError for a size that a trained BPE cannot have."""
+    if not SMALLEST_BPE <= vocab_size <= LARGEST_BPE:
+        raise ConfigError(
+            f"bpe cannot have {vocab_size} ids",
+            where="--tokenizer",
+            do=f"allowed: from {SMALLEST_BPE} to {LARGEST_BPE}",
+        )
+
+
+def from_json(data: bytes, where: str) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json` as `to_json` writes it.
+
+    Raises:
+        DataError: No JSON, not byte-level BPE, ids with gaps, or merges that do not follow from the ids.
+    """
+    try:
+        model = json.loads(data)["model"]
+        letters = {letter: byte for byte, letter in _byte_letters().items()}
+        words: dict[str, int] = dict(model["vocab"])
+        end_of_text = words.pop(END_OF_TEXT)
+        ranks = {bytes(letters[letter] for letter in word): int(rank) for word, rank in words.items()}
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError("is no byte-level BPE tokenizer", where=where, why=f"{type(error).__name__}: {error}") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or end_of_text != len(ranks):
+        raise DataError("the tokenizer's ids have gaps", where=where, why=f"{END_OF_TEXT} must be the last of dense ids")
+    spelled = _byte_letters()
+    if [(_spell(a, spelled), _spell(b, spelled)) for a, b in _merges(ranks)] != merges:
+        raise DataError("the tokenizer's merges are not in the order of its ids", where=where)
+    return Tokenizer(_name_of(ranks), _encoding("bpe", ranks))
+
+
+def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the same text cut where GPT-2's pattern always splits: before the space or newline after a visible character.
+
+    The cuts depend on the text alone, not on `pieces`. Where 65,536 characters have no such place, they are cut as they
+    are; there, and only there, the ids may differ from those of a tokenizer that sees the whole.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        while len(rest) > PIECE_CHARS:
+            cut = _last_safe_cut(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _last_safe_cut(text: str) -> int:
+    for match in regex.finditer(r"(?r)[^\s][ \n]", text, endpos=PIECE_CHARS + 1):
+        return int(match.start()) + 1
+    return PIECE_CHARS
+
+
+def _encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def _name_of(ranks: dict[bytes, int]) -> str:
+    if len(ranks) == 256 and all(ranks[bytes([byte])] == byte for byte in range(256)):
+        return "bytes"
+    return "gpt2" if Tokenizer("", _encoding("", ranks)).sha256 == gpt2().sha256 else f"bpe:{len(ranks) + 1}"
+
+
+@functools.cache
+def _byte_letters() -> dict[int, str]:
+    """Return GPT-2's printable letter for each byte, in the order of its first 256 ids (openai/gpt-2, src/encoder.py)."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+def _spell(word: bytes, letters: dict[int, str]) -> str:
+    return "".join(letters[byte] for byte in word)
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the two parts of each merged word, in rank order: what is left of it when only lower ranks may merge."""
+    pairs = []
+    for word, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(word) == 1:
+            continue
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while len(parts) > 2:
+            candidates = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+            lowest, i = min(candidates)
+            if lowest >= rank:
+                raise DataError("the tokenizer has a word that no merge makes", where=repr(word))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a manifest says of a tokenizer."""
+    return {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}

@@ -1,0 +1,107 @@
+"""A model on held-out text: every token counted once, seen from at least half a context where its document allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from firstwords.model.gpt import GPTModel
+from firstwords.model.loss import bits_per_byte, perplexity, token_nats
+from firstwords.text.batches import IGNORE
+from firstwords.text.corpus import Part
+
+TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on a text."""
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    n_tokens: int
+    n_bytes: int
+
+    @classmethod
+    def of(cls, nats: float, n_tokens: int, n_bytes: int) -> Evaluation:
+        """Return the figures that follow from the summed nats."""
+        mean = nats / n_tokens
+        return cls(mean, perplexity(mean), bits_per_byte(nats, n_bytes), n_tokens, n_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON has them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Window:
+    """`length` inputs from `start`, of which the targets from `skip` on are counted."""
+
+    start: int
+    length: int
+    skip: int
+
+
+def windows(starts: np.ndarray, ends: np.ndarray, context_length: int) -> Iterator[Window]:
+    """Yield the windows over documents [start, end) of a stream, `<|endoftext|>` at each start.
+
+    The first window of a document counts all its targets; each later one starts half a context further and counts those
+    that no earlier one did.
+    """
+    stride = max(1, context_length // 2)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        n_targets, done, at = end - start - 1, 0, 0
+        while done < n_targets:
+            length = min(context_length, n_targets - at)
+            yield Window(start + at, length, done - at)
+            done = at + length
+            at += stride
+
+
+@torch.no_grad()
+def evaluate(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) -> Evaluation | None:
+    """Return the model's figures on a part, or None where it has no token. Deterministic.
+
+    Args:
+        model: Evaluated without dropout; left in the mode it came in.
+        part: Its bytes are those of all its counted targets.
+        dtype: Of the matrix products.
+    """
+    if not part.n_tokens:
+        return None
+    starts = np.flatnonzero(part.ids == separator(part))
+    ends = np.append(starts[1:], len(part.ids))
+    plan = sorted(windows(starts, ends, model.config.context_length), key=lambda window: -window.length)
+    rows = max(1, TOKENS_AT_ONCE // model.config.context_length)
+    was_training = model.training
+    model.eval()
+    try:
+        nats = sum(_nats(model, part, plan[i : i + rows], dtype) for i in range(0, len(plan), rows))
+    finally:
+        model.train(was_training)
+    return Evaluation.of(nats, part.n_tokens, part.n_bytes)
+
+
+def separator(part: Part) -> int:
+    """Return the id that separates documents: the first of every stream."""
+    return int(part.ids[0])
+
+
+def _nats(model: GPTModel, part: Part, group: list[Window], dtype: torch.dtype) -> float:
+    """Return the summed nats of the counted targets of some windows, the longest first."""
+    device = model.tok_emb.weight.device
+    tokens = np.zeros((len(group), group[0].length), np.int64)
+    targets = np.full_like(tokens, IGNORE)
+    for row, window in enumerate(group):
+        ids = part.ids[window.start : window.start + window.length + 1]
+        tokens[row, : window.length] = ids[:-1]
+        targets[row, window.skip : window.length] = ids[1 + window.skip :]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        features = model.features(torch.from_numpy(tokens).to(device))
+        nats = token_nats(features, model.out_head.weight, torch.from_numpy(targets).to(device))
+    return float(nats.cpu().double().sum())

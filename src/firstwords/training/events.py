@@ -1,0 +1,114 @@
+"""What happens in a run, as values. They need no torch, so that whoever shows them needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from firstwords.config import RunConfig
+from firstwords.text.corpus import Corpus
+
+if TYPE_CHECKING:
+    from firstwords.training.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """An update is done."""
+
+    step: int  # updates done, from 1
+    tokens: int  # targets learnt from so far
+    nats_per_token: float
+    lr: float
+    grad_norm: float  # before clipping
+    tokens_per_s: float  # of this step
+    took_s: float  # this step
+    elapsed_s: float  # of the run so far, everything included
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The whole held-out text was evaluated; `evaluation` is None where there is none."""
+
+    step: int
+    evaluation: Evaluation | None
+    best: bool
+    took_s: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The model spoke."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SaveDue:
+    """It is time for a checkpoint of the state as it is now."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """No more steps: `done`, or the caller's reason."""
+
+    step: int
+    reason: str
+
+
+Event = StepDone | Evaluated | Sampled | SaveDue | Stopped  # what the loop yields
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line that a person should read."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """The text is being read or tokenized; the share that is done, where it is known."""
+
+    what: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training begins or goes on."""
+
+    run: Path
+    config: RunConfig
+    corpus: Corpus
+    step: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The time budget was turned into steps."""
+
+    step: int
+    total_steps: int
+    eval_every: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on disk and was read back."""
+
+    step: int
+    folder: Path
+
+
+Told = Event | Notice | Preparing | Started | Planned | Saved
+Listener = Callable[[Told], None]
+
+
+def ignore(told: Told) -> None:
+    """Listen to nothing."""

@@ -1,0 +1,172 @@
+"""The one loop. It informs by yielding events and does not act: saving, showing and deciding are its caller's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from firstwords.config import OptimConfig
+from firstwords.errors import DivergedError
+from firstwords.model.loss import target_nats
+from firstwords.text.batches import Batch
+from firstwords.training.evaluate import Evaluation
+from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
+from firstwords.training.optim import learning_rate
+from firstwords.training.state import TrainState
+
+Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What the loop needs to know of a run."""
+
+    optim: OptimConfig
+    seed: int
+    micro_batch_size: int
+    sample_every: int | None  # None: with the evaluations
+    save_every_s: float
+    dtype: torch.dtype  # of the matrix products
+
+
+def fit(
+    state: TrainState,
+    batches: Callable[[int], Batch],
+    config: FitConfig,
+    *,
+    evaluate: Callable[[], Evaluation | None],
+    sample: Callable[[int], str],
+    forward: Forward | None = None,
+    should_stop: Callable[[], str | None] = lambda: None,
+) -> Iterator[Event]:
+    """Train until `state.total_steps` and yield what happens. The state is consistent at every yield.
+
+    A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
+    model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, after a
+    best evaluation, every `save_every_s`, at the last step, and before stopping.
+
+    Args:
+        state: Changed in place.
+        batches: The batch of the update after that many updates.
+        config: Fixed for the run.
+        evaluate: The figures of `state.model` now.
+        sample: What `state.model` says now; its argument is the step.
+        forward: A faster `state.model.features`, such as a compiled one.
+        should_stop: Asked after each step; a reason stops.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite; the weights are those of the step before.
+    """
+    started_s = time.perf_counter() - state.elapsed_s
+    if state.step == 0:
+        yield from _look(state, evaluate, sample, at=(True, True))
+        yield SaveDue(0)
+    saved_s = time.perf_counter()
+    while state.total_steps is None or state.step < state.total_steps:
+        done = _update(state, batches, config, forward or state.model.features)
+        state.elapsed_s = round(time.perf_counter() - started_s, 3)
+        yield StepDone(state.step, state.tokens, *done, state.elapsed_s)
+        last = state.step == state.total_steps
+        due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
+        sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
+        best = yield from _look(state, evaluate, sample, at=(due, sampling))
+        reason = should_stop()
+        if best or last or reason or time.perf_counter() - saved_s >= config.save_every_s:
+            yield SaveDue(state.step)
+            saved_s = time.perf_counter()
+        if reason:
+            yield Stopped(state.step, reason)
+            return
+    yield Stopped(state.step, "done")
+
+
+def _look(
+    state: TrainState,
+    evaluate: Callable[[], Evaluation | None],
+    sample: Callable[[int], str],
+    at: tuple[bool, bool],
+) -> Generator[Event, None, bool]:
+    """Evaluate and sample where `at` says so; returns whether this is the best evaluation so far."""
+    best = False
+    if at[0]:
+        started_s = time.perf_counter()
+        evaluation = evaluate()
+        best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
+        if best and evaluation is not None:
+            state.best_step, state.best_nats = state.step, evaluation.nats_per_token
+        yield Evaluated(state.step, evaluation, best, time.perf_counter() - started_s)
+    if at[1]:
+        yield Sampled(state.step, sample(state.step))
+    return best
+
+
+def _update(
+    state: TrainState, batches: Callable[[int], Batch], config: FitConfig, forward: Forward
+) -> tuple[float, float, float, float, float]:
+    """Do the next update and return its nats per token, learning rate, gradient norm, tokens per second and seconds."""
+    started_s = time.perf_counter()
+    lr = learning_rate(state.step, config.optim, state.total_steps)
+    batch = batches(state.step)
+    nats_per_token, grad_norm = train_step(state, batch, config, lr, forward)
+    state.step += 1
+    state.tokens += batch.n_targets
+    took_s = time.perf_counter() - started_s
+    return nats_per_token, lr, grad_norm, round(batch.n_targets / took_s, 1), round(took_s, 4)
+
+
+def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, forward: Forward) -> tuple[float, float]:
+    """Do one update over one global batch and return its nats per token and the gradient's norm before clipping.
+
+    The batch is cut into micro-batches; each adds its nats divided by the whole batch's counted targets, so the
+    gradient is that of the whole whatever the cut.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite. Nothing is updated.
+    """
+    model, device = state.model, state.model.tok_emb.weight.device
+    model.train()
+    loss = torch.zeros((), device=device)
+    with _seeded(config.seed, state.step, device):
+        for start in range(0, len(batch.tokens), config.micro_batch_size):
+            rows = slice(start, start + config.micro_batch_size)
+            tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
+            with torch.autocast(device.type, config.dtype, enabled=config.dtype != torch.float32):
+                nats = target_nats(forward(tokens), model.out_head.weight, targets)
+            (nats / batch.n_targets).backward()  # type: ignore[no-untyped-call]
+            loss += nats.detach() / batch.n_targets
+    grad_norm = _clip(model, config.optim.max_grad_norm)
+    nats_per_token = float(loss)
+    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm)):
+        raise DivergedError(
+            f"the loss is {nats_per_token} and the gradient's norm {grad_norm}",
+            where=f"step {state.step + 1}",
+            why="training diverged; the weights are those before this step",
+            do=f"a lower --optim.peak-lr (it was {lr:.3g} here) or a longer --optim.warmup-steps",
+        )
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return nats_per_token, grad_norm
+
+
+def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> float:
+    """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had."""
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+@contextmanager
+def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Make dropout a function of (seed, step), and leave the process's random generators as they were."""
+    index = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=index, device_type=device.type if device.type != "cpu" else "cuda"):
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+        yield

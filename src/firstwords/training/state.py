@@ -1,0 +1,99 @@
+"""All that a run must save to go on bit for bit, in one registry.
+
+What is a function of (seed, step) is not state: the batch, the learning rate, dropout's random numbers, the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstwords.errors import DataError
+from firstwords.model.gpt import GPTModel
+
+# The registry: every scalar of TrainState that is saved. The tensors are the model's and the optimizers'.
+SCALARS = ("step", "tokens", "elapsed_s", "total_steps", "eval_every", "best_step", "best_nats")
+
+
+@dataclass
+class TrainState:
+    """A run at one moment."""
+
+    model: GPTModel
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    step: int = 0  # updates done
+    tokens: int = 0  # targets learnt from
+    elapsed_s: float = 0.0  # of training in all, over every resume
+    total_steps: int | None = None  # None until a time budget has become steps
+    eval_every: int | None = None
+    best_step: int | None = None
+    best_nats: float | None = None  # held-out nats per token at best_step
+
+
+def model_tensors(model: GPTModel) -> dict[str, Tensor]:
+    """Return the model's weights by name; a tied head is stored once, as `tok_emb.weight`."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_model_tensors(model: GPTModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        DataError: A tensor is missing, unknown, or of another shape; the first is named.
+    """
+    own = model_tensors(model)
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors or name not in own:
+            kind = "missing" if name in own else "unknown"
+            raise DataError(f"tensor {name!r} is {kind}", where=where, why="it was made with another configuration")
+        if own[name].shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
+            raise DataError(f"tensor {name!r} has shape {shapes}", where=where)
+        own[name].copy_(tensors[name])
+
+
+def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return the optimizers' tensors as `parameter/kind`: `tok_emb.weight/exp_avg`."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter, optimizer in _owners(state)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizers back what `optimizer_tensors` returned."""
+    by_name = {name: (parameter, optimizer) for name, parameter, optimizer in _owners(state)}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition("/")
+        parameter, optimizer = by_name[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def scalars(state: TrainState) -> dict[str, Any]:
+    """Return the registered scalars."""
+    return {name: getattr(state, name) for name in SCALARS}
+
+
+def load_scalars(state: TrainState, values: Mapping[str, Any]) -> None:
+    """Set the registered scalars.
+
+    Raises:
+        DataError: One is missing.
+    """
+    for name in SCALARS:
+        if name not in values:
+            raise DataError(f"the saved state has no {name!r}", where="state.json")
+        setattr(state, name, values[name])
+
+
+def _owners(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[id(parameter)], parameter, optimizer
