@@ -124,7 +124,7 @@ def test_texts_can_be_iterated_again_and_side_by_side(tmp_path: Path, monkeypatc
 def test_a_folder_is_searched_in_sorted_order_without_hidden_and_other_files(tmp_path: Path):
     for name in ["b.txt", "a/z.md", "a.TXT", "a/b/c.jsonl.gz", ".hidden.txt", ".git/x.txt", "code.py", "é.md.gz"]:
         text = '{"text": "json"}' if "jsonl" in name else name
-        write(tmp_path / "notes" / name, gzip.compress(text.encode()) if name.endswith(".gz") else text)
+        write(tmp_path / "notes" / name, gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text)
     texts = read([tmp_path / "notes"])
     assert texts.name == "notes"
     assert contents(texts) == ["a.TXT", "json", "a/z.md", "b.txt", "é.md.gz"]
@@ -146,7 +146,7 @@ def test_a_named_file_of_any_suffix_is_text(tmp_path: Path):
 
 
 def test_gzip_is_known_by_its_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    packed = gzip.compress("ä".encode() * 10) + gzip.compress(b"!")
+    packed = gzip.compress("ä".encode() * 10, mtime=0) + gzip.compress(b"!", mtime=0)
     stdin_holding(monkeypatch, packed)
     assert contents(read([write(tmp_path / "a.txt", packed), "-"])) == ["ä" * 10 + "!"] * 2
 
@@ -166,7 +166,7 @@ def test_jsonl_lines_across_pieces_come_back_exactly(tmp_path: Path):
 
 
 def test_paths_are_absolute_and_names_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write(tmp_path / "v1.2 notes/my text.v2.txt.gz", gzip.compress(b"a"))
+    write(tmp_path / "v1.2 notes/my text.v2.txt.gz", gzip.compress(b"a", mtime=0))
     monkeypatch.chdir(tmp_path / "v1.2 notes")
     texts = read(["my text.v2.txt.gz"])
     monkeypatch.chdir("/")
@@ -285,7 +285,7 @@ def test_an_empty_file_is_refused_if_named_and_skipped_in_a_folder(tmp_path: Pat
         empty,
         tmp_path,
         "-",
-        write(tmp_path / "empty.md.gz", gzip.compress(b"")),
+        write(tmp_path / "empty.md.gz", gzip.compress(b"", mtime=0)),
         write(tmp_path / "bom.md", "\ufeff"),
     ]:
         assert error_of(DataError, path).what == "is empty (0 bytes)"
@@ -307,7 +307,7 @@ def test_an_empty_file_is_refused_if_named_and_skipped_in_a_folder(tmp_path: Pat
         (b"\xfd7zXZ\x00", "xz"),
         (b"BZh91AY&SY", "bzip2"),
         (b"\x28\xb5\x2f\xfd", "zstd"),
-        (gzip.compress(gzip.compress(b"a")), "gzip"),
+        (gzip.compress(gzip.compress(b"a"), mtime=0), "gzip"),
         (b"\x7fELF\x02", "ELF"),
         (b"SQLite format 3\x00", "SQLite"),
         (b"PAR1\x15", "Parquet"),
@@ -446,7 +446,7 @@ def test_bad_json_has_its_column(tmp_path: Path):
 @pytest.mark.parametrize("change", [b"", b"a longer text than before" * 9, PNG])
 def test_a_file_that_changes_in_size_is_refused(tmp_path: Path, suffix: str, change: bytes):
     def packed(content: bytes) -> bytes:
-        return gzip.compress(content) if suffix.endswith(".gz") else content
+        return gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content
 
     path = write(tmp_path / f"a{suffix}", packed("some téxt".encode()))
     texts = read([path])
@@ -466,10 +466,12 @@ def test_a_file_that_is_gone_is_no_input(tmp_path: Path):
 
 @pytest.mark.parametrize("n_kept", [3, 15, -9, -3])
 def test_gzip_cut_short_is_damaged(tmp_path: Path, n_kept: int):
-    path = write(tmp_path / "a.txt.gz", gzip.compress(os.urandom(1000).hex().encode())[:n_kept])
+    path = write(tmp_path / "a.txt.gz", gzip.compress(os.urandom(1000).hex().encode(), mtime=0)[:n_kept])
     assert error_of(DataError, path).what == "damaged gzip data"
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"a") + b"rest", gzip.compress(b"ab")[:-6] + b"123456"])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"a", mtime=0) + b"rest", gzip.compress(b"ab", mtime=0)[:-6] + b"123456"]
+)
 def test_what_is_not_whole_gzip_is_damaged(tmp_path: Path, content: bytes):
     assert error_of(DataError, write(tmp_path / "a.txt.gz", content)).what == "damaged gzip data"

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from firstwords.config import GPT_CONFIG_124M as GPT_CONFIG_124M
     from firstwords.config import ModelConfig as ModelConfig
     from firstwords.errors import FirstwordsError as FirstwordsError
-    from firstwords.model.generate import Sampling as Sampling
     from firstwords.model.generate import generate_text_simple as generate_text_simple
     from firstwords.model.gpt import GPTModel as GPTModel
     from firstwords.model.language_model import LanguageModel as LanguageModel
     from firstwords.model.language_model import text_to_token_ids as text_to_token_ids
     from firstwords.model.language_model import token_ids_to_text as token_ids_to_text
+    from firstwords.model.sampling import Sampling as Sampling
     from firstwords.text.tokenizer import gpt2_tokenizer as gpt2_tokenizer
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOMES = {
     "FirstwordsError": "firstwords.errors",
     "LanguageModel": "firstwords.model.language_model",
     "ModelConfig": "firstwords.config",
-    "Sampling": "firstwords.model.generate",
+    "Sampling": "firstwords.model.sampling",
     "evaluate": "firstwords.api",
     "explain": "firstwords.api",
     "generate_text_simple": "firstwords.model.generate",

@@ -19,7 +19,7 @@ import platformdirs
 
 from firstwords import store
 from firstwords.config import ModelConfig, RunConfig, flag, flatten, from_toml, key_types, run_config, to_toml
-from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsError, NoInputError
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
 from firstwords.runs import folder as run_folder
@@ -29,7 +29,7 @@ from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
 from firstwords.text.sources import Texts
-from firstwords.training.events import Listener, Notice, Preparing, Started, Stopped, ignore
+from firstwords.training.events import Listener, Notice, Preparing, Started, ignore
 
 if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.runs.checkpoint import Checkpoint
     from firstwords.training.evaluate import Evaluation
-    from firstwords.training.loop import FitConfig
+    from firstwords.training.loop import FitConfig, Forward
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 EVALUATIONS = 20  # in a run of known length
@@ -77,14 +77,31 @@ def train(
     if not isinstance(text, tuple) or text:
         given |= {"text": tuple(map(str, [text] if isinstance(text, str | Path) else text)), "text_sha256": None}
     folder = Path(out) if out is not None else None
-    asked = _resumed(folder, given) if resume else _new(folder, config, given, listener)
+    asked = _resumed(folder, config, given) if resume else _new(folder, config, given, listener)
     prepared = _prepare(asked, listener)
+
+    from firstwords.text.batches import Batches
+    from firstwords.training import loop
+
     settled = _settled(asked, prepared)
     with asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
         recorder = _begin(asked, settled, prepared, listener, started_s)
-        return _drive(recorder, stop)
+        evaluate, sample = _looks(recorder)
+        events = loop.fit(
+            recorder.state,
+            Batches(prepared.train, settled.model.context_length, settled.batch_size, settled.seed),
+            _fit_config(settled),
+            evaluate=evaluate,
+            sample=sample,
+            forward=_forward(recorder),
+            should_stop=stop,
+        )
+        with recorder.naming_the_last_good_checkpoint():
+            for event in events:
+                recorder.take(event)
+        return recorder.result()
 
 
 @dataclass(frozen=True)
@@ -101,13 +118,14 @@ def _new(out: Path | None, config: str | Path | None, given: dict[str, Any], lis
     layers = [] if config is None else [from_toml(_read(Path(config)), str(config))]
     asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
+    _require_utf8([*asked.text, *([asked.val] if asked.val else [])])
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     store.make_folder(run.path)
     return _Asked(run, asked, texts, any("model.vocab_size" in layer for layer in (*layers, given)))
 
 
-def _resumed(out: Path | None, given: dict[str, Any]) -> _Asked:
+def _resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> _Asked:
     """Return the recorded run with what may change on the way.
 
     Raises:
@@ -116,10 +134,19 @@ def _resumed(out: Path | None, given: dict[str, Any]) -> _Asked:
     """
     if out is None:
         raise ConfigError("--resume needs --out", where="--resume", do="name the run's folder with --out")
+    if config is not None:
+        raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
-    recorded = from_toml(run.config.read_text(encoding="utf-8"), str(run.config))
+    recorded = from_toml(_read(run.config), str(run.config))
+    if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
+        given = {key: value for key, value in given.items() if not key.startswith("text")}
     for key, value in given.items():
-        if key in key_types() and key not in RESUMABLE and run_config(recorded, {key: value}) != run_config(recorded):
+        if (
+            key != "text_sha256"
+            and key in key_types()
+            and key not in RESUMABLE
+            and run_config(recorded, {key: value}) != run_config(recorded)
+        ):
             raise ConfigError(
                 "a resumed run goes on with what it recorded",
                 where=flag(key),
@@ -178,7 +205,14 @@ def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus
 
 
 def _recorded_corpus(run: RunFolder) -> Path | None:
-    return cache_folder() / str(json.loads(run.corpus.read_bytes())["folder"]) if run.corpus.is_file() else None
+    if not run.corpus.is_file():
+        return None
+    try:
+        return cache_folder() / str(json.loads(run.corpus.read_bytes())["folder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "is damaged", where=str(run.corpus), why=str(error), do="remove it; the text is read again"
+        ) from error
 
 
 def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
@@ -214,7 +248,9 @@ def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
     warmup_steps = min(config.optim.warmup_steps, steps // 4) if steps else config.optim.warmup_steps
     return dataclasses.replace(
         config,
-        text=tuple(path if path == "-" else str(Path(path).absolute()) for path in config.text),
+        text=_absolute(config.text),
+        val=None if config.val is None else _absolute((config.val,))[0],
+        tokenizer=_absolute((config.tokenizer,))[0] if Path(config.tokenizer).is_file() else config.tokenizer,
         text_sha256=prepared.text_sha256,
         steps=steps,
         epochs=None,
@@ -228,6 +264,17 @@ def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
         model=model,
         optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps),
     )
+
+
+def _require_utf8(names: Sequence[str]) -> None:
+    """Raise a DataError for a name that no configuration file can hold."""
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DataError("the name is not UTF-8", where=ascii(name), do="rename it, or send it to standard input: -")
+
+
+def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path if path == "-" else str(Path(path).absolute()) for path in paths)
 
 
 def _with_vocab(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -268,49 +315,29 @@ def _begin(asked: _Asked, config: RunConfig, prepared: Corpus, listener: Listene
     return recorder
 
 
-def _drive(recorder: Recorder, stop: signals.StopRequest) -> TrainResult:
-    """Run the loop to its end and return the result.
-
-    Raises:
-        DivergedError: With the last good checkpoint named.
-    """
-    import torch
-
-    from firstwords.model.generate import Sampling
+def _looks(recorder: Recorder) -> tuple[Callable[[], Evaluation | None], Callable[[int], str]]:
+    """Return what the loop asks now and then: how good the model is, and what it says."""
     from firstwords.model.language_model import LanguageModel
+    from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
-    from firstwords.text.batches import Batches
-    from firstwords.training import loop
     from firstwords.training.evaluate import evaluate as evaluate_part
 
-    config, state, corpus = recorder.config, recorder.state, recorder.corpus
-    dtype = machine.DTYPES[config.precision]
-    lm = LanguageModel(state.model, corpus.tokenizer, dtype=dtype)
-    sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
-    events = loop.fit(
-        state,
-        Batches(corpus.train, config.model.context_length, config.batch_size, config.seed),
-        _fit_config(config),
-        evaluate=lambda: evaluate_part(state.model, corpus.val, dtype),
-        sample=lambda step: lm.generate(
-            config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=config.seed + step
-        ),
-        forward=torch.compile(state.model.features) if config.compile == "on" else None,
-        should_stop=stop,
-    )
-    reason = "done"
-    try:
-        for event in events:
-            recorder.take(event)
-            if isinstance(event, Stopped):
-                reason = event.reason
-    except DivergedError as error:
-        recorder.run.metrics.add("stop", {"step": state.step, "reason": str(error)})
-        kept = recorder.newest.folder if recorder.newest is not None else "none"
-        raise DivergedError(
-            error.what, where=error.where, why=f"{error.why}; the last good checkpoint is {kept}", do=error.do
-        ) from error
-    return recorder.result(reason)
+    config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
+    dtype, sampling = machine.DTYPES[config.precision], Sampling(temperature=SAMPLE_TEMPERATURE)
+    lm = LanguageModel(model, corpus.tokenizer, dtype=dtype)
+
+    def sample(step: int) -> str:
+        seed = config.seed + step
+        return lm.generate(config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
+
+    return lambda: evaluate_part(model, corpus.val, dtype), sample
+
+
+def _forward(recorder: Recorder) -> Forward:
+    import torch
+
+    features = recorder.state.model.features
+    return torch.compile(features) if recorder.config.compile == "on" else features
 
 
 def _fit_config(config: RunConfig) -> FitConfig:
@@ -335,6 +362,8 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
         NoInputError: Neither is there.
         DataError: It is damaged.
     """
+    found = _checkpoint(Path(source), notice)
+
     from firstwords.model.gpt import GPTModel
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning import machine
@@ -342,7 +371,6 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     from firstwords.text import tokenizer as tokenizers
     from firstwords.training.state import load_model_tensors
 
-    found = _checkpoint(Path(source), notice)
     saved = found.json(checkpoint.CONFIG)
     model = GPTModel(ModelConfig(**saved["model"]))
     load_model_tensors(model, found.tensors(checkpoint.MODEL), str(found.folder))
@@ -364,9 +392,10 @@ def evaluate(
         NoInputError: No such model or text.
         DataError: The text is empty, or the run has no held-out part.
     """
+    lm = load(source, notice=noticed(listener))
+
     from firstwords.training.evaluate import evaluate as evaluate_part
 
-    lm = load(source, notice=noticed(listener))
     if text is None:
         part = _held_out(Path(source), listener)
     else:
@@ -386,9 +415,11 @@ def explain(source: str | Path, text: str, *, listener: Listener = ignore) -> Ex
         NoInputError: No such model.
         DataError: Fewer than two tokens.
     """
+    lm = load(source, notice=noticed(listener))
+
     from firstwords.insight.explain import explain as explain_text
 
-    return explain_text(load(source, notice=noticed(listener)), text)
+    return explain_text(lm, text)
 
 
 def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
@@ -397,9 +428,10 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
     Raises:
         NoInputError: Neither is there.
     """
+    found = _checkpoint(Path(source), noticed(listener))
+
     from firstwords.runs import checkpoint
 
-    found = _checkpoint(Path(source), noticed(listener))
     config, state = found.json(checkpoint.CONFIG), found.json(checkpoint.STATE)
     model = ModelConfig(**config["model"])
     run = RunFolder(Path(source))
@@ -424,13 +456,13 @@ def cache_folder() -> Path:
 
 
 def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
+    if not (source / store.MANIFEST).is_file() and not RunFolder(source).exists:
+        raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
     from firstwords.runs import checkpoint
 
     if (source / store.MANIFEST).is_file():
         return checkpoint.Checkpoint(source, store.verify(source))
     run = RunFolder(source)
-    if not run.exists:
-        raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
     newest = checkpoint.newest(run.checkpoints, notice, aside=False)
     if newest is None:
         raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")
@@ -457,7 +489,7 @@ def _held_out(source: Path, listener: Listener) -> Part:
     recorded = _recorded_corpus(run)
     if recorded is not None and recorded.is_dir():
         return corpora.load(recorded).val
-    return _prepare(_resumed(run.path, {}), listener).val
+    return _prepare(_resumed(run.path, None, {}), listener).val
 
 
 def noticed(listener: Listener) -> Callable[[str], None]:
@@ -469,6 +501,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise NoInputError("no such file", where=str(path)) from error
+        raise NoInputError("no such file", where=str(path), do="check the name") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("cannot be read", where=str(path), why=str(error)) from error

@@ -100,7 +100,7 @@ class OptimConfig:
     """How gradients become updates, and the learning rate over the run."""
 
     kind: Optimizer = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
-    peak_lr: float = option(6e-4, "highest learning rate", least=0.0, most=1e12)
+    peak_lr: float = option(6e-4, "highest learning rate", least=1e-12, most=1e12)
     floor_lr: float = option(0.0, "learning rate of the last step", least=0.0, most=1e12)
     warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
     decay: Decay = option("cosine", "shape of the way from peak_lr to floor_lr")
@@ -127,7 +127,7 @@ class RunConfig:
     tokenizer: str = option("bpe:1024", "gpt2, bytes, bpe:N (trained on the text), or a run's tokenizer.json")
     preset: str = option("laptop", "a named recipe; the other keys override it")
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
-    epochs: float | None = option(None, "passes over the training text", least=0.0, most=1e6)
+    epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
     for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
     batch_size: int = option(32, "sequences an update", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
@@ -317,13 +317,15 @@ def converted(key: str, value: Any, wanted: Any) -> Any:
             raise ConfigError(f"cannot be {value!r}", where=flag(key), do=did_you_mean(str(value), get_args(kind)))
         return value
     if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{value!r} is no list", where=flag(key), do="give a list of files and folders")
         return tuple(str(item) for item in value)
     if key.endswith("_s") and isinstance(value, str):
         return seconds(value, key)
     try:
         return _plain(value, kind)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{value!r} is no {_KINDS[kind]}", where=flag(key)) from error
+        raise ConfigError(f"{value!r} is no {_KINDS[kind]}", where=flag(key), do=_allowed(fields_by_key()[key])) from error
 
 
 _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
@@ -381,13 +383,12 @@ def _check_ranges(part: Any, prefix: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
-            span = " ".join(word for word in (_from(least), _to(most)) if word)
-            raise ConfigError(f"cannot be {value}", where=flag(prefix + field.name), do=f"allowed: {span}")
+            raise ConfigError(f"cannot be {value}", where=flag(prefix + field.name), do=_allowed(field))
 
 
-def _from(least: float | None) -> str:
-    return "" if least is None else f"from {least}"
-
-
-def _to(most: float | None) -> str:
-    return "a finite number" if most is None else f"to {most}"
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    """Return what a field may be, for a message."""
+    least, most = field.metadata["least"], field.metadata["most"]
+    if least is None and most is None:
+        return f"it means: {field.metadata['meaning']}"
+    return " ".join(("allowed: from", str(least), *(() if most is None else ("to", str(most)))))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from firstwords import store
 from firstwords.config import RunConfig
-from firstwords.errors import StorageError
+from firstwords.errors import DivergedError, StorageError
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
@@ -70,6 +72,7 @@ class Recorder:
     last_train: float | None = None  # nats per token of the last step
     last_held_out: float | None = None  # and of the last evaluation
     failed_saves: int = 0
+    stopped: str = ""  # done, or the name of the signal
 
     def take(self, event: Event) -> None:
         """Record one event of the loop and pass it on.
@@ -91,6 +94,7 @@ class Recorder:
             case SaveDue():
                 self._save()
             case Stopped(step, reason):
+                self.stopped = reason
                 metrics.add("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
         self.listener(event)
         if self.budget is not None:
@@ -126,16 +130,25 @@ class Recorder:
         state = self.state
         if isinstance(event, Evaluated):
             budget.look()
-        if not isinstance(event, StepDone) or not budget.step(time.perf_counter(), event.took_s):
-            return
-        if state.step == state.total_steps:
+        due = isinstance(event, StepDone) and budget.step(time.perf_counter(), event.took_s)
+        if not due or state.step == state.total_steps:
             return
         state.total_steps, state.eval_every = budget.plan(state.step, state.eval_every)
         told = Planned(state.step, state.total_steps, state.eval_every)
         self.run.metrics.add("plan", dataclasses.asdict(told))
         self.listener(told)
 
-    def result(self, stopped: str) -> TrainResult:
+    @contextmanager
+    def naming_the_last_good_checkpoint(self) -> Iterator[None]:
+        """Journal a divergence and add to its message where the last good weights are."""
+        try:
+            yield
+        except DivergedError as error:
+            self.run.metrics.add("stop", {"step": self.state.step, "reason": str(error)})
+            kept = "there is no checkpoint" if self.newest is None else f"the last good checkpoint is {self.newest.folder}"
+            raise DivergedError(error.what, where=error.where, why=f"{error.why}; {kept}", do=error.do) from error
+
+    def result(self) -> TrainResult:
         """Return what came of the run; at least one checkpoint must be saved."""
         assert self.newest is not None
         state, val, best = self.state, self.corpus.val, None
@@ -155,7 +168,7 @@ class Recorder:
             weights_sha256=self.newest.weights_sha256,
             precision=self.config.precision,
             seed=self.config.seed,
-            stopped=stopped,
+            stopped=self.stopped,
         )
 
     def restore(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   firstwords eval runs/notes other.txt
   firstwords explain runs/notes "Every effort moves you"
 """
+LARGEST_SEED = 2**62
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
 
 
@@ -185,8 +187,10 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     top_p = None if options.top_p is None else _number(options.top_p, float, "--top-p")
     if count < 1:
         raise ConfigError(f"cannot be {count}", where="--samples", do="allowed: from 1")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"cannot be {seed}", where="--seed", do=f"allowed: from 0 to {LARGEST_SEED}")
     from firstwords import api
-    from firstwords.model.generate import Sampling
+    from firstwords.model.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
     with console.progress() as listener:
@@ -223,4 +227,5 @@ def _number(text: str, kind: type, name: str) -> Any:
     try:
         return kind(text)
     except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{text!r} is no {'whole ' if kind is int else ''}number", where=name) from error
+        kind_name = "whole number" if kind is int else "number"
+        raise ConfigError(f"{text!r} is no {kind_name}", where=name, do=f"give a {kind_name}") from error

@@ -6,6 +6,7 @@ On a terminal progress is a live line; elsewhere it is plain lines, a few a minu
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -55,6 +56,12 @@ def one_line(text: str) -> str:
     return visible(text).replace("\n", "⏎").replace("\t", " ")
 
 
+class _Output(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which knows the exit code, that the reader has gone."""
+        raise BrokenPipeError
+
+
 class Console:
     """The two outputs of the program.
 
@@ -64,8 +71,8 @@ class Console:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = RichConsole(highlight=False, markup=False, soft_wrap=True)
-        self.err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self.out = _Output(highlight=False, markup=False, soft_wrap=True)
+        self.err = _Output(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Listener]:
@@ -94,7 +101,7 @@ class Console:
         if self.as_json:
             self._json(vars(result))
             return
-        run = result.run
+        run = visible(result.run)
         if result.bits_per_byte is not None and result.perplexity is not None:
             self.out.print(
                 f"\nheld-out  {result.bits_per_byte:.3f} bits per byte; unsure among {result.perplexity:.1f} tokens"
@@ -107,7 +114,7 @@ class Console:
         self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
         self.out.print(f'speak     firstwords generate {run} --prompt "..."')
         self.out.print(f'explain   firstwords explain {run} "..."')
-        self.out.print(f"\nit says:\n{visible(api.load(run).generate(max_new_tokens=120))}")
+        self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
 
     def evaluated(self, found: Evaluation) -> None:
         """Show how good a model is."""
@@ -166,8 +173,17 @@ class Console:
         self.out.print(f"on                    {found.n_tokens:,} tokens, {found.n_bytes:,} bytes")
 
     def _json(self, value: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+        sys.stdout.write(json.dumps(_without_infinities(value), ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()
+
+
+def _without_infinities(value: Any) -> Any:
+    """Return a JSON value with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:
@@ -191,6 +207,8 @@ class PlainDisplay:
     def __init__(self, console: RichConsole) -> None:
         self.console = console
         self.config_steps: int | None = None
+        self.for_s: float | None = None
+        self.first: StepDone | None = None
         self.loss: float | None = None
         self.tokens_per_s: float | None = None
         self.held_out: float | None = None
@@ -211,11 +229,12 @@ class PlainDisplay:
             case Preparing(what, share):
                 self.preparing(what, share)
             case Started():
-                self.config_steps = told.config.steps
+                self.config_steps, self.for_s = told.config.steps, told.config.for_s
                 self.line(Text("\n".join(_introduction(told)), "bold"))
             case Planned(_, total_steps, _):
                 self.config_steps = total_steps
             case StepDone():
+                self.first = self.first or told
                 self.loss = _smooth(self.loss, told.nats_per_token)
                 self.tokens_per_s = _smooth(self.tokens_per_s, told.tokens_per_s)
                 self.stepped(told)
@@ -247,10 +266,18 @@ class PlainDisplay:
         """Return step, loss, speed and time left as one line."""
         of = f"/{self.config_steps}" if self.config_steps else ""
         held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
-        left = ""
-        if self.config_steps:
-            left = f"  {duration(done.elapsed_s / done.step * (self.config_steps - done.step))} left"
+        left_s = self._left_s(done)
+        left = "" if left_s is None else f"  {duration(left_s)} left"
         return f"step {done.step:>6}{of}  loss {self.loss:.3f}{held_out}  {self.tokens_per_s:,.0f} tokens/s{left}"
+
+    def _left_s(self, done: StepDone) -> float | None:
+        """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
+        if self.for_s is not None:
+            return self.for_s - done.elapsed_s
+        if self.config_steps is None or self.first is None or done.step == self.first.step:
+            return None
+        since = (done.elapsed_s - self.first.elapsed_s) / (done.step - self.first.step)
+        return since * (self.config_steps - done.step)
 
 
 class LiveDisplay(PlainDisplay):
@@ -296,7 +323,8 @@ def _introduction(told: Started) -> list[str]:
     return [
         f"text   {corpus.train.n_tokens:,} tokens to learn from, {corpus.val.n_tokens:,} held out ({config.tokenizer})",
         f"model  {cost.parameters(config.model):,} parameters: {shape} ({config.preset})",
-        f"run    {told.run}, {length} of {config.batch_size} sequences, {config.precision}, {config.threads} threads"
+        f"run    {visible(str(told.run))}, {length} of {config.batch_size} sequences, {config.precision},"
+        f" {config.threads} {'thread' if config.threads == 1 else 'threads'}"
         + (f", from step {told.step}" if told.step else ""),
     ]
 

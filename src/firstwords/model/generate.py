@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from firstwords.errors import ConfigError
+from firstwords.errors import DivergedError
 from firstwords.model.gpt import GPTModel, KVCache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the model's probabilities. Temperature 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 1e4:
-            raise ConfigError(f"cannot be {self.temperature}", where="--temperature", do="allowed: 0 (greedy) to 10000")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"cannot be {self.top_k}", where="--top-k", do="allowed: from 1 to the vocabulary's size")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"cannot be {self.top_p}", where="--top-p", do="allowed: above 0, to 1")
+from firstwords.model.sampling import Sampling
 
 
 def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -72,6 +55,7 @@ def generate(
 
     Raises:
         ValueError: Empty prompt, or an id beyond the vocabulary.
+        DivergedError: The model's numbers are not finite.
     """
     check_ids(prompt_ids, model.config.vocab_size)
     device, limit = model.tok_emb.weight.device, model.config.context_length
@@ -83,6 +67,8 @@ def generate(
         seen = ids[cache.length :] if cache is not None else ids[-limit:]
         features = model.features(torch.tensor([seen], device=device), cache)
         probabilities = next_probabilities(model.out_head(features[0, -1]), sampling).cpu()
+        if not torch.isfinite(probabilities).all():
+            raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
         yield ids[-1]
 

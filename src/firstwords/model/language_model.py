@@ -10,8 +10,9 @@ from itertools import islice
 import torch
 
 from firstwords.errors import ConfigError
-from firstwords.model.generate import Sampling, generate
+from firstwords.model.generate import generate
 from firstwords.model.gpt import GPTModel
+from firstwords.model.sampling import Sampling
 from firstwords.text.tokenizer import Tokenizer
 
 

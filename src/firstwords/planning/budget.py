@@ -58,8 +58,21 @@ class Budget:
         self._planned_looks = self._looks
         step_s = statistics.mean(self._steps_s)
         look_s = self._between_s / max(1, self._looks)
-        left_s = max(0.0, self.deadline_s - self.now_s - look_s)  # the last look comes after the last step
+        left_s = max(0.0, self.deadline_s - self.now_s)
         if eval_every is None:
             looks = min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * self.total_s / max(look_s, 1e-3))))
-            eval_every = max(1, int(left_s / (step_s + looks * look_s / max(1.0, left_s / step_s)) / looks))
-        return done + max(1, int(left_s / (step_s + look_s / eval_every))), eval_every
+            eval_every = max(1, int(max(0.0, left_s - looks * look_s) / step_s / looks))
+        return done + max(1, _steps_within(left_s, step_s, look_s, done, eval_every)), eval_every
+
+
+def _steps_within(left_s: float, step_s: float, look_s: float, done: int, eval_every: int) -> int:
+    """Return how many steps fit, each `eval_every`-th and the last followed by a look."""
+    steps = int(left_s / (step_s + look_s / eval_every))
+
+    def needed_s(steps: int) -> float:
+        end = done + steps
+        return steps * step_s + (end // eval_every - done // eval_every + (end % eval_every > 0)) * look_s
+
+    while steps > 0 and needed_s(steps) > left_s:
+        steps -= 1
+    return steps

@@ -127,15 +127,19 @@ def newest(parent: Path, notice: Callable[[str], None], *, aside: bool) -> Check
     Raises:
         DataError: There are checkpoints, and every one is damaged.
     """
-    refused = []
+    refused: dict[Path, str] = {}
     for folder in reversed(existing(parent)):
         try:
-            return Checkpoint(folder, store.verify(folder))
+            found = Checkpoint(folder, store.verify(folder))
         except DataError as error:
-            refused.append(str(error))
-            notice(f"{error}; " + (f"set aside as {store.set_aside(folder).name}" if aside else "an older one is used"))
+            refused[folder] = str(error)
+            continue
+        for damaged, reason in refused.items():
+            notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if aside else "an older one is used"))
+        return found
     if refused:
-        raise DataError("every checkpoint is damaged", where=str(parent), why="; ".join(refused))
+        why, do = "; ".join(refused.values()), "begin a new run with another --out"
+        raise DataError("every checkpoint is damaged", where=str(parent), why=why, do=do)
     return None
 
 

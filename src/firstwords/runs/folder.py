@@ -57,8 +57,9 @@ class RunFolder:
         Raises:
             CannotCreateError: Another process trains here, or no folder can be made.
         """
-        store.make_folder(self.checkpoints)
+        store.make_folder(self.path)
         with store.lock(self.path / LOCK):
+            store.make_folder(self.checkpoints)
             store.remove_leftovers(self.path)
             store.remove_leftovers(self.checkpoints)
             yield
@@ -75,13 +76,18 @@ def new(out: Path | None, name: str) -> RunFolder:
             raise CannotCreateError("is a file, not a folder", where=str(out), do="give another --out")
         run = RunFolder(out)
         require_new(run)
-        if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+        if not _is_free(out):
             raise CannotCreateError("is not empty and holds no run", where=str(out), do="give another --out")
         return run
     number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists() and any(path.iterdir()):
+    while not _is_free(path := Path("runs") / (name if number == 1 else f"{name}-{number}")):
         number += 1
     return RunFolder(path)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but what a refused start leaves behind."""
+    return not path.exists() or (path.is_dir() and all(inside.name == LOCK for inside in path.iterdir()))
 
 
 def require_new(run: RunFolder) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import store
+from firstwords.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,25 @@ class Journal:
         return self.path.stat().st_size
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what was added, oldest first; a last line that was torn by a kill is left out."""
+        """Yield what was added, oldest first; a last line that was torn by a kill is left out.
+
+        Raises:
+            DataError: A line is no JSON object.
+        """
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        with self.path.open("rb") as file:  # bytes end lines at \n alone; what a model says may hold U+2028
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    yield self._read(line, number)
+
+    def _read(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = json.loads(line)
+            return {**value, "event": value["event"]}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            do = "remove the line" if number > 1 else "remove the file"
+            raise DataError("is no event", where=f"{self.path}:{number}", why=str(error), do=do) from error
 
 
 def _finite(value: Any) -> Any:

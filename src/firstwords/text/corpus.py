@@ -75,10 +75,10 @@ def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey
     Raises:
         DataError: Nothing but white space in all of them.
     """
-    whole, n_chars, blank = hashlib.sha256(), array.array("q"), True
+    whole, n_chars, blank, name = hashlib.sha256(), array.array("q"), True, "text"
     for document in documents:
         progress(f"reading {document.name}", None)
-        digest, length = hashlib.sha256(), 0
+        digest, length, name = hashlib.sha256(), 0, document.name
         for piece in document.pieces():
             digest.update(piece.encode())
             length += len(piece)
@@ -86,7 +86,8 @@ def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey
         whole.update(digest.digest())
         n_chars.append(length)
     if blank:
-        raise DataError("there is no text, only white space" if n_chars else "there is no text", where="text")
+        what = "there is no text, only white space" if n_chars else "there is no text"
+        raise DataError(what, where=name, why="there is nothing to learn from", do="name another text")
     return Survey(whole.hexdigest(), n_chars)
 
 

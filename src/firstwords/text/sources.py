@@ -217,6 +217,8 @@ def _find(path: str | Path, encoding: str | None, notice: Notice) -> list[_Sourc
     if not str(path):  # to pathlib, the current folder: not what an unset shell variable means
         raise NoInputError("no file is named", where="''", do="give a file or folder")
     path = Path(path)
+    if "\0" in str(path):
+        raise NoInputError("no such file", where=_shown(path), why="a name cannot hold a NUL", do="check the name")
     with _errors_of(_shown(path)):
         files = _text_files(path, notice) if stat.S_ISDIR(path.stat().st_mode) else [path]
     return _not_empty([_file(file, encoding) for file in files], _shown(path), notice)

@@ -61,17 +61,24 @@ def fit(
         should_stop: Asked after each step; a reason stops.
 
     Raises:
-        DivergedError: Loss or gradient is not finite; the weights are those of the step before.
+        DivergedError: Loss or gradient is not finite, and the weights are those of the step before; or the model that
+            an update left gives no finite numbers.
     """
-    started_s = time.perf_counter() - state.elapsed_s
+    began_s = saved_s = time.perf_counter()
+    before_s, forward = state.elapsed_s, forward or state.model.features
     if state.step == 0:
+        yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
         yield from _look(state, evaluate, sample, at=(True, True))
-        yield SaveDue(0)
-    saved_s = time.perf_counter()
     while state.total_steps is None or state.step < state.total_steps:
-        done = _update(state, batches, config, forward or state.model.features)
-        state.elapsed_s = round(time.perf_counter() - started_s, 3)
-        yield StepDone(state.step, state.tokens, *done, state.elapsed_s)
+        started_s = time.perf_counter()
+        batch, lr = batches(state.step), learning_rate(state.step, config.optim, state.total_steps)
+        nats_per_token, grad_norm = train_step(state, batch, config, lr, forward)
+        now_s = time.perf_counter()
+        took_s = now_s - started_s
+        state.step, state.tokens = state.step + 1, state.tokens + batch.n_targets
+        state.elapsed_s = round(before_s + now_s - began_s, 3)
+        speed = round(batch.n_targets / took_s, 1), round(took_s, 4)
+        yield StepDone(state.step, state.tokens, nats_per_token, lr, grad_norm, *speed, state.elapsed_s)
         last = state.step == state.total_steps
         due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
         sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
@@ -97,27 +104,19 @@ def _look(
     if at[0]:
         started_s = time.perf_counter()
         evaluation = evaluate()
+        if evaluation is not None and not math.isfinite(evaluation.nats_per_token):
+            raise diverged(f"the held-out loss is {evaluation.nats_per_token}", state.step)
         best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
         if best and evaluation is not None:
             state.best_step, state.best_nats = state.step, evaluation.nats_per_token
         yield Evaluated(state.step, evaluation, best, time.perf_counter() - started_s)
     if at[1]:
-        yield Sampled(state.step, sample(state.step))
+        try:
+            text = sample(state.step)
+        except DivergedError as error:
+            raise diverged(error.what, state.step) from error
+        yield Sampled(state.step, text)
     return best
-
-
-def _update(
-    state: TrainState, batches: Callable[[int], Batch], config: FitConfig, forward: Forward
-) -> tuple[float, float, float, float, float]:
-    """Do the next update and return its nats per token, learning rate, gradient norm, tokens per second and seconds."""
-    started_s = time.perf_counter()
-    lr = learning_rate(state.step, config.optim, state.total_steps)
-    batch = batches(state.step)
-    nats_per_token, grad_norm = train_step(state, batch, config, lr, forward)
-    state.step += 1
-    state.tokens += batch.n_targets
-    took_s = time.perf_counter() - started_s
-    return nats_per_token, lr, grad_norm, round(batch.n_targets / took_s, 1), round(took_s, 4)
 
 
 def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, forward: Forward) -> tuple[float, float]:
@@ -143,18 +142,19 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     grad_norm = _clip(model, config.optim.max_grad_norm)
     nats_per_token = float(loss)
     if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm)):
-        raise DivergedError(
-            f"the loss is {nats_per_token} and the gradient's norm {grad_norm}",
-            where=f"step {state.step + 1}",
-            why="training diverged; the weights are those before this step",
-            do=f"a lower --optim.peak-lr (it was {lr:.3g} here) or a longer --optim.warmup-steps",
-        )
+        raise diverged(f"the loss is {nats_per_token} and the gradient's norm {grad_norm}", state.step + 1)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return nats_per_token, grad_norm
+
+
+def diverged(what: str, step: int) -> DivergedError:
+    """Return the error for a number that is not finite at a step."""
+    do = "try a lower --optim.peak-lr or a longer --optim.warmup-steps"
+    return DivergedError(what, where=f"step {step}", why="training diverged", do=do)
 
 
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> float:

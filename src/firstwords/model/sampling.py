@@ -1,0 +1,24 @@
+"""How the next token is drawn. Needs no torch, so that impossible wishes are refused at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firstwords.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the model's probabilities. Temperature 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 1e4:
+            raise ConfigError(f"cannot be {self.temperature}", where="--temperature", do="allowed: 0 (greedy) to 10000")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"cannot be {self.top_k}", where="--top-k", do="allowed: from 1 to the vocabulary's size")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"cannot be {self.top_p}", where="--top-p", do="allowed: above 0, to 1")

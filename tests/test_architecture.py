@@ -1,0 +1,149 @@
+"""The layout is the journey, and this holds the code to it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import firstwords
+
+PACKAGE = Path(firstwords.__file__).parent
+# From text to a model that speaks: a module imports only from what stands above it, or from its own folder.
+ORDER = ["errors", "config", "store", "text", "model", "runs", "training", "insight", "planning", "recorder", "api", "app"]
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+)
+
+
+def imported(path: Path, *, at_run_time: bool = True) -> set[str]:
+    """The firstwords modules that a file imports anywhere, or only those that it imports when it is run."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("firstwords"):
+            if at_run_time and id(node) in hidden:
+                continue
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module.count(".") < 2 else {module}
+    return found
+
+
+def place(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_what_stands_above_it(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = [module for module in imported(path) if module.split(".")[1] in ORDER]
+    below = [module for module in names if place(module) > ORDER.index(own)]
+    assert below == []
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} == set(ORDER)
+
+
+def test_no_module_reaches_itself_through_its_imports() -> None:
+    graph = {".".join(("firstwords", *path.relative_to(PACKAGE).with_suffix("").parts)): imported(path) for path in MODULES}
+
+    def reach(module: str, seen: set[str]) -> set[str]:
+        for name in graph.get(module, set()):
+            if name not in seen:
+                seen.add(name)
+                reach(name, seen)
+        return seen
+
+    assert [module for module in graph if module in reach(module, set())] == []
+
+
+def test_only_the_console_prints() -> None:
+    printing = [
+        path.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert printing == []
+
+
+def test_only_store_writes() -> None:
+    writers = {"write_text", "write_bytes", "unlink", "rename", "replace", "rmdir", "rmtree", "mkdir", "makedirs"}
+    found = [
+        f"{path.name}: {node.func.attr}"
+        for path in MODULES
+        if path.name != "store.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in writers
+        and not ((node.func.attr == "replace" and "dataclasses" in ast.dump(node.func)) or len(node.args) == 2)
+    ]
+    assert found == []
+
+
+def test_nothing_can_unpickle() -> None:
+    banned = ("pickle", "torch.load", "torch.save", "eval(", "exec(", "yaml")
+    found = [
+        f"{path.name}: {word}"
+        for path in MODULES
+        for word in banned
+        if any(word in line.split("#")[0].replace(".eval(", "") for line in path.read_text(encoding="utf-8").splitlines())
+        and word not in ("eval(", "exec(")
+    ]
+    assert found == []
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(firstwords.__all__) == [
+        "FirstwordsError",
+        "GPTModel",
+        "GPT_CONFIG_124M",
+        "LanguageModel",
+        "ModelConfig",
+        "Sampling",
+        "__version__",
+        "evaluate",
+        "explain",
+        "generate_text_simple",
+        "gpt2_tokenizer",
+        "info",
+        "load",
+        "text_to_token_ids",
+        "token_ids_to_text",
+        "train",
+    ]
+    assert all(getattr(firstwords, name) is not None for name in firstwords.__all__)
+
+
+def test_importing_the_package_and_parsing_a_command_line_import_no_torch() -> None:
+    program = (
+        "import sys, firstwords, firstwords.app.cli as c; c.parser(); print('torch' in sys.modules, 'rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_three_calls_lead_from_the_command_line_to_backward() -> None:
+    """cli.train -> api.train -> loop.fit -> loop.train_step, where backward is; each names the next."""
+
+    def calls(module: str, function: str) -> set[str]:
+        tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+        body = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
+        found = [node.func for node in ast.walk(body) if isinstance(node, ast.Call)]
+        return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in found}
+
+    assert "train" in calls("app/cli.py", "train")
+    assert "fit" in calls("api.py", "train")
+    assert "train_step" in calls("training/loop.py", "fit")
+    assert "backward" in calls("training/loop.py", "train_step")

@@ -1,0 +1,62 @@
+"""A time budget becomes steps that fill it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import STORY, TINY
+from firstwords import api
+from firstwords.planning.budget import PROBE_STEPS, Budget
+
+
+def simulate(budget_s: float, step_s: float, look_s: float, slower: float = 1.0) -> tuple[float, int, int]:
+    """Play a run on a simulated clock; the steps become `slower` half-way. Returns (seconds, steps, evaluations)."""
+    now_s, step, looks = look_s, 0, 1
+    budget = Budget(deadline_s=budget_s, total_s=budget_s, now_s=0.0)
+    budget.look()
+    total: int | None = None
+    every: int | None = None
+    while total is None or step < total:
+        took_s = step_s * (slower if now_s > budget_s / 2 else 1.0)
+        now_s, step = now_s + took_s, step + 1
+        if budget.step(now_s, took_s) and step != total:
+            total, every = budget.plan(step, every)
+        if step == total or (every and step % every == 0):
+            now_s, looks = now_s + look_s, looks + 1
+            budget.look()
+    return now_s, step, looks
+
+
+@pytest.mark.parametrize("budget_s", [20, 120, 3600])
+@pytest.mark.parametrize("step_s", [0.01, 0.2, 1.5])
+@pytest.mark.parametrize("look_s", [0.01, 0.5, 2.0])
+def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: float) -> None:
+    took_s, _, looks = simulate(budget_s, step_s, look_s)
+    # within 3 % or the few steps that come before the first plan
+    assert took_s == pytest.approx(budget_s, abs=max(0.03 * budget_s, PROBE_STEPS * step_s))
+    assert looks >= 2
+
+
+@pytest.mark.parametrize("slower", [0.6, 1.5])
+def test_a_machine_that_changes_its_speed_is_followed(slower: float) -> None:
+    took_s, _, looks = simulate(300, 0.2, 0.3, slower)
+    assert took_s == pytest.approx(300, rel=0.05)
+    assert looks > 5
+
+
+def test_evaluations_take_a_small_share() -> None:
+    took_s, _, looks = simulate(120, 0.2, 3.0)
+    assert looks * 3.0 < 0.15 * took_s
+
+
+def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    run = api.train(tmp_path / "story.txt", out=tmp_path / "run", for_s=3, optim={"decay": "linear"}, **TINY)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    plans = [line for line in lines if line["event"] == "plan"]
+    rates = [line["lr"] for line in lines if line["event"] == "step"]
+    assert plans[-1]["total_steps"] == run.steps == len(rates)
+    assert rates[-1] < 0.05 * max(rates)

@@ -1,0 +1,484 @@
+"""The contract of the command line: what scripts, and people who pipe, may rely on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickletools
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import firstwords
+from firstwords.app.cli import main
+from firstwords.runs.journal import Journal
+
+TINY = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
+TINY += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64", "--model.context-length=32"]
+TEXT = "".join(f"The {n}. word of the text is {n * n}.\n" for n in range(100)) + "Ende gut, alles süß.\n"
+
+FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
+TRAIN_KEYS = {
+    "run",
+    "steps",
+    "tokens",
+    "elapsed_s",
+    "tokens_per_s",
+    "best_step",
+    "last",
+    "weights_sha256",
+    "precision",
+    "seed",
+}
+STEP_KEYS = {"event", "step", "tokens", "nats_per_token", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
+CHECKPOINT_FILES = [
+    "config.json",
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "tokenizer.json",
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one line of standard output."""
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRSTWORDS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process; it must succeed."""
+
+    def run(*arguments: str | Path) -> Ended:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        ended = Ended(code, *capsys.readouterr())
+        assert ended.code == 0, ended.err
+        return ended
+
+    return run
+
+
+@pytest.fixture
+def a_run(command: Command) -> Path:
+    command("train", "text.txt", "--out", "run", *TINY)
+    return Path("run")
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    return [line for line in map(json.loads, lines) if line["event"] == name]
+
+
+def config(run: Path) -> dict[str, Any]:
+    return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+
+
+# JSON
+
+
+def test_train_says_what_came_of_it(command: Command):
+    found = command("train", "text.txt", "--out", "run", *TINY, "--json", "--seed", "7").json
+    assert found.keys() >= TRAIN_KEYS | FIGURES
+    assert found["last"].keys() >= {"train_nats_per_token", "nats_per_token"}
+    assert (found["run"], found["steps"], found["seed"], found["precision"]) == ("run", 2, 7, "float32")
+    assert found["tokens"] == 2 * 4 * 32
+    files = json.loads(Path("run/checkpoints/step-00000002/manifest.json").read_bytes())["files"]
+    assert found["weights_sha256"] == files["model.safetensors"]["sha256"]
+
+
+def test_a_text_without_a_held_out_part_has_null_figures_and_the_last_model_is_the_best(command: Command):
+    ended = command("train", "text.txt", "--out", "run", *TINY, "--json", "--val-fraction", "0")
+    assert [ended.json[key] for key in sorted(FIGURES)] == [None] * 3
+    assert ended.json["last"]["nats_per_token"] is None
+    assert ended.json["best_step"] == 2
+    assert "held-out" in ended.err
+
+
+def test_eval_of_a_run_gives_the_figures_that_train_gave(command: Command):
+    trained = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    found = command("eval", "run", "--json").json
+    assert found.keys() >= FIGURES | {"n_tokens", "n_bytes"}
+    assert {key: found[key] for key in FIGURES} == {key: trained[key] for key in FIGURES}
+    best = command("eval", f"run/checkpoints/step-{trained['best_step']:08d}", "--json").json
+    assert best == found
+
+
+def test_eval_of_a_text_counts_its_bytes(command: Command, a_run: Path):
+    Path("other.txt").write_text("süß\n", encoding="utf-8")
+    found = command("eval", a_run, "other.txt", "--json").json
+    assert (found["n_bytes"], found["n_tokens"]) == (6, 6)
+    assert found["perplexity"] == pytest.approx(2.718281828459045 ** found["nats_per_token"])
+    both = command("eval", a_run, "other.txt", "text.txt", "--json").json
+    assert both["n_bytes"] == 6 + len(TEXT.encode())
+
+
+def test_generate_gives_texts_without_the_prompt(command: Command, a_run: Path):
+    arguments = ("generate", a_run, "--prompt", "The 1.", "--max-new-tokens", "5", "--temperature", "1", "--json")
+    found = command(*arguments, "--samples", "3", "--seed", "5").json
+    assert found.keys() >= {"texts", "tokens_per_s"}
+    assert len(found["texts"]) == 3
+    lm = firstwords.load(a_run)
+    sampling = firstwords.Sampling(temperature=1.0)
+    assert found["texts"] == [lm.generate("The 1.", max_new_tokens=5, sampling=sampling, seed=s) for s in (5, 6, 7)]
+
+
+def test_the_same_seed_says_the_same_and_another_does_not(command: Command, a_run: Path):
+    said = [command("generate", a_run, "--seed", seed, "--json").json["texts"] for seed in ("1", "1", "2")]
+    assert said[0] == said[1] != said[2]
+
+
+def test_top_k_of_one_and_temperature_zero_both_take_the_likeliest(command: Command, a_run: Path):
+    greedy = [("--top-k", "1"), ("--temperature", "0"), ("--top-p", "1e-9")]
+    said = {command("generate", a_run, "--prompt", "a", *how, "--json").json["texts"][0] for how in greedy}
+    assert len(said) == 1
+
+
+def test_explain_gives_each_token_and_what_they_come_to(command: Command, a_run: Path):
+    found = command("explain", a_run, "word", "--json").json
+    assert found.keys() >= FIGURES | {"tokens"}
+    assert all(token.keys() >= {"id", "text", "probability", "log_probability", "rank", "top"} for token in found["tokens"])
+    assert [token["text"] for token in found["tokens"]] == list("word")
+    assert (found["tokens"][0]["probability"], found["tokens"][0]["log_probability"]) == (None, None)
+    predicted = found["tokens"][1:]
+    assert all(set(guess) == {"id", "text", "probability"} for token in predicted for guess in token["top"])
+    assert all(token["rank"] >= 1 for token in predicted)
+    assert found["nats_per_token"] == pytest.approx(-sum(token["log_probability"] for token in predicted) / 3)
+
+
+def test_info_says_what_is_in_a_run_and_in_a_checkpoint(command: Command, a_run: Path):
+    found = command("info", a_run, "--json").json
+    assert found.keys() >= {"parameters", "config", "steps", "best_step"}
+    assert found["parameters"] == sum(parameter.numel() for parameter in firstwords.load(a_run).model.parameters())
+    assert (found["steps"], found["config"]["emb_dim"]) == (2, 32)
+    assert command("info", a_run / "checkpoints/step-00000001", "--json").json["steps"] == 1
+
+
+# Standard output and standard error
+
+
+@pytest.mark.parametrize("verb", [["eval", "run"], ["generate", "run"], ["explain", "run", "a text"], ["info", "run"]])
+def test_results_go_to_standard_output_alone(command: Command, a_run: Path, verb: list[str]):
+    ended = command(*verb)
+    assert ended.out.strip()
+    assert ended.err == ""
+
+
+def test_progress_goes_to_standard_error_in_plain_lines_and_results_to_standard_output(command: Command):
+    ended = command("train", "text.txt", "--out", "run", *TINY)
+    assert "held-out" in ended.out
+    assert "firstwords generate run" in ended.out
+    assert "step      2/2" in ended.err
+    assert "step      2/2" not in ended.out
+    assert "tokens/s" not in ended.out
+    assert not {"\x1b", "\r"} & set(ended.out + ended.err)
+
+
+def test_on_a_terminal_progress_is_a_live_line_and_results_are_the_same(command: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    plain = command("train", "text.txt", "--out", "plain", *TINY, "--json")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    live = command("train", "text.txt", "--out", "live", *TINY, "--json")
+    assert "\x1b[" in live.err
+    assert "\x1b" not in live.out
+    assert live.json["weights_sha256"] == plain.json["weights_sha256"]
+
+
+def test_generate_shows_the_prompt_and_goes_on_from_it(command: Command, a_run: Path):
+    arguments = ("generate", a_run, "--prompt", "The 1.", "--max-new-tokens", "9", "--top-k", "1")
+    (said,) = command(*arguments, "--json").json["texts"]
+    shown = command(*arguments).out
+    assert shown.startswith("The 1.")
+    assert all(word in shown for word in said.split() if word.isprintable())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE to speak of")
+def test_a_reader_that_leaves_ends_the_program_in_silence_as_a_signal_would(a_run: Path):
+    arguments = [sys.executable, "-m", "firstwords", "generate", "run", "--max-new-tokens", "100", "--samples", "1000"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
+        assert speaker.stdout.read(10)
+        speaker.stdout.close()
+        said = speaker.stderr.read()
+        assert (speaker.wait(timeout=30), said) == (141, b"")
+
+
+# The program
+
+
+def test_the_version_is_the_package_s():
+    for program in ([sys.executable, "-m", "firstwords"], [str(Path(sys.executable).with_name("firstwords"))]):
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"firstwords {firstwords.__version__}\n"
+
+
+def test_help_names_every_verb_and_every_key(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("train", "eval", "generate", "explain", "info"))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    flags = "--out --for --steps --epochs --val --val-fraction --tokenizer --preset --config --resume --seed --device"
+    flags += " --precision --threads --compile --save-every --keep --model.n-layers --optim.peak-lr"
+    assert [flag for flag in flags.split() if f"{flag} " not in shown and f"{flag}\n" not in shown] == []
+
+
+# Where a run goes
+
+
+def test_a_run_is_named_after_its_text_and_numbered_if_taken(command: Command):
+    assert [command("train", "text.txt", *TINY, "--json").json["run"] for _ in range(3)] == [
+        "runs/text",
+        "runs/text-2",
+        "runs/text-3",
+    ]
+
+
+@pytest.mark.parametrize(("texts", "name"), [(["-"], "stdin"), (["notes"], "notes"), (["text.txt", "notes"], "text")])
+def test_folders_and_standard_input_give_a_run_its_name(
+    command: Command, monkeypatch: pytest.MonkeyPatch, texts: list[str], name: str
+):
+    Path("notes").mkdir()
+    Path("notes/a.md").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert command("train", *texts, *TINY, "--json").json["run"] == f"runs/{name}"
+
+
+def test_an_empty_folder_is_free(command: Command):
+    Path("run").mkdir()
+    assert command("train", "text.txt", "--out", "run", *TINY, "--json").json["run"] == "run"
+
+
+def test_a_refused_run_leaves_no_number_taken(command: Command):
+    assert main(["train", "text.txt", *TINY, "--model.context-length=99999"]) == 65
+    assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text"
+
+
+# Configuration
+
+
+def test_flags_win_over_the_file_which_wins_over_the_preset_which_wins_over_the_defaults(command: Command):
+    Path("my.toml").write_text(
+        'preset = "laptop-small"\nbatch_size = 3\nkeep = 5\n[model]\nn_layers = 2\nff_dim = 64\nemb_dim = 32\n'
+    )
+    command("train", "text.txt", "--config", "my.toml", "--out", "run", "--steps=1", "--threads=1", "--precision=float32",
+            "--tokenizer=bytes", "--batch-size=5", "--model.n-layers=1", "--model.context-length=32")  # fmt: skip
+    found = config(Path("run"))
+    assert (found["batch_size"], found["model"]["n_layers"]) == (5, 1)  # flags
+    assert (found["keep"], found["model"]["ff_dim"], found["preset"]) == (5, 64, "laptop-small")  # file
+    assert (found["model"]["n_heads"], found["optim"]["kind"]) == (2, "muon")  # preset
+    assert (found["val_fraction"], found["seed"], found["optim"]["beta1"]) == (0.1, 123, 0.9)  # defaults
+
+
+def test_a_preset_on_the_command_line_replaces_the_file_s_and_the_file_s_keys_stay(command: Command):
+    Path("my.toml").write_text('preset = "laptop"\n[model]\nn_layers = 1\n')
+    arguments = ("--steps=1", "--threads=1", "--precision=float32", "--tokenizer=bytes", "--model.context-length=32")
+    command("train", "text.txt", "--config", "my.toml", "--preset", "laptop-small", "--out", "run", *arguments)
+    found = config(Path("run"))
+    assert (found["preset"], found["model"]["emb_dim"], found["model"]["n_layers"]) == ("laptop-small", 128, 1)
+
+
+def test_a_length_on_the_command_line_replaces_the_file_s(command: Command):
+    Path("my.toml").write_text("steps = 1000000\n")
+    tiny = [word for word in TINY if not word.startswith("--steps")]
+    command("train", "text.txt", "--config", "my.toml", "--out", "run", *tiny, "--epochs", "0.1")
+    assert config(Path("run"))["steps"] == 3  # a tenth of 101 windows of 32, 4 at a time
+
+
+@pytest.mark.parametrize(("time", "expected_s"), [("90", 90.0), ("90s", 90.0), ("3m", 180.0), ("1h", 3600.0), ("0.5", 0.5)])
+def test_times_have_units(command: Command, time: str, expected_s: float):
+    command("train", "text.txt", "--out", "run", *TINY, "--steps=1", "--save-every", time)
+    assert config(Path("run"))["save_every_s"] == expected_s
+
+
+@pytest.mark.parametrize("extra", [[], ["--tokenizer=bpe:300", "--model.drop-rate=0.1", "--val=text.txt", "--seed=9"]])
+def test_training_from_a_run_s_own_configuration_repeats_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extra: list[str]
+):
+    first = command("train", "text.txt", "--out", "run", *TINY, *extra, "--steps=4", "--json").json
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    again = command("train", "--config", tmp_path / "run/config.toml", "--out", "again", "--json").json
+    same = (TRAIN_KEYS | FIGURES) - {"run", "elapsed_s", "tokens_per_s"}
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+    assert config(tmp_path / "elsewhere/again") == config(tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["val", "tokenizer"])
+def test_files_that_a_run_needs_are_recorded_so_that_it_goes_on_from_any_folder(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a_run: Path, key: str
+):
+    files = {"val": "text.txt", "tokenizer": "run/checkpoints/step-00000002/tokenizer.json"}
+    command("train", "text.txt", "--out", "other", *TINY, f"--{key}", files[key])
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    command("train", "--resume", "--out", tmp_path / "other", "--steps=3")
+
+
+def test_training_from_a_run_s_configuration_notices_a_changed_text(command: Command, a_run: Path):
+    Path("text.txt").write_text(TEXT + "one more line\n", encoding="utf-8")
+    assert main(["train", "--config", "run/config.toml", "--out", "again"]) == 65
+
+
+# The run folder
+
+
+def test_a_run_folder_holds_what_the_design_names(a_run: Path):
+    assert {path.name for path in a_run.iterdir()} == {
+        "config.toml",
+        "corpus.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "run.lock",
+    }
+    for folder in (a_run / "checkpoints").iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == CHECKPOINT_FILES
+
+
+def test_a_run_s_configuration_names_its_text_by_path_and_hash_and_leaves_nothing_open(a_run: Path):
+    found = config(a_run)
+    assert found["text"] == [str(Path("text.txt").absolute())]
+    corpus = json.loads((a_run / "corpus.json").read_bytes())
+    assert found["text_sha256"] == corpus["text_sha256"]
+    assert (Path(os.environ["FIRSTWORDS_CACHE"]) / "corpora" / corpus["folder"]).is_dir()
+    assert "auto" not in (found["device"], found["precision"], found["compile"])
+    assert found["threads"] == 1
+
+
+def test_no_file_of_a_run_is_a_pickle_or_a_zip(a_run: Path):
+    files = [path for path in a_run.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert not zipfile.is_zipfile(path)
+        with pytest.raises(ValueError):
+            list(pickletools.genops(path.read_bytes()))
+
+
+def test_the_best_and_the_last_two_checkpoints_stay(command: Command):
+    found = command("train", "text.txt", "--out", "run", *TINY, "--steps=6", "--json", "--eval-every=1").json
+    kept = {int(path.name.removeprefix("step-")) for path in Path("run/checkpoints").iterdir()}
+    assert kept == {5, 6} | {found["best_step"]}
+
+
+# The journals
+
+
+def test_each_step_stands_in_the_journal_once_with_its_keys(a_run: Path):
+    steps = events(a_run, "step")
+    assert [step["step"] for step in steps] == [1, 2]
+    assert [step["tokens"] for step in steps] == [128, 256]
+    assert all(step.keys() >= STEP_KEYS for step in steps)
+    assert all(isinstance(step[key], int | float) for step in steps for key in STEP_KEYS - {"event"})
+
+
+def test_every_evaluation_stands_in_the_journal_with_the_first_and_last_step(command: Command):
+    found = command("train", "text.txt", "--out", "run", *TINY, "--steps=5", "--json", "--eval-every=3").json
+    evaluations = events(Path("run"), "evaluation")
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 3, 5]
+    assert all(evaluation.keys() >= FIGURES | {"best"} for evaluation in evaluations)
+    lowest = min(evaluations, key=lambda evaluation: evaluation["nats_per_token"])
+    assert (found["best_step"], found["nats_per_token"]) == (lowest["step"], lowest["nats_per_token"])
+    assert [evaluation["step"] for evaluation in evaluations if evaluation["best"]][-1] == found["best_step"]
+    assert found["last"]["nats_per_token"] == evaluations[-1]["nats_per_token"]
+    assert found["last"]["train_nats_per_token"] == events(Path("run"), "step")[-1]["nats_per_token"]
+
+
+def test_a_run_s_journal_begins_with_start_and_ends_with_stop(a_run: Path):
+    lines = [json.loads(line)["event"] for line in (a_run / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[0], lines[-1], lines.count("start"), lines.count("stop")) == ("start", "stop", 1, 1)
+    assert set(lines) <= {"start", "step", "evaluation", "sample", "save", "plan", "resume", "stop"}
+    assert [save["step"] for save in events(a_run, "save")] == [0, 1, 2]
+
+
+def test_a_time_budget_is_planned_and_the_plan_is_in_the_journal(command: Command):
+    tiny = [word for word in TINY if not word.startswith("--steps")]
+    found = command("train", "text.txt", "--out", "run", *tiny, "--for", "1s", "--json").json
+    plans = events(Path("run"), "plan")
+    assert plans
+    assert plans[-1]["total_steps"] == found["steps"] == events(Path("run"), "step")[-1]["step"]
+    assert config(Path("run"))["for_s"] == 1.0
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_and_each_step_stands_once(command: Command, a_run: Path):
+    whole = command("train", "text.txt", "--out", "whole", *TINY, "--steps=4", "--eval-every=1", "--json").json
+    with (a_run / "metrics.jsonl").open("a") as metrics, (a_run / "samples.jsonl").open("a") as samples:
+        metrics.write('{"event": "step", "step": 3}\n{"event": "st')
+        samples.write('{"event": "sample", "step": 3, "text": "never')
+    ended = command("train", "--resume", "--out", a_run, "--steps=4", "--json")
+    assert [step["step"] for step in events(a_run, "step")] == [1, 2, 3, 4]
+    assert [sample["step"] for sample in Journal(a_run / "samples.jsonl").lines()] == [0, 1, 2, 3, 4]
+    assert [resume["step"] for resume in events(a_run, "resume")] == [2]
+    assert ended.json["tokens"] == whole["tokens"]
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_says_so(command: Command):
+    first = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    for path in Path("run/checkpoints").iterdir():
+        path.rename(f"damaged-{path.name}")
+    again = command("train", "--resume", "--out", "run", "--json")
+    assert "step 0" in again.err
+    assert again.json["weights_sha256"] == first["weights_sha256"]
+    assert [step["step"] for step in events(Path("run"), "step")] == [1, 2]
+
+
+def test_samples_stand_in_their_own_journal(a_run: Path):
+    samples = list(Journal(a_run / "samples.jsonl").lines())
+    assert [sample["step"] for sample in samples] == [0, 1, 2]
+    assert all(isinstance(sample["text"], str) for sample in samples)
+    assert [sample["step"] for sample in events(a_run, "sample")] == [0, 1, 2]
+
+
+def test_a_journal_gives_back_every_text_that_a_model_may_say(tmp_path: Path):
+    journal = Journal(tmp_path / "samples.jsonl")
+    texts = ["a\u2028b\u2029c", "\x85", "\r\n", "\x0b\x0c\x1c\x1d\x1e", "süß 👧", '"\\']
+    for text in texts:
+        journal.add("sample", {"text": text})
+    assert [line["text"] for line in journal.lines()] == texts
+
+
+# The same in Python
+
+
+def test_the_python_verbs_give_what_the_command_line_gives(command: Command, capsys: pytest.CaptureFixture[str]):
+    shown = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    model = {"emb_dim": 32, "n_heads": 2, "n_layers": 1, "ff_dim": 64, "context_length": 32}
+    options = {"steps": 2, "batch_size": 4, "threads": 1, "precision": "float32", "device": "cpu", "model": model}
+    result = firstwords.train("text.txt", out="same", tokenizer="bytes", progress=False, **options)
+    assert capsys.readouterr() == ("", "")
+    assert (result.weights_sha256, result.bits_per_byte) == (shown["weights_sha256"], shown["bits_per_byte"])
+    assert firstwords.evaluate("same").bits_per_byte == shown["bits_per_byte"]

@@ -1,0 +1,132 @@
+"""A prepared text holds every token once, keeps training and held-out text apart, and is found again by its content."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import STORY
+from firstwords import store
+from firstwords.errors import ConfigError, DataError
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
+from firstwords.text.corpus import Corpus, Part
+
+
+def prepare(tmp_path: Path, *texts: str, tokenizer: str = "bytes", **options: object) -> Corpus:
+    paths = []
+    for number, text in enumerate(texts):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_bytes(text.encode())
+    return corpora.prepare(sources.read(paths), tokenizer, cache=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+
+def documents(part: Part, corpus: Corpus) -> list[str]:
+    starts = [*np.flatnonzero(part.ids == corpus.tokenizer.end_of_text), len(part.ids)]
+    return [corpus.tokenizer.decode(part.ids[a + 1 : b].tolist()) for a, b in pairwise(starts)]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", "bpe:300"])
+def test_each_document_is_split_by_characters_and_its_end_held_out(tmp_path: Path, tokenizer: str) -> None:
+    texts = [STORY, "ünï" * 33, "short text"]
+    corpus = prepare(tmp_path, *texts, tokenizer=tokenizer)
+    cuts = [int(0.9 * len(text)) for text in texts]
+    assert documents(corpus.train, corpus) == [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    assert documents(corpus.val, corpus) == [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    assert corpus.val.n_bytes == sum(len(text[cut:].encode()) for text, cut in zip(texts, cuts, strict=True))
+    assert corpus.train.n_tokens == len(corpus.train.ids) - 3
+
+
+def test_a_trained_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
+    training, held_out = "abc " * 900, "xyz " * 100
+    corpus = prepare(tmp_path, training + held_out, tokenizer="bpe:270")
+    words = set(corpus.tokenizer.encoding._mergeable_ranks)
+    assert b" abc" in words
+    assert not any(b"xy" in word for word in words)
+
+
+def test_a_separate_held_out_text_leaves_all_of_the_text_to_training(tmp_path: Path) -> None:
+    (tmp_path / "val.md").write_text("held out")
+    corpus = prepare(tmp_path, STORY, val=sources.read([tmp_path / "val.md"]))
+    assert documents(corpus.train, corpus) == [STORY]
+    assert documents(corpus.val, corpus) == ["held out"]
+
+
+def test_the_same_content_is_found_again_under_another_name_and_changed_content_is_not(tmp_path: Path) -> None:
+    first = prepare(tmp_path, STORY)
+    (tmp_path / "renamed.txt").write_text(STORY)
+    again = corpora.prepare(sources.read([tmp_path / "renamed.txt"]), "bytes", cache=tmp_path / "cache")
+    changed = prepare(tmp_path, STORY + "!")
+    assert first.folder == again.folder != changed.folder
+    assert len({prepare(tmp_path, STORY, tokenizer=name).folder for name in ("bytes", "bpe:300", "bpe:301")}) == 3
+
+
+def test_where_documents_end_is_part_of_the_content(tmp_path: Path) -> None:
+    assert prepare(tmp_path, "ab", "c").folder != prepare(tmp_path, "a", "bc").folder
+
+
+def test_a_damaged_cache_is_set_aside_and_made_again(tmp_path: Path) -> None:
+    good = prepare(tmp_path, STORY)
+    path = good.folder / "train.bin"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    told: list[str] = []
+    again = prepare(tmp_path, STORY, notice=told.append)
+    assert len(told) == 1
+    assert "SHA-256" in told[0]
+    assert any(p.name.startswith("damaged-") for p in (tmp_path / "cache").iterdir())
+    assert documents(again.train, again) == [STORY[: int(0.9 * len(STORY))]]
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
+    good = prepare(tmp_path, STORY)
+    ids = np.array([256, 5, 999], "<u2").tobytes()
+    part = {"ids": 3, "bytes": 2, "documents": 1, "dtype": "<u2"}
+    store.publish(
+        tmp_path / "bad",
+        {"tokenizer.json": [good.tokenizer.to_json()], "train.bin": [ids], "val.bin": [ids]},
+        lambda: {"train": part, "val": part, "text_sha256": ""},
+    )
+    with pytest.raises(DataError, match="999") as raised:
+        corpora.load(tmp_path / "bad")
+    assert "token 2" in raised.value.where
+
+
+def test_ids_beyond_two_bytes_get_four(tmp_path: Path) -> None:
+    small, large = prepare(tmp_path, STORY, tokenizer="gpt2"), np.dtype("<u4")
+    assert small.train.ids.dtype == np.dtype("<u2")
+    assert large.itemsize == 4
+
+
+def test_text_that_is_only_white_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="white space"):
+        prepare(tmp_path, " \n\t " * 10)
+
+
+@pytest.mark.parametrize("name", ["gtp2", "bpe:", "bpe:12x", "bpe:100", "missing/tokenizer.json"])
+def test_an_unknown_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError):
+        prepare(tmp_path, STORY, tokenizer=name)
+
+
+def test_a_text_of_fewer_than_ten_characters_has_no_held_out_part(tmp_path: Path) -> None:
+    corpus = prepare(tmp_path, "x")
+    assert (corpus.train.n_tokens, corpus.val.n_tokens) == (0, 1)  # int(0.9 * 1) is 0
+    assert prepare(tmp_path, STORY, val_fraction=0.0).val.n_tokens == 0
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    def peak_bytes(size: int) -> int:
+        path = tmp_path / f"{size}.txt"
+        path.write_text("the quick brown fox " * (size // 20))
+        tracemalloc.start()
+        corpora.prepare(sources.read([path]), "bpe:300", cache=tmp_path / "cache")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    # 4 MiB more text may not cost 2 MiB more memory: pieces are 1 MiB, and one in flight more or less is noise
+    assert peak_bytes(6 << 20) < peak_bytes(2 << 20) + (2 << 20)

@@ -1,0 +1,88 @@
+"""Held-out figures: every token once, from at least half a context, whatever the grouping."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from firstwords.config import ModelConfig
+from firstwords.model.gpt import GPTModel
+from firstwords.text.corpus import Part
+from firstwords.training import evaluate as evaluation
+from firstwords.training.evaluate import evaluate, windows
+
+
+def part_of(lengths: list[int], vocab_size: int = 61) -> Part:
+    """Documents of so many tokens; `<|endoftext|>` is the last id."""
+    random = np.random.default_rng(0)
+    ids = [np.concatenate(([vocab_size - 1], random.integers(0, vocab_size - 1, n))) for n in lengths]
+    return Part(np.concatenate(ids).astype("<u2"), n_bytes=3 * sum(lengths), n_documents=len(lengths))
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 16, 100])
+def test_each_target_is_counted_once_and_from_half_a_context_where_its_document_allows(context: int) -> None:
+    starts, ends = np.array([0, 30, 31, 60]), np.array([30, 31, 60, 200])
+    counted = []
+    for window in windows(starts, ends, context):
+        assert window.length <= context
+        document = max(start for start in starts if start <= window.start)
+        for place in range(window.start + window.skip, window.start + window.length):  # the input before each target
+            counted.append(place + 1)
+            seen = place + 1 - window.start
+            assert seen >= min(math.ceil(context / 2), place + 1 - document)
+    assert sorted(counted) == [place for a, b in zip(starts, ends, strict=True) for place in range(a + 1, b)]
+
+
+def test_the_figures_are_those_of_one_token_at_a_time(small: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model, part = GPTModel(small).eval(), part_of([5, 1, 40, 17])
+    T, stride, nats = small.context_length, small.context_length // 2, 0.0
+    for document in np.split(part.ids.astype(np.int64), np.flatnonzero(part.ids == 60)[1:]):
+        for place in range(1, len(document)):
+            start = 0 if place <= T else stride * math.ceil((place - T) / stride)
+            logits = model(torch.from_numpy(document[start:place])[None])[0, -1]
+            nats -= torch.log_softmax(logits, dim=-1)[document[place]].item()
+    found = evaluate(model, part)
+    assert found is not None
+    assert found.nats_per_token == pytest.approx(nats / 63, rel=1e-5)  # float32
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * 63), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / 63), rel=1e-4)
+    assert (found.n_tokens, found.n_bytes) == (63, 189)
+
+
+def test_the_figures_do_not_depend_on_how_many_windows_go_together(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, part, seen = GPTModel(small).eval(), part_of([50, 3, 80]), []
+    for tokens in (1, 64, 8192):
+        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", tokens)
+        seen.append(evaluate(model, part))
+    assert all(found is not None for found in seen)
+    assert seen[0].nats_per_token == pytest.approx(seen[2].nats_per_token, rel=1e-6)  # order of float32 sums
+    assert evaluate(model, part) == seen[2]  # and the same again is the same to the last bit
+
+
+def test_evaluating_leaves_the_model_in_its_mode_and_without_gradients(small: ModelConfig) -> None:
+    model = GPTModel(small).train()
+    evaluate(model, part_of([20]))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_part_without_tokens_has_no_figures(small: ModelConfig) -> None:
+    assert evaluate(GPTModel(small), Part(np.empty(0, "<u2"), 0, 0)) is None
+
+
+def test_held_out_documents_do_not_see_each_other(small: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = GPTModel(small).eval()
+    alone = [evaluate(model, part_of([n])) for n in (9,)]
+    assert alone[0] is not None
+    ids = np.concatenate((part_of([9]).ids, part_of([9]).ids))
+    twice = evaluate(model, Part(ids, n_bytes=54, n_documents=2))
+    assert twice is not None
+    assert twice.nats_per_token == pytest.approx(alone[0].nats_per_token, rel=1e-6)

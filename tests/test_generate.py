@@ -1,0 +1,151 @@
+"""What a model says: reproducible, cut by temperature, k and p, and the same with and without the cache."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from conftest import STORY, seeded
+from firstwords.config import ModelConfig
+from firstwords.errors import ConfigError
+from firstwords.insight.explain import explain
+from firstwords.model.generate import generate, generate_text_simple, next_probabilities
+from firstwords.model.gpt import GPTModel
+from firstwords.model.language_model import LanguageModel
+from firstwords.model.sampling import Sampling
+from firstwords.text.tokenizer import byte_tokenizer, train_bpe
+
+# The chapter's nine logits (section 5.3.1) and the probabilities that its text gives for them.
+CHAPTER = torch.tensor([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79])
+
+
+@pytest.fixture
+def model(small: ModelConfig) -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(small).eval()
+
+
+@pytest.fixture
+def lm(small: ModelConfig) -> LanguageModel:
+    torch.manual_seed(0)
+    config = ModelConfig(257, 16, 24, 3, 2, 0.0, block=small.block, init_std=0.3)
+    return LanguageModel(GPTModel(config), byte_tokenizer())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(), Sampling(0.7, top_k=9, top_p=0.8)], ids=str)
+@pytest.mark.parametrize("prompt_length", [1, 15, 16, 30])
+def test_the_cache_never_changes_the_text(model: GPTModel, sampling: Sampling, prompt_length: int) -> None:
+    prompt = torch.randint(61, (prompt_length,), generator=seeded(3)).tolist()
+    texts = [
+        list(islice(generate(model, prompt, sampling, seeded(1), use_cache=use_cache), 40)) for use_cache in (True, False)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_greedy_is_what_the_chapters_function_says_also_beyond_the_context(model: GPTModel) -> None:
+    prompt = [5, 9, 33]
+    theirs = generate_text_simple(model, torch.tensor([prompt]), 40, model.config.context_length)[0, 3:].tolist()
+    assert list(islice(generate(model, prompt, Sampling(0), seeded(0)), 40)) == theirs
+
+
+def test_the_chapters_probabilities_at_its_temperatures_and_k() -> None:
+    assert next_probabilities(CHAPTER, Sampling(5.0))[6].item() == pytest.approx(0.0430, abs=5e-5)
+    top3 = next_probabilities(CHAPTER, Sampling(1.0, top_k=3))
+    assert top3[top3 > 0].tolist() == pytest.approx([0.0615, 0.5775, 0.3610], abs=5e-5)
+
+
+def test_a_thousand_draws_are_the_chapters() -> None:
+    counts = {}
+    for temperature in (1.0, 0.1, 5.0):
+        torch.manual_seed(123)
+        probabilities = next_probabilities(CHAPTER, Sampling(temperature))
+        drawn = torch.tensor([torch.multinomial(probabilities, 1).item() for _ in range(1000)])
+        counts[temperature] = drawn.bincount(minlength=9).tolist()
+    assert counts[1.0] == [73, 0, 0, 582, 2, 0, 0, 343, 0]
+    assert (counts[0.1][3], counts[0.1][7]) == (985, 15)
+    assert counts[5.0] == [165, 75, 42, 239, 71, 46, 32, 227, 103]
+
+
+def test_top_p_keeps_the_fewest_that_reach_p() -> None:
+    probabilities = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04])
+    for top_p, kept in ((0.5, 1), (0.51, 2), (0.7, 2), (0.9, 3), (0.91, 4), (1.0, 5), (1e-6, 1)):
+        left = next_probabilities(probabilities.log(), Sampling(top_p=top_p))
+        assert int((left > 0).sum()) == kept, top_p
+        assert left.sum().item() == pytest.approx(1.0)
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    assert next_probabilities(CHAPTER, Sampling(0)).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 2}]
+)
+def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [[], [61], [-1]])
+def test_a_prompt_without_tokens_or_beyond_the_vocabulary_is_refused(model: GPTModel, prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match="token"):
+        next(generate(model, prompt, Sampling(), seeded(0)))
+
+
+def test_a_seed_decides_the_text_and_streaming_gives_the_same(lm: LanguageModel) -> None:
+    texts = [lm.generate("Once", max_new_tokens=50, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert "".join(lm.stream("Once", max_new_tokens=50, seed=1)) == texts[0]
+
+
+def test_a_long_prompt_is_cut_to_its_end_with_a_notice(lm: LanguageModel) -> None:
+    told: list[str] = []
+    long = "".join(lm.stream("x" * 50 + "0123456789abcdef", max_new_tokens=20, notice=told.append))
+    assert "66 tokens" in told[0]
+    assert long == lm.generate("0123456789abcdef", max_new_tokens=20)
+
+
+def say(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    monkeypatch.setattr("firstwords.model.language_model.generate", lambda *args, **kwargs: iter(ids))
+
+
+def test_the_text_ends_at_the_end_of_text(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, [*b"abc", 256, *b"def"])
+    assert lm.generate("x") == "abc"
+
+
+def test_streaming_never_splits_a_character(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, [*"é漢👩".encode()])
+    pieces = list(lm.stream("x", max_new_tokens=9))
+    assert [piece for piece in pieces if piece] == ["é", "漢", "👩"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="257"):
+        LanguageModel(GPTModel(ModelConfig(100, 16, 24, 3, 1)), byte_tokenizer())
+
+
+@pytest.mark.parametrize("text", ["The duck said 9.", STORY[:100]])
+def test_explaining_gives_each_tokens_probability_rank_and_the_models_choices(lm: LanguageModel, text: str) -> None:
+    found = explain(lm, text)
+    ids, T = lm.tokenizer.encode(text), 16
+    assert [token.id for token in found.tokens] == ids
+    assert found.tokens[0].probability is None
+    for place in range(1, len(ids)):
+        start = 0 if place <= T else 8 * -(-(place - T) // 8)
+        row = torch.softmax(lm.model(torch.tensor([ids[start:place]]))[0, -1].detach(), dim=-1)
+        token = found.tokens[place]
+        assert token.probability == pytest.approx(row[ids[place]].item(), rel=1e-4)  # float32
+        assert token.rank == int((row > row[ids[place]]).sum()) + 1
+        assert [guess.id for guess in token.top] == row.topk(5).indices.tolist()
+    logs = [token.log_probability for token in found.tokens[1:]]
+    assert found.evaluation.nats_per_token == pytest.approx(-sum(logs) / len(logs))  # type: ignore[arg-type]
+    assert found.evaluation.n_bytes == len(text.encode()) - 1
+
+
+def test_explaining_shows_parts_of_characters_without_failing() -> None:
+    tokenizer = train_bpe([STORY], 300)
+    lm = LanguageModel(GPTModel(ModelConfig(300, 16, 24, 3, 1)), tokenizer)
+    assert len(explain(lm, "漢字").tokens) == 6

@@ -1,0 +1,78 @@
+"""The fused head and loss equals the plain one, value and gradient, however it is cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import seeded
+from firstwords.model import loss
+from firstwords.model.loss import IGNORE, bits_per_byte, perplexity, target_nats, token_nats
+
+B, T, C, V = 2, 7, 12, 50
+
+
+@pytest.fixture(params=[1, 3, 1000], ids=["chunks of 1", "chunks of 3", "one chunk"])
+def inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * V * request.param)
+    generator = seeded(0)
+    features = torch.randn(B, T, C, generator=generator, requires_grad=True)
+    weight = torch.randn(V, C, generator=generator, requires_grad=True)
+    targets = torch.randint(V, (B, T), generator=generator)
+    targets[0, 2] = targets[1, 6] = IGNORE
+    return features, weight, targets
+
+
+def plain(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy((features @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def test_value_and_gradients_equal_those_of_the_plain_loss(inputs: tuple[torch.Tensor, ...]) -> None:
+    features, weight, _ = inputs
+    wanted = torch.autograd.grad(plain(*inputs) * 0.3, (features, weight))
+    ours = target_nats(*inputs)
+    torch.testing.assert_close(ours, plain(*inputs))  # float32 rounding of a sum of 12
+    torch.testing.assert_close(torch.autograd.grad(ours * 0.3, (features, weight)), wanted)
+
+
+def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tuple[torch.Tensor, ...]) -> None:
+    nats = token_nats(*inputs)
+    torch.testing.assert_close(nats.sum(), plain(*inputs).detach())
+    assert nats[0, 2] == nats[1, 6] == 0
+    assert (nats > 0).sum() == B * T - 2
+
+
+def test_the_gradient_agrees_with_finite_differences() -> None:
+    generator = seeded(1)
+    features = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, IGNORE, 4])
+    # the softmax is float32 by design: differences of 1e-2 keep its rounding below the tolerance
+    assert torch.autograd.gradcheck(
+        lambda f, w: target_nats(f, w, targets).double(), (features, weight), eps=1e-2, atol=5e-3
+    )
+
+
+def test_bfloat16_products_stay_within_their_own_error(inputs: tuple[torch.Tensor, ...]) -> None:
+    features, weight, _ = inputs
+    exact = torch.autograd.grad(target_nats(*inputs), (features, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough_nats = target_nats(*inputs)
+    rough = torch.autograd.grad(rough_nats, (features, weight))
+    assert rough_nats.item() == pytest.approx(plain(*inputs).item(), rel=0.01)  # 8 bits: 0.4 % a logit
+    for a, b in zip(rough, exact, strict=True):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="fit"):
+        target_nats(torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_a_uniform_model_over_bytes_costs_eight_bits_a_byte() -> None:
+    assert bits_per_byte(nats=100 * math.log(256), n_bytes=100) == pytest.approx(8.0)
+    assert perplexity(math.log(256)) == pytest.approx(256.0)
+    assert perplexity(1e6) == math.inf

@@ -1,0 +1,235 @@
+"""A run that stops anywhere and goes on ends as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import STORY, TINY
+from firstwords import api
+from firstwords.errors import DataError, NoInputError
+from firstwords.recorder import TrainResult
+from firstwords.runs import checkpoint
+from firstwords.training import state as states
+from firstwords.training.events import Notice, Sampled, SaveDue, Started, StepDone, Told
+
+STEPS = 24
+
+
+class KilledError(Exception):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None, **options: Any) -> TrainResult:
+    text = tmp_path / "story.txt"
+    text.write_text(STORY)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300)))  # unlike the story: step 5 is the best
+
+    def listener(told: Told) -> None:
+        if stop_at is not None and isinstance(told, stop_at[0]) and getattr(told, "step", -1) == stop_at[1]:
+            raise KilledError
+
+    options = {
+        **TINY,
+        "val": str(other),
+        "steps": STEPS,
+        "eval_every": 5,
+        "save_every_s": 0.0,
+        "optim": {"kind": "muon", "peak_lr": 0.1, "warmup_steps": 2},
+        **options,
+    }
+    if options.get("resume"):
+        options = {key: value for key, value in options.items() if key in ("resume", "steps", "threads", "listener")}
+        return api.train(out=tmp_path / name, **options)
+    return api.train(text, out=tmp_path / name, listener=listener, **options)
+
+
+def journal(tmp_path: Path, name: str, *events: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    timing = ("elapsed_s", "tokens_per_s", "took_s")
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line["event"] in events]
+
+
+def same(tmp_path: Path, a: TrainResult, b: TrainResult) -> bool:
+    names = [Path(a.run).name, Path(b.run).name]
+    journals = [journal(tmp_path, name, "step", "evaluation", "sample") for name in names]
+    figures = [(r.weights_sha256, r.best_step, r.nats_per_token, r.tokens, r.last) for r in (a, b)]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in names]
+    return figures[0] == figures[1] and journals[0] == journals[1] and samples[0] == samples[1]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> TrainResult:
+    return train(tmp_path, "whole")
+
+
+@pytest.mark.parametrize(
+    "stop_at", [(StepDone, 1), (SaveDue, 5), (StepDone, 13), (Sampled, 10), (StepDone, 23), (SaveDue, 24)]
+)
+def test_a_run_killed_anywhere_goes_on_to_the_same_end(
+    tmp_path: Path, whole: TrainResult, stop_at: tuple[type, int]
+) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=stop_at)
+    told: list[Told] = []
+    resumed = train(tmp_path, "killed", resume=True, listener=told.append)
+    assert Notice("bit-exact resume") in told
+    assert same(tmp_path, whole, resumed)
+
+
+def test_a_run_of_one_setting_equals_itself_and_not_another_seed(tmp_path: Path, whole: TrainResult) -> None:
+    assert same(tmp_path, whole, train(tmp_path, "again"))
+    assert not same(tmp_path, whole, train(tmp_path, "other", seed=2))
+
+
+@pytest.mark.parametrize("left_out", ["step", "tokens", "best_nats", "best_step", "optimizer"])
+def test_leaving_a_piece_of_state_out_shows(
+    tmp_path: Path, whole: TrainResult, left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: each registered piece matters."""
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
+    if left_out == "optimizer":
+        monkeypatch.setattr(states, "load_optimizer_tensors", lambda state, tensors: None)
+    else:
+        monkeypatch.setattr(states, "SCALARS", tuple(name for name in states.SCALARS if name != left_out))
+    assert not same(tmp_path, whole, train(tmp_path, "killed", resume=True))
+
+
+def test_every_attribute_of_the_state_is_registered() -> None:
+    tensors = {"model", "optimizers"}
+    assert set(states.TrainState.__dataclass_fields__) == tensors | set(states.SCALARS)
+
+
+def test_a_longer_run_extends_the_schedule_from_where_it_was(tmp_path: Path, whole: TrainResult) -> None:
+    longer = train(tmp_path, "whole", resume=True, steps=STEPS + 6)
+    assert longer.steps == STEPS + 6
+    steps = [line["step"] for line in journal(tmp_path, "whole", "step")]
+    assert steps == list(range(1, STEPS + 7))
+    assert longer.tokens > whole.tokens
+
+
+def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, whole: TrainResult) -> None:
+    again = train(tmp_path, "whole", resume=True)
+    assert (again.steps, again.weights_sha256, again.last) == (whole.steps, whole.weights_sha256, whole.last)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(tmp_path: Path, whole: TrainResult) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
+    newest = checkpoint.existing(tmp_path / "killed" / "checkpoints")[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    told: list[Told] = []
+    resumed = train(tmp_path, "killed", resume=True, listener=told.append)
+    assert any(isinstance(t, Notice) and "set aside" in t.text for t in told)
+    assert same(tmp_path, whole, resumed)
+
+
+def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path, whole: TrainResult) -> None:
+    for folder in checkpoint.existing(tmp_path / "whole" / "checkpoints"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="every checkpoint is damaged"):
+        train(tmp_path, "whole", resume=True)
+
+
+def test_resuming_where_there_is_no_run_begins_none(tmp_path: Path) -> None:
+    with pytest.raises(NoInputError):
+        train(tmp_path, "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_without_a_checkpoint_begins_at_step_0_and_says_so(tmp_path: Path, whole: TrainResult) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(Started, 0))
+    told: list[Told] = []
+    resumed = train(tmp_path, "killed", resume=True, listener=told.append)
+    assert any(isinstance(t, Notice) and "step 0" in t.text for t in told)
+    assert same(tmp_path, whole, resumed)
+
+
+def test_the_best_and_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = train(tmp_path, "run", steps=40)
+    kept = [int(path.name[5:]) for path in checkpoint.existing(tmp_path / "run" / "checkpoints")]
+    assert kept == sorted({run.best_step, 39, 40})
+    assert run.best_step < 39
+    assert api.load(tmp_path / "run").step == run.best_step
+
+
+def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
+    told: list[Told] = []
+    train(tmp_path, "killed", resume=True, threads=2, listener=told.append)
+    assert Notice("not bit-exact because: threads 1 -> 2") in told
+    torch.set_num_threads(1)
+
+
+def command(tmp_path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "firstwords", "train", "--json", "--out", str(tmp_path / "run"), *arguments]
+
+
+def fresh(tmp_path: Path) -> list[str]:
+    text = tmp_path / "story.txt"
+    text.write_text(STORY)
+    flags = ["--steps", "60", "--save-every", "0.2s", "--threads", "1", "--tokenizer", "bytes", "--eval-every", "20"]
+    flags += ["--model.context-length", "32", "--batch-size", "8", "--precision", "float32"]
+    shape = ["--model.emb-dim", "32", "--model.n-heads", "2", "--model.n-layers", "2", "--model.drop-rate", "0.1"]
+    return command(tmp_path, str(text), *flags, *shape)
+
+
+def wait_for_step(tmp_path: Path, process: subprocess.Popen[str], step: int) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline_s:
+        if metrics.exists() and f'"event": "step", "step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came: {process.communicate()}")
+
+
+def finish(arguments: list[str]) -> dict[str, Any]:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_real_process_killed_at_step_25_resumes_to_the_same_weights_and_losses(tmp_path: Path) -> None:
+    uninterrupted = finish(fresh(tmp_path))
+    losses = journal(tmp_path, "run", "step")
+    (tmp_path / "run").rename(tmp_path / "uninterrupted")
+    process = subprocess.Popen(fresh(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, process, 25)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    resumed = finish(command(tmp_path, "--resume"))
+    assert journal(tmp_path, "run", "step") == losses
+    assert len(losses) == 60
+    for key in ("weights_sha256", "best_step", "nats_per_token", "tokens"):
+        assert resumed[key] == uninterrupted[key]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
+    arguments = [argument for argument in fresh(tmp_path) if argument != "--json"]
+    arguments[arguments.index("60")] = "100000"
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, process, 3)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"--resume --out {tmp_path / 'run'}" in out
+    last = journal(tmp_path, "run", "step")[-1]["step"]
+    assert checkpoint.existing(tmp_path / "run" / "checkpoints")[-1].name.endswith(f"{last:08d}")

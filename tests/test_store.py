@@ -1,0 +1,156 @@
+"""Published folders appear whole or not at all, and damage is noticed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firstwords import store
+from firstwords.errors import CannotCreateError, DataError, StorageError
+
+FILES = {"weights": [b"abc", b"", b"defg"], "words": [b"hello\n"]}
+
+
+def published(parent: Path, name: str = "one") -> Path:
+    store.publish(parent / name, FILES, lambda: {"kind": "test"})
+    return parent / name
+
+
+class Failing:
+    """The `os` module, but the n-th call of the writing operations fails."""
+
+    OPERATIONS = ("open", "write", "fsync", "rename", "replace", "truncate", "close")
+
+    def __init__(self, n: int, number: int) -> None:
+        self.left, self.number = n, number
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in self.OPERATIONS:
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                if name == "close":
+                    real(*args)
+                raise OSError(self.number, os.strerror(self.number))
+            return real(*args, **kwargs)
+
+        return call
+
+
+def test_a_published_folder_reads_back_as_written(tmp_path: Path) -> None:
+    folder = published(tmp_path)
+    assert (folder / "weights").read_bytes() == b"abcdefg"
+    assert store.verify(folder)["kind"] == "test"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_nothing_is_published_twice_under_one_name(tmp_path: Path) -> None:
+    published(tmp_path)
+    with pytest.raises(CannotCreateError):
+        published(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_whichever_write_fails_nothing_appears_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = published(tmp_path, "before")
+    for n in range(1, 100):
+        monkeypatch.setattr(store, "os", Failing(n, number))
+        try:
+            published(tmp_path, "after")
+        except StorageError:
+            monkeypatch.undo()
+            store.verify(before)
+            # only a failure after the rename may leave the folder, and then it is whole
+            if (tmp_path / "after").exists():
+                store.verify(tmp_path / "after")
+                store.remove_folder(tmp_path / "after")
+            assert [path.name for path in tmp_path.iterdir()] == ["before"]
+        else:
+            break
+    assert 10 < n < 99, "the loop must have met every operation, and then none"
+
+
+def test_every_prefix_and_every_flipped_byte_of_every_file_is_noticed(tmp_path: Path) -> None:
+    folder = published(tmp_path)
+    cases = 0
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        damaged = [whole[:n] for n in range(len(whole))]
+        damaged += [whole[:n] + bytes([whole[n] ^ 0xFF]) + whole[n + 1 :] for n in range(len(whole))]
+        damaged += [whole + b"\0"]
+        for data in damaged:
+            path.write_bytes(data)
+            with pytest.raises(DataError):
+                store.verify(folder)
+            cases += 1
+        path.write_bytes(whole)
+    assert cases > 500
+    store.verify(folder)  # the negative control: undamaged, it passes
+
+
+def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
+    folder = published(tmp_path)
+    (folder / "words").unlink()
+    with pytest.raises(DataError, match="missing"):
+        store.verify(folder)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    manifest = {"format": 1, "files": {"../secret": {"bytes": 1, "sha256": store.sha256(b"x")}}}
+    manifest["sha256"] = store.sha256(store.canonical_json(manifest))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / store.MANIFEST).write_bytes(store.canonical_json(manifest))
+    with pytest.raises(DataError):
+        store.verify(tmp_path / "one")
+
+
+def test_an_atomic_write_leaves_the_old_file_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config"
+    store.write(path, b"old")
+    for n in range(1, 20):
+        monkeypatch.setattr(store, "os", Failing(n, errno.ENOSPC))
+        try:
+            store.write(path, b"new")
+        except StorageError:
+            monkeypatch.undo()
+            assert path.read_bytes() in (b"old", b"new")
+            assert [p.name for p in tmp_path.iterdir()] == ["config"]
+            path.write_bytes(b"old")
+        else:
+            break
+    assert path.read_bytes() == b"new"
+
+
+def test_a_log_is_cut_back_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    size = store.append(path, b"one\n")
+    store.append(path, b"two\n")
+    store.cut(path, size)
+    store.append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+def test_a_held_lock_is_refused_with_its_holder_and_free_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with store.lock(path), pytest.raises(CannotCreateError, match=f"pid {os.getpid()}"), store.lock(path):
+        pass
+    with store.lock(path):
+        pass
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "tmp-step-1-abcd").mkdir()
+    (tmp_path / "tmp-file").write_bytes(b"")
+    kept = published(tmp_path)
+    store.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]

@@ -1,0 +1,114 @@
+"""Every text has ids, its ids give it back, and the field's own tools agree."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+from conftest import STORY
+from firstwords.errors import ConfigError, DataError
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.tokenizer import PIECE_CHARS, Tokenizer, byte_tokenizer, from_json, gpt2, train_bpe
+
+TOKENIZERS = [gpt2(), byte_tokenizer(), train_bpe([STORY], 400)]
+ODD = [
+    "",
+    " ",
+    "a",
+    "<|endoftext|>",
+    "\r\n\t ",
+    "naïve café",
+    "👩‍👩‍👧 עברית العربية",
+    "\ufeff\x00\x1b[31m",
+    "I'll've 12.5%",
+    "漢字かな" * 9,
+]
+
+
+def noise(seed: int, length: int) -> str:
+    """Characters of many kinds, with the white space and quotes that split patterns trip over."""
+    draw = random.Random(seed)
+    kinds = [(32, 127), (0xA0, 0x250), (0x400, 0x500), (0x4E00, 0x5000), (0x1F300, 0x1F650)]
+    return "".join(
+        draw.choice(" \n\t\u3000'’") if draw.random() < 0.3 else chr(draw.randrange(*draw.choice(kinds)))
+        for _ in range(length)
+    )
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+@pytest.mark.parametrize("text", [*ODD, STORY, noise(1, 5000)], ids=range(len(ODD) + 2))
+def test_decoding_gives_the_text_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_text not in ids
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+def test_ids_are_those_of_the_tokenizers_library_reading_our_file(tokenizer: Tokenizer) -> None:
+    theirs = HuggingFaceTokenizer.from_str(tokenizer.to_json().decode())
+    for seed in range(20):
+        text = noise(seed, 2000) + STORY[:500]
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+    assert theirs.encode("<|endoftext|>").ids == [tokenizer.end_of_text]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+def test_a_tokenizer_reads_back_from_its_own_file(tokenizer: Tokenizer) -> None:
+    again = from_json(tokenizer.to_json(), "tokenizer.json")
+    assert (again.name, again.vocab_size, again.sha256) == (tokenizer.name, tokenizer.vocab_size, tokenizer.sha256)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000, PIECE_CHARS - 1, PIECE_CHARS, PIECE_CHARS + 1])
+def test_ids_do_not_depend_on_how_a_text_is_cut_and_equal_those_of_the_whole(cut: int) -> None:
+    text = noise(3, 3 * PIECE_CHARS if cut > 1000 else 20000)
+    for tokenizer in TOKENIZERS[::2]:
+        pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
+        streamed = [int(token) for ids in tokenizer.stream(pieces) for token in ids]
+        assert streamed == tokenizer.encoding.encode_ordinary(text)
+
+
+def test_a_giant_run_without_a_space_is_encoded_and_left_out_of_training() -> None:
+    giant = "a" * (3 * PIECE_CHARS)
+    learnt = train_bpe([giant + " " + STORY], 300)
+    assert b"aaaa" not in learnt.encoding._mergeable_ranks
+    assert learnt.decode(learnt.encode(giant)) == giant
+
+
+def test_training_gives_exactly_the_size_asked_for_or_what_the_text_has() -> None:
+    assert train_bpe([STORY], 300).vocab_size == 300
+    assert train_bpe(["ab ab"], 300).vocab_size == 259  # 256 bytes, "ab", " ab", <|endoftext|>
+
+
+def test_gpt2s_vocabulary_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "VOCAB_BPE_SHA256", "0" * 64)
+    with pytest.raises(DataError, match="damaged"):
+        tokenizers.gpt2_tokenizer()
+
+
+@pytest.mark.parametrize("size", [0, 256, 2**21])
+def test_an_impossible_size_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError):
+        train_bpe([STORY], size)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b'{"model": {"vocab": {}, "merges": []}}', b'{"model": 3}', b"[" * 100000]
+)
+def test_a_file_that_is_no_tokenizer_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError):
+        from_json(data, "tokenizer.json")
+
+
+def test_a_tokenizer_whose_merges_are_swapped_is_refused() -> None:
+    good = train_bpe([STORY], 300).to_json().decode()
+    start = good.index('"merges":[[') + len('"merges":[')
+    first, second, rest = good[start:].split("],", 2)
+    with pytest.raises(DataError, match="order"):
+        from_json((good[:start] + second + "]," + first + "]," + rest).encode(), "tokenizer.json")
+
+
+def test_an_id_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="300"):
+        byte_tokenizer().decode([300])
