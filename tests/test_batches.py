@@ -14,9 +14,9 @@ from firstwords.text.corpus import Part
 T = 8
 
 
-def batches(n: int, batch_size: int = 1, seed: int = 1) -> Batches:
+def batches(n: int, batch_size: int = 1, seed: int = 1, *, shift: bool = True) -> Batches:
     """Batches over a ring of ids that are all different, so that each names its place."""
-    return Batches(Part(np.arange(n, dtype="<u2"), n_bytes=n, n_documents=1), T, batch_size, seed)
+    return Batches(Part(np.arange(n, dtype="<u2"), n_bytes=n, n_documents=1), T, batch_size, seed, shift)
 
 
 @pytest.mark.parametrize("n", [T + 2, 3 * T, 3 * T + 1, 10 * T - 1])
@@ -52,6 +52,13 @@ def test_seed_and_epoch_change_the_order_and_the_phase() -> None:
 
     assert first_tokens(1, 0) == first_tokens(1, 0)
     assert len({first_tokens(seed, epoch) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_without_a_shift_every_epoch_has_the_chapters_windows() -> None:
+    made = batches(5 * T, shift=False)
+    for epoch in range(3):
+        starts = [int(made(step).tokens[0, 0]) for step in range(5 * epoch, 5 * epoch + 5)]
+        assert sorted(starts) == [0, T, 2 * T, 3 * T, 4 * T]
 
 
 def test_so_many_epochs_take_so_many_steps() -> None:

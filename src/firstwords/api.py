@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import LanguageModel
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.runs.checkpoint import Checkpoint
+    from firstwords.text.batches import Batches
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.loop import FitConfig, Forward
 
@@ -80,7 +81,6 @@ def train(
     asked = _resumed(folder, config, given) if resume else _new(folder, config, given, listener)
     prepared = _prepare(asked, listener)
 
-    from firstwords.text.batches import Batches
     from firstwords.training import loop
 
     settled = _settled(asked, prepared)
@@ -91,7 +91,7 @@ def train(
         evaluate, sample = _looks(recorder)
         events = loop.fit(
             recorder.state,
-            Batches(prepared.train, settled.model.context_length, settled.batch_size, settled.seed),
+            _batches(settled, prepared),
             _fit_config(settled),
             evaluate=evaluate,
             sample=sample,
@@ -224,7 +224,6 @@ def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
     import torch
 
     from firstwords.planning import machine
-    from firstwords.text.batches import Batches
 
     config = asked.config
     model = config.model if asked.fixed_vocab else _with_vocab(config.model, prepared.tokenizer.vocab_size)
@@ -235,8 +234,7 @@ def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
             do="leave it out, or give at least that",
         )
     device = machine.device(config.device)
-    batches = Batches(prepared.train, model.context_length, config.batch_size, config.seed)
-    steps = batches.steps(config.epochs) if config.epochs is not None else config.steps
+    steps = config.steps if config.epochs is None else _batches(config, prepared).steps(config.epochs)
     micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
     needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
     if device.type == "cpu" and there is not None and needed > there:
@@ -338,6 +336,12 @@ def _forward(recorder: Recorder) -> Forward:
 
     features = recorder.state.model.features
     return torch.compile(features) if recorder.config.compile == "on" else features
+
+
+def _batches(config: RunConfig, prepared: Corpus) -> Batches:
+    from firstwords.text.batches import Batches
+
+    return Batches(prepared.train, config.model.context_length, config.batch_size, config.seed, shift=config.shift_windows)
 
 
 def _fit_config(config: RunConfig) -> FitConfig:

@@ -129,6 +129,7 @@ class RunConfig:
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
     for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
+    shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
     batch_size: int = option(32, "sequences an update", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
     eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
@@ -203,6 +204,7 @@ def presets() -> dict[str, Overrides]:
             "batch_size": 2,
             "epochs": 10,
             "eval_every": 5,
+            "shift_windows": False,
             "optim.peak_lr": 4e-4,
             "optim.warmup_steps": 0,
             "optim.decay": "constant",

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import Evaluation
 
 PLAIN_LINE_EVERY_S = 10.0
-SMOOTHING = 0.9  # of the loss and speed that are shown
+SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
 
@@ -209,8 +211,7 @@ class PlainDisplay:
         self.config_steps: int | None = None
         self.for_s: float | None = None
         self.first: StepDone | None = None
-        self.loss: float | None = None
-        self.tokens_per_s: float | None = None
+        self.recent: deque[StepDone] = deque(maxlen=SHOWN_STEPS)
         self.held_out: float | None = None
         self._line_s = -PLAIN_LINE_EVERY_S
         self._what = ""
@@ -235,8 +236,7 @@ class PlainDisplay:
                 self.config_steps = total_steps
             case StepDone():
                 self.first = self.first or told
-                self.loss = _smooth(self.loss, told.nats_per_token)
-                self.tokens_per_s = _smooth(self.tokens_per_s, told.tokens_per_s)
+                self.recent.append(told)
                 self.stepped(told)
             case Evaluated(step, evaluation, best, _) if evaluation is not None:
                 self.held_out = evaluation.bits_per_byte
@@ -266,9 +266,11 @@ class PlainDisplay:
         """Return step, loss, speed and time left as one line."""
         of = f"/{self.config_steps}" if self.config_steps else ""
         held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
+        loss = statistics.mean(step.nats_per_token for step in self.recent)
+        speed = statistics.mean(step.tokens_per_s for step in self.recent)
         left_s = self._left_s(done)
         left = "" if left_s is None else f"  {duration(left_s)} left"
-        return f"step {done.step:>6}{of}  loss {self.loss:.3f}{held_out}  {self.tokens_per_s:,.0f} tokens/s{left}"
+        return f"step {done.step:>6}{of}  loss {loss:.3f}{held_out}  {speed:,.0f} tokens/s{left}"
 
     def _left_s(self, done: StepDone) -> float | None:
         """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
@@ -336,10 +338,6 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _smooth(before: float | None, now: float) -> float:
-    return now if before is None else SMOOTHING * before + (1 - SMOOTHING) * now
 
 
 def train(text: Any = (), *, progress: bool = True, **options: Any) -> TrainResult:
