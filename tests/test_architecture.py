@@ -13,7 +13,21 @@ import firstwords
 
 PACKAGE = Path(firstwords.__file__).parent
 # From text to a model that speaks: a module imports only from what stands above it, or from its own folder.
-ORDER = ["errors", "config", "store", "text", "model", "runs", "training", "insight", "planning", "recorder", "api", "app"]
+ORDER = [
+    "errors",
+    "config",
+    "store",
+    "text",
+    "model",
+    "runs",
+    "training",
+    "insight",
+    "planning",
+    "recorder",
+    "resolve",
+    "api",
+    "app",
+]
 MODULES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
 )

@@ -1,4 +1,4 @@
-"""The verbs as functions: resolve, prepare, drive the loop, save, journal.
+"""The verbs as functions: train, load, evaluate, explain, info.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -6,20 +6,14 @@ stand inside the functions.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
-from firstwords import store
-from firstwords.config import ModelConfig, RunConfig, flag, flatten, from_toml, key_types, run_config, to_toml
-from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError
+from firstwords import resolve, store
+from firstwords.config import ModelConfig, RunConfig, flatten, from_toml, run_config, to_toml
+from firstwords.errors import DataError, FirstwordsError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
 from firstwords.runs import folder as run_folder
@@ -28,25 +22,18 @@ from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.text.sources import Texts
-from firstwords.training.events import Listener, Notice, Preparing, Started, ignore
+from firstwords.training.events import Listener, Started, ignore
 
 if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation
     from firstwords.model.language_model import LanguageModel
     from firstwords.recorder import Recorder, TrainResult
+    from firstwords.resolve import Asked
     from firstwords.runs.checkpoint import Checkpoint
-    from firstwords.text.batches import Batches
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.loop import FitConfig, Forward
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
-EVALUATIONS = 20  # in a run of known length
-DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
-# What may change when a run goes on; all else is what the run recorded.
-RESUMABLE = frozenset(
-    ("steps", "epochs", "for_s", "device", "precision", "threads", "compile", "save_every_s", "keep", "sample_prompt")
-)
 
 
 def train(
@@ -78,12 +65,12 @@ def train(
     if not isinstance(text, tuple) or text:
         given |= {"text": tuple(map(str, [text] if isinstance(text, str | Path) else text)), "text_sha256": None}
     folder = Path(out) if out is not None else None
-    asked = _resumed(folder, config, given) if resume else _new(folder, config, given, listener)
-    prepared = _prepare(asked, listener)
+    asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, listener)
+    prepared = resolve.prepare(asked, listener)
 
     from firstwords.training import loop
 
-    settled = _settled(asked, prepared)
+    settled = resolve.settled(asked, prepared)
     with asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
@@ -91,7 +78,7 @@ def train(
         evaluate, sample = _looks(recorder)
         events = loop.fit(
             recorder.state,
-            _batches(settled, prepared),
+            resolve.batches(settled, prepared),
             _fit_config(settled),
             evaluate=evaluate,
             sample=sample,
@@ -104,182 +91,7 @@ def train(
         return recorder.result()
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the caller wants, before the text and the machine are looked at."""
-
-    run: RunFolder
-    config: RunConfig
-    texts: Texts | None  # None: what a resumed run recorded
-    fixed_vocab: bool  # the vocabulary's size was named
-
-
-def _new(out: Path | None, config: str | Path | None, given: dict[str, Any], listener: Listener) -> _Asked:
-    layers = [] if config is None else [from_toml(_read(Path(config)), str(config))]
-    asked = run_config(*layers, given)
-    corpora.parse_tokenizer(asked.tokenizer)
-    _require_utf8([*asked.text, *([asked.val] if asked.val else [])])
-    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
-    run = run_folder.new(out, texts.name)
-    store.make_folder(run.path)
-    return _Asked(run, asked, texts, any("model.vocab_size" in layer for layer in (*layers, given)))
-
-
-def _resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> _Asked:
-    """Return the recorded run with what may change on the way.
-
-    Raises:
-        ConfigError: No run is named, or something else than the length and the machine's keys is given.
-        NoInputError: There is no run; a fresh one is never begun instead.
-    """
-    if out is None:
-        raise ConfigError("--resume needs --out", where="--resume", do="name the run's folder with --out")
-    if config is not None:
-        raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
-    run = run_folder.existing(out)
-    recorded = from_toml(_read(run.config), str(run.config))
-    if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
-        given = {key: value for key, value in given.items() if not key.startswith("text")}
-    for key, value in given.items():
-        if (
-            key != "text_sha256"
-            and key in key_types()
-            and key not in RESUMABLE
-            and run_config(recorded, {key: value}) != run_config(recorded)
-        ):
-            raise ConfigError(
-                "a resumed run goes on with what it recorded",
-                where=flag(key),
-                do="leave it out, or begin a new run with another --out",
-            )
-    return _Asked(run, run_config(recorded, given), None, fixed_vocab=True)
-
-
-def _prepare(asked: _Asked, listener: Listener) -> Corpus:
-    """Return the prepared text of a run.
-
-    Raises:
-        DataError: Not the text that the configuration names by its hash, or too short for the context.
-    """
-    config = asked.config
-    prepared = _prepare_anew(config, asked.texts, listener) if asked.texts else _prepare_again(asked, listener)
-    if config.text_sha256 not in (None, prepared.text_sha256):
-        raise DataError(
-            "the text is not the one that the run was made from",
-            where=", ".join(config.text) or "text",
-            why=f"its SHA-256 is {prepared.text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
-            do="restore the text, or begin a new run",
-        )
-    corpora.require_context(prepared.train, config.model.context_length)
-    if not prepared.val.n_tokens:
-        listener(Notice("the text is too short for a held-out part: no held-out figures, and the last model is the best"))
-    return prepared
-
-
-def _prepare_again(asked: _Asked, listener: Listener) -> Corpus:
-    """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
-    recorded = _recorded_corpus(asked.run)
-    try:
-        if "-" in asked.config.text:
-            raise NoInputError("standard input cannot be read again", where="-")
-        texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        return _prepare_anew(asked.config, texts, listener)
-    except NoInputError as error:
-        if recorded is None or not recorded.is_dir():
-            raise
-        listener(Notice(f"{error}; going on with the prepared text"))
-        return corpora.load(recorded)
-
-
-def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
-    notice = noticed(listener)
-    return corpora.prepare(
-        texts,
-        config.tokenizer,
-        cache=cache_folder(),
-        val_fraction=config.val_fraction,
-        val=None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice),
-        notice=notice,
-        progress=lambda what, share: listener(Preparing(what, share)),
-    )
-
-
-def _recorded_corpus(run: RunFolder) -> Path | None:
-    if not run.corpus.is_file():
-        return None
-    try:
-        return cache_folder() / str(json.loads(run.corpus.read_bytes())["folder"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "is damaged", where=str(run.corpus), why=str(error), do="remove it; the text is read again"
-        ) from error
-
-
-def _settled(asked: _Asked, prepared: Corpus) -> RunConfig:
-    """Return the configuration with everything decided that was left open: what the run records.
-
-    Raises:
-        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
-    """
-    import torch
-
-    from firstwords.planning import machine
-
-    config = asked.config
-    model = config.model if asked.fixed_vocab else _with_vocab(config.model, prepared.tokenizer.vocab_size)
-    if model.vocab_size < prepared.tokenizer.vocab_size:
-        raise ConfigError(
-            f"{model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
-            where="--model.vocab-size",
-            do="leave it out, or give at least that",
-        )
-    device = machine.device(config.device)
-    steps = config.steps if config.epochs is None else _batches(config, prepared).steps(config.epochs)
-    micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
-    needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
-    if device.type == "cpu" and there is not None and needed > there:
-        raise ConfigError(
-            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
-            where="--model.emb-dim",
-            do="take a smaller preset, --micro-batch-size or --model.context-length",
-        )
-    warmup_steps = min(config.optim.warmup_steps, steps // 4) if steps else config.optim.warmup_steps
-    return dataclasses.replace(
-        config,
-        text=_absolute(config.text),
-        val=None if config.val is None else _absolute((config.val,))[0],
-        tokenizer=_absolute((config.tokenizer,))[0] if Path(config.tokenizer).is_file() else config.tokenizer,
-        text_sha256=prepared.text_sha256,
-        steps=steps,
-        epochs=None,
-        for_s=DEFAULT_FOR_S if steps is None and config.for_s is None else config.for_s,
-        micro_batch_size=micro,
-        eval_every=config.eval_every or (max(1, steps // EVALUATIONS) if steps else None),
-        device=str(device),
-        precision=machine.precision(config.precision, device),
-        threads=config.threads or torch.get_num_threads(),
-        compile="off" if config.compile == "auto" else config.compile,
-        model=model,
-        optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps),
-    )
-
-
-def _require_utf8(names: Sequence[str]) -> None:
-    """Raise a DataError for a name that no configuration file can hold."""
-    for name in names:
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError("the name is not UTF-8", where=ascii(name), do="rename it, or send it to standard input: -")
-
-
-def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
-    return tuple(path if path == "-" else str(Path(path).absolute()) for path in paths)
-
-
-def _with_vocab(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    return dataclasses.replace(model, vocab_size=vocab_size)
-
-
-def _begin(asked: _Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float) -> Recorder:
+def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float) -> Recorder:
     """Return the record of a run at its first or resumed step; the caller holds the run's lock."""
     import torch
 
@@ -338,12 +150,6 @@ def _forward(recorder: Recorder) -> Forward:
     return torch.compile(features) if recorder.config.compile == "on" else features
 
 
-def _batches(config: RunConfig, prepared: Corpus) -> Batches:
-    from firstwords.text.batches import Batches
-
-    return Batches(prepared.train, config.model.context_length, config.batch_size, config.seed, shift=config.shift_windows)
-
-
 def _fit_config(config: RunConfig) -> FitConfig:
     from firstwords.planning import machine
     from firstwords.training.loop import FitConfig
@@ -396,7 +202,7 @@ def evaluate(
         NoInputError: No such model or text.
         DataError: The text is empty, or the run has no held-out part.
     """
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=resolve.noticed(listener))
 
     from firstwords.training.evaluate import evaluate as evaluate_part
 
@@ -404,8 +210,8 @@ def evaluate(
         part = _held_out(Path(source), listener)
     else:
         paths = [text] if isinstance(text, str | Path) else text
-        texts = sources.read(paths, encoding=encoding, notice=noticed(listener))
-        part = corpora.prepare(texts, lm.tokenizer, cache=cache_folder(), val_fraction=0.0).train
+        texts = sources.read(paths, encoding=encoding, notice=resolve.noticed(listener))
+        part = corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
     evaluation = evaluate_part(lm.model, part, lm.dtype)
     if evaluation is None:
         raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
@@ -419,7 +225,7 @@ def explain(source: str | Path, text: str, *, listener: Listener = ignore) -> Ex
         NoInputError: No such model.
         DataError: Fewer than two tokens.
     """
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=resolve.noticed(listener))
 
     from firstwords.insight.explain import explain as explain_text
 
@@ -432,7 +238,7 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
     Raises:
         NoInputError: Neither is there.
     """
-    found = _checkpoint(Path(source), noticed(listener))
+    found = _checkpoint(Path(source), resolve.noticed(listener))
 
     from firstwords.runs import checkpoint
 
@@ -449,14 +255,8 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
         "weights_sha256": found.weights_sha256,
         "precision": config["precision"],
         "config": config["model"],
-        "text": run_config(from_toml(_read(run.config), str(run.config))).text if run.exists else None,
+        "text": run_config(from_toml(resolve.read(run.config), str(run.config))).text if run.exists else None,
     }
-
-
-def cache_folder() -> Path:
-    """Return where prepared texts are kept: `FIRSTWORDS_CACHE`, or the user's cache folder."""
-    given = os.environ.get("FIRSTWORDS_CACHE")
-    return (Path(given) if given else platformdirs.user_cache_path("firstwords")) / "corpora"
 
 
 def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
@@ -490,21 +290,7 @@ def _held_out(source: Path, listener: Listener) -> Part:
     run = RunFolder(source if (source / "config.toml").is_file() else source.parent.parent)
     if not run.exists:
         raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
-    recorded = _recorded_corpus(run)
+    recorded = resolve.recorded_corpus(run)
     if recorded is not None and recorded.is_dir():
         return corpora.load(recorded).val
-    return _prepare(_resumed(run.path, None, {}), listener).val
-
-
-def noticed(listener: Listener) -> Callable[[str], None]:
-    """Return a function that tells a listener a line for a person."""
-    return lambda line: listener(Notice(line))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NoInputError("no such file", where=str(path), do="check the name") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("cannot be read", where=str(path), why=str(error)) from error
+    return resolve.prepare(resolve.resumed(run.path, None, {}), listener).val

@@ -189,12 +189,12 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
         raise ConfigError(f"cannot be {count}", where="--samples", do="allowed: from 1")
     if not 0 <= seed <= LARGEST_SEED:
         raise ConfigError(f"cannot be {seed}", where="--seed", do=f"allowed: from 0 to {LARGEST_SEED}")
-    from firstwords import api
+    from firstwords import api, resolve
     from firstwords.model.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
     with console.progress() as listener:
-        lm = api.load(options.model, notice=api.noticed(listener))
+        lm = api.load(options.model, notice=resolve.noticed(listener))
     streams = (
         lm.stream(options.prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + i, notice=console.notice)
         for i in range(count)

@@ -1,0 +1,251 @@
+"""What the caller wants becomes what the run records: configuration, text, and what the machine decides.
+
+Needs torch only for the last; whatever can be refused before is refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from firstwords import store
+from firstwords.config import ModelConfig, RunConfig, flag, from_toml, key_types, run_config
+from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.model import cost
+from firstwords.runs import folder as run_folder
+from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
+from firstwords.text.corpus import Corpus
+from firstwords.text.sources import Texts
+from firstwords.training.events import Listener, Notice, Preparing
+
+if TYPE_CHECKING:
+    from firstwords.text.batches import Batches
+
+EVALUATIONS = 20  # in a run of known length
+DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+# What may change when a run goes on; all else is what the run recorded.
+RESUMABLE = frozenset(
+    ("steps", "epochs", "for_s", "device", "precision", "threads", "compile", "save_every_s", "keep", "sample_prompt")
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller wants, before the text and the machine are looked at."""
+
+    run: RunFolder
+    config: RunConfig
+    texts: Texts | None  # None: what a resumed run recorded
+    fixed_vocab: bool  # the vocabulary's size was named
+
+
+def new(out: Path | None, config: str | Path | None, given: dict[str, Any], listener: Listener) -> Asked:
+    """Return what is asked of a new run; its folder is made, and nothing is in it.
+
+    Raises:
+        FirstwordsError: An impossible configuration, no such text, a taken folder.
+    """
+    layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
+    asked = run_config(*layers, given)
+    corpora.parse_tokenizer(asked.tokenizer)
+    _require_utf8([*asked.text, *([asked.val] if asked.val else [])])
+    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
+    run = run_folder.new(out, texts.name)
+    store.make_folder(run.path)
+    return Asked(run, asked, texts, any("model.vocab_size" in layer for layer in (*layers, given)))
+
+
+def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> Asked:
+    """Return the recorded run with what may change on the way.
+
+    Raises:
+        ConfigError: No run is named, or something else than the length and the machine's keys is given.
+        NoInputError: There is no run; a fresh one is never begun instead.
+    """
+    if out is None:
+        raise ConfigError("--resume needs --out", where="--resume", do="name the run's folder with --out")
+    if config is not None:
+        raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
+    run = run_folder.existing(out)
+    recorded = from_toml(read(run.config), str(run.config))
+    if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
+        given = {key: value for key, value in given.items() if not key.startswith("text")}
+    for key, value in given.items():
+        if (
+            key != "text_sha256"
+            and key in key_types()
+            and key not in RESUMABLE
+            and run_config(recorded, {key: value}) != run_config(recorded)
+        ):
+            raise ConfigError(
+                "a resumed run goes on with what it recorded",
+                where=flag(key),
+                do="leave it out, or begin a new run with another --out",
+            )
+    return Asked(run, run_config(recorded, given), None, fixed_vocab=True)
+
+
+def prepare(asked: Asked, listener: Listener) -> Corpus:
+    """Return the prepared text of a run.
+
+    Raises:
+        DataError: Not the text that the configuration names by its hash, or too short for the context.
+    """
+    config = asked.config
+    prepared = _prepare_anew(config, asked.texts, listener) if asked.texts else _prepare_again(asked, listener)
+    if config.text_sha256 not in (None, prepared.text_sha256):
+        raise DataError(
+            "the text is not the one that the run was made from",
+            where=", ".join(config.text) or "text",
+            why=f"its SHA-256 is {prepared.text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
+            do="restore the text, or begin a new run",
+        )
+    corpora.require_context(prepared.train, config.model.context_length)
+    if not prepared.val.n_tokens:
+        listener(Notice("the text is too short for a held-out part: no held-out figures, and the last model is the best"))
+    return prepared
+
+
+def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
+    """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
+    recorded = recorded_corpus(asked.run)
+    try:
+        if "-" in asked.config.text:
+            raise NoInputError("standard input cannot be read again", where="-")
+        texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
+        return _prepare_anew(asked.config, texts, listener)
+    except NoInputError as error:
+        if recorded is None or not recorded.is_dir():
+            raise
+        listener(Notice(f"{error}; going on with the prepared text"))
+        return corpora.load(recorded)
+
+
+def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
+    notice = noticed(listener)
+    return corpora.prepare(
+        texts,
+        config.tokenizer,
+        cache=cache_folder(),
+        val_fraction=config.val_fraction,
+        val=None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice),
+        notice=notice,
+        progress=lambda what, share: listener(Preparing(what, share)),
+    )
+
+
+def recorded_corpus(run: RunFolder) -> Path | None:
+    """Return the folder of a run's prepared text, which may be gone; None where none was recorded."""
+    if not run.corpus.is_file():
+        return None
+    try:
+        return cache_folder() / str(json.loads(run.corpus.read_bytes())["folder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "is damaged", where=str(run.corpus), why=str(error), do="remove it; the text is read again"
+        ) from error
+
+
+def settled(asked: Asked, prepared: Corpus) -> RunConfig:
+    """Return the configuration with everything decided that was left open: what the run records.
+
+    Raises:
+        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
+    """
+    import torch
+
+    from firstwords.planning import machine
+
+    config = asked.config
+    model = config.model if asked.fixed_vocab else _with_vocab(config.model, prepared.tokenizer.vocab_size)
+    if model.vocab_size < prepared.tokenizer.vocab_size:
+        raise ConfigError(
+            f"{model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
+            where="--model.vocab-size",
+            do="leave it out, or give at least that",
+        )
+    device = machine.device(config.device)
+    steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
+    micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
+    needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
+    if device.type == "cpu" and there is not None and needed > there:
+        raise ConfigError(
+            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
+            where="--model.emb-dim",
+            do="take a smaller preset, --micro-batch-size or --model.context-length",
+        )
+    warmup_steps = min(config.optim.warmup_steps, steps // 4) if steps else config.optim.warmup_steps
+    return dataclasses.replace(
+        config,
+        text=_absolute(config.text),
+        val=None if config.val is None else _absolute((config.val,))[0],
+        tokenizer=_absolute((config.tokenizer,))[0] if Path(config.tokenizer).is_file() else config.tokenizer,
+        text_sha256=prepared.text_sha256,
+        steps=steps,
+        epochs=None,
+        for_s=DEFAULT_FOR_S if steps is None and config.for_s is None else config.for_s,
+        micro_batch_size=micro,
+        eval_every=config.eval_every or (max(1, steps // EVALUATIONS) if steps else None),
+        device=str(device),
+        precision=machine.precision(config.precision, device),
+        threads=config.threads or torch.get_num_threads(),
+        compile="off" if config.compile == "auto" else config.compile,
+        model=model,
+        optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps),
+    )
+
+
+def _require_utf8(names: Sequence[str]) -> None:
+    """Raise a DataError for a name that no configuration file can hold."""
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DataError("the name is not UTF-8", where=ascii(name), do="rename it, or send it to standard input: -")
+
+
+def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path if path == "-" else str(Path(path).absolute()) for path in paths)
+
+
+def _with_vocab(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    return dataclasses.replace(model, vocab_size=vocab_size)
+
+
+def batches(config: RunConfig, prepared: Corpus) -> Batches:
+    """Return the batches of a run."""
+    from firstwords.text.batches import Batches
+
+    return Batches(prepared.train, config.model.context_length, config.batch_size, config.seed, shift=config.shift_windows)
+
+
+def cache_folder() -> Path:
+    """Return where prepared texts are kept: `FIRSTWORDS_CACHE`, or the user's cache folder."""
+    given = os.environ.get("FIRSTWORDS_CACHE")
+    return (Path(given) if given else platformdirs.user_cache_path("firstwords")) / "corpora"
+
+
+def noticed(listener: Listener) -> Callable[[str], None]:
+    """Return a function that tells a listener a line for a person."""
+    return lambda line: listener(Notice(line))
+
+
+def read(path: Path) -> str:
+    """Return the text of a configuration file.
+
+    Raises:
+        NoInputError, DataError: It is not there, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NoInputError("no such file", where=str(path), do="check the name") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("cannot be read", where=str(path), why=str(error)) from error
