@@ -65,4 +65,3 @@ def test_so_many_epochs_take_so_many_steps() -> None:
     made = batches(10 * T, batch_size=4)
     assert made.windows_per_epoch == 10
     assert [made.steps(epochs) for epochs in (0.01, 1, 2, 2.5)] == [1, 3, 5, 7]
-    assert made.epoch(5) == 2.0

@@ -71,7 +71,7 @@ def test_a_thousand_draws_are_the_chapters() -> None:
 def test_top_p_keeps_the_fewest_that_reach_p() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04])
     for top_p, kept in ((0.5, 1), (0.51, 2), (0.7, 2), (0.9, 3), (0.91, 4), (1.0, 5), (1e-6, 1)):
-        left = next_probabilities(probabilities.log(), Sampling(top_p=top_p))
+        left = next_probabilities(probabilities.log(), Sampling(1.0, top_p=top_p))
         assert int((left > 0).sum()) == kept, top_p
         assert left.sum().item() == pytest.approx(1.0)
 

@@ -141,7 +141,7 @@ def run(small: ModelConfig, total_steps: int, figures: list[float], **options: o
         state,
         new_batches(small),
         CONFIG,
-        evaluate=lambda: Evaluation.of(next(answers) * 10, 10, 10),
+        evaluate=lambda step: (1.0, Evaluation.of(next(answers) * 10, 10, 10)),
         sample=lambda step: f"sample {step}",
         **options,  # type: ignore[arg-type]
     )
@@ -181,7 +181,7 @@ def test_a_request_to_stop_finishes_the_step_saves_and_stops(small: ModelConfig)
 def test_who_stops_listening_stops_the_training(small: ModelConfig) -> None:
     state = new_state(small)
     state.total_steps = 10
-    for event in fit(state, new_batches(small), CONFIG, evaluate=lambda: None, sample=lambda _: ""):
+    for event in fit(state, new_batches(small), CONFIG, evaluate=lambda step: (1.0, None), sample=lambda _: ""):
         if isinstance(event, StepDone) and event.step == 4:
             break
     assert state.step == 4
@@ -190,7 +190,7 @@ def test_who_stops_listening_stops_the_training(small: ModelConfig) -> None:
 def test_a_plan_made_on_the_way_is_followed(small: ModelConfig) -> None:
     state = new_state(small)
     events = []
-    for event in fit(state, new_batches(small), CONFIG, evaluate=lambda: None, sample=lambda _: ""):
+    for event in fit(state, new_batches(small), CONFIG, evaluate=lambda step: (1.0, None), sample=lambda _: ""):
         events.append(event)
         if isinstance(event, StepDone) and event.step == 3:
             state.total_steps = 5
@@ -205,7 +205,7 @@ def test_training_learns(small: ModelConfig) -> None:
     state.total_steps = 60
     losses = [
         event.nats_per_token
-        for event in fit(state, new_batches(small), CONFIG, evaluate=lambda: None, sample=lambda _: "")
+        for event in fit(state, new_batches(small), CONFIG, evaluate=lambda step: (1.0, None), sample=lambda _: "")
         if isinstance(event, StepDone)
     ]
     assert losses[-1] < losses[0] - 1.0  # 200 random ids seen 30 times are learnt by heart

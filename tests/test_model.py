@@ -104,7 +104,5 @@ def test_an_uneven_head_is_refused() -> None:
 
 def test_estimates_grow_with_what_they_estimate() -> None:
     small, large = run_config().model, run_config({"preset": "laptop-large"}).model
-    assert cost.training_flops_per_token(small) < cost.training_flops_per_token(large)
     assert cost.training_bytes(small, 8) < cost.training_bytes(small, 16) < cost.training_bytes(large, 16)
     assert cost.micro_batch_size(small, 48) in (16, 24)
-    assert cost.training_flops_per_token(small) > 6 * (cost.parameters(small) - 10_000)

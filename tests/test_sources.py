@@ -307,7 +307,7 @@ def test_an_empty_file_is_refused_if_named_and_skipped_in_a_folder(tmp_path: Pat
         (b"\xfd7zXZ\x00", "xz"),
         (b"BZh91AY&SY", "bzip2"),
         (b"\x28\xb5\x2f\xfd", "zstd"),
-        (gzip.compress(gzip.compress(b"a"), mtime=0), "gzip"),
+        (gzip.compress(gzip.compress(b"a", mtime=0), mtime=0), "gzip"),
         (b"\x7fELF\x02", "ELF"),
         (b"SQLite format 3\x00", "SQLite"),
         (b"PAR1\x15", "Parquet"),

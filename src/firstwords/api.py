@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import resolve, store
 from firstwords.config import ModelConfig, RunConfig, flatten, from_toml, run_config, to_toml
-from firstwords.errors import DataError, FirstwordsError, NoInputError
+from firstwords.errors import DataError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
 from firstwords.runs import folder as run_folder
@@ -37,7 +37,7 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during tra
 
 
 def train(
-    text: str | Path | Sequence[str | Path] = (),
+    text: str | Path | Sequence[str | Path] | None = None,
     *,
     out: str | Path | None = None,
     config: str | Path | None = None,
@@ -49,7 +49,7 @@ def train(
     """Pretrain a GPT on text and return what came of it.
 
     Args:
-        text: Files and folders, or "-"; none: the built-in text.
+        text: Files and folders, or "-"; None: the built-in text.
         out: The run folder; by default `runs/<name of the text>`, numbered if taken.
         config: A TOML file of configuration keys.
         resume: Go on with the run in `out`.
@@ -62,16 +62,17 @@ def train(
     """
     started_s = time.perf_counter() if started_s is None else started_s
     given = flatten(overrides)
-    if not isinstance(text, tuple) or text:
-        given |= {"text": tuple(map(str, [text] if isinstance(text, str | Path) else text)), "text_sha256": None}
+    if text is not None:
+        given |= {"text": _named(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, listener)
     prepared = resolve.prepare(asked, listener)
 
+    from firstwords.planning import machine
     from firstwords.training import loop
 
     settled = resolve.settled(asked, prepared)
-    with asked.run.writing(), signals.stop_requests() as stop:
+    with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
         recorder = _begin(asked, settled, prepared, listener, started_s)
@@ -102,8 +103,10 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     from firstwords.training.state import TrainState
 
     run, resume, device = asked.run, asked.texts is None, torch.device(config.device)
-    assert config.threads is not None
-    torch.set_num_threads(config.threads)
+    corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
+    store.write(run.corpus, store.canonical_json(corpus))
+    if not resume:  # from here on the folder holds a run, which can be resumed
+        store.write(run.config, to_toml(config).encode())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = GPTModel(config.model).to(device)
@@ -112,35 +115,38 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     fingerprint = machine.fingerprint(device, config.precision, config.compile)
     recorder = Recorder(run, config, prepared, state, fingerprint, listener)
     if resume:
-        recorder.restore()
+        recorder.restore(more_time=asked.more_time)
+        store.write(run.config, to_toml(config).encode())
     now_s = time.perf_counter()
     if config.for_s is not None:
-        recorder.budget = Budget(started_s + config.for_s - state.elapsed_s, config.for_s, now_s)
+        used_s = 0.0 if asked.more_time else state.elapsed_s
+        recorder.budget = Budget(started_s + config.for_s - used_s, config.for_s, now_s)
     state.elapsed_s += now_s - started_s
-    corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
-    store.write(run.corpus, store.canonical_json(corpus))
-    store.write(run.config, to_toml(config).encode())
     run.metrics.add("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
     listener(Started(run.path, config, prepared, state.step))
     return recorder
 
 
-def _looks(recorder: Recorder) -> tuple[Callable[[], Evaluation | None], Callable[[int], str]]:
-    """Return what the loop asks now and then: how good the model is, and what it says."""
+def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
+    """Return what the loop asks at a step: how good the model is, and what it says."""
     from firstwords.model.language_model import LanguageModel
     from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
     from firstwords.training.evaluate import evaluate as evaluate_part
+    from firstwords.training.evaluate import evaluate_training
 
     config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
     dtype, sampling = machine.DTYPES[config.precision], Sampling(temperature=SAMPLE_TEMPERATURE)
-    lm = LanguageModel(model, corpus.tokenizer, dtype=dtype)
+    lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), resolve.batches(config, corpus)
+
+    def evaluate(step: int) -> tuple[float, Evaluation | None]:
+        return evaluate_training(model, batches, step, dtype), evaluate_part(model, corpus.val, dtype)
 
     def sample(step: int) -> str:
         seed = config.seed + step
         return lm.generate(config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
 
-    return lambda: evaluate_part(model, corpus.val, dtype), sample
+    return evaluate, sample
 
 
 def _forward(recorder: Recorder) -> Forward:
@@ -163,6 +169,18 @@ def _fit_config(config: RunConfig) -> FitConfig:
         config.save_every_s,
         machine.DTYPES[config.precision],
     )
+
+
+def _named(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Return the paths that were named.
+
+    Raises:
+        NoInputError: An empty sequence, such as a pattern that no file matched; it does not mean the built-in text.
+    """
+    paths = tuple(map(str, [text] if isinstance(text, str | Path) else text))
+    if not paths:
+        raise NoInputError("no text is named", where="text", do="name files or folders, or leave it out")
+    return paths
 
 
 def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
@@ -209,8 +227,7 @@ def evaluate(
     if text is None:
         part = _held_out(Path(source), listener)
     else:
-        paths = [text] if isinstance(text, str | Path) else text
-        texts = sources.read(paths, encoding=encoding, notice=resolve.noticed(listener))
+        texts = sources.read(_named(text), encoding=encoding, notice=resolve.noticed(listener))
         part = corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
     evaluation = evaluate_part(lm.model, part, lm.dtype)
     if evaluation is None:
@@ -245,12 +262,12 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
     config, state = found.json(checkpoint.CONFIG), found.json(checkpoint.STATE)
     model = ModelConfig(**config["model"])
     run = RunFolder(Path(source))
-    steps = _newest_step(run) if run.exists else found.step
+    steps = checkpoint.step_of(checkpoint.existing(run.checkpoints)[-1]) if run.exists else found.step
     return {
         "run": str(source),
         "parameters": cost.parameters(model),
         "steps": steps,
-        "best_step": state["best_step"],
+        "best_step": found.step if state["best_step"] is None else state["best_step"],
         "checkpoint": str(found.folder),
         "weights_sha256": found.weights_sha256,
         "precision": config["precision"],
@@ -266,24 +283,10 @@ def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
 
     if (source / store.MANIFEST).is_file():
         return checkpoint.Checkpoint(source, store.verify(source))
-    run = RunFolder(source)
-    newest = checkpoint.newest(run.checkpoints, notice, aside=False)
-    if newest is None:
+    found = checkpoint.best(RunFolder(source).checkpoints, notice)
+    if found is None:
         raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")
-    best_step = newest.json(checkpoint.STATE)["best_step"]
-    if best_step is None or best_step == newest.step:
-        return newest
-    try:
-        return checkpoint.at_step(run.checkpoints, best_step)
-    except FirstwordsError as error:
-        notice(f"{error}; using step {newest.step} instead of the best")
-        return newest
-
-
-def _newest_step(run: RunFolder) -> int:
-    from firstwords.runs import checkpoint
-
-    return max(int(path.name.removeprefix(checkpoint.PREFIX)) for path in checkpoint.existing(run.checkpoints))
+    return found
 
 
 def _held_out(source: Path, listener: Listener) -> Part:

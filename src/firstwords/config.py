@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import tomllib
 import types
@@ -24,7 +25,6 @@ from firstwords.errors import ConfigError
 # Dotted key -> value: `{"steps": 500, "model.n_layers": 6}`. Values may still be text, as flags are.
 Overrides = Mapping[str, Any]
 
-Tokenizer = Literal["gpt2", "bytes"] | str
 Block = Literal["gpt2", "qwen3"]
 Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
@@ -74,13 +74,13 @@ class ModelConfig:
             good = nearest_multiples(self.emb_dim, self.n_heads)
             raise ConfigError(
                 f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads",
-                where="model.emb_dim",
+                where="--model.emb-dim",
                 do=f"the nearest widths are {good}",
             )
         if self.block == "qwen3" and self.head_dim % 2:
             raise ConfigError(
                 f"rotary positions need an even head size, not {self.head_dim}",
-                where="model.emb_dim",
+                where="--model.emb-dim",
                 do=f"the nearest widths are {nearest_multiples(self.emb_dim, 2 * self.n_heads)}",
             )
 
@@ -101,7 +101,7 @@ class OptimConfig:
 
     kind: Optimizer = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
     peak_lr: float = option(6e-4, "highest learning rate", least=1e-12, most=1e12)
-    floor_lr: float = option(0.0, "learning rate of the last step", least=0.0, most=1e12)
+    floor_lr: float = option(0.0, "learning rate that the run falls to", least=0.0, most=1e12)
     warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
     decay: Decay = option("cosine", "shape of the way from peak_lr to floor_lr")
     weight_decay: float = option(0.1, "of matrices; norms and biases are not decayed", least=0.0, most=100.0)
@@ -154,10 +154,13 @@ class RunConfig:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"a batch of {self.batch_size} does not divide into micro-batches of {self.micro_batch_size}",
-                where="micro_batch_size",
+                where="--micro-batch-size",
                 do=f"the nearest are {nearest_divisors(self.batch_size, self.micro_batch_size)}",
             )
 
+
+PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
+PART_NAMES = ("model", "optim")
 
 LAPTOP: Overrides = {
     "tokenizer": "bpe:1024",
@@ -230,7 +233,7 @@ def run_config(*layers: Overrides) -> RunConfig:
     by_name = presets()
     preset = str(given.get("preset", RunConfig.preset))
     if preset not in by_name:
-        raise ConfigError(f"no preset {preset!r}", where="preset", do=did_you_mean(preset, by_name))
+        raise ConfigError(f"no preset {preset!r}", where="--preset", do=did_you_mean(preset, by_name))
     given = _one_length({**by_name[preset], **given}, layers)
     parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "optim": {}}
     types_of = key_types()
@@ -252,22 +255,32 @@ def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str,
 
 def key_types() -> dict[str, Any]:
     """Return every dotted key of a run's configuration with its type."""
-    found: dict[str, Any] = {}
-    for prefix, part in (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig)):
-        hints = get_type_hints(part)
-        found |= {prefix + f.name: hints[f.name] for f in dataclasses.fields(part) if f.name not in ("model", "optim")}
-    return found
+    return {
+        prefix + name: kind
+        for prefix, part in PARTS
+        for name, kind in get_type_hints(part).items()
+        if name not in PART_NAMES
+    }
 
 
 def fields_by_key() -> dict[str, dataclasses.Field[Any]]:
     """Return every dotted key with its dataclass field (default, meaning, range), in the order of the help page."""
-    parts = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
     return {
         prefix + field.name: field
-        for prefix, part in parts
+        for prefix, part in PARTS
         for field in dataclasses.fields(part)
-        if field.name not in ("model", "optim")
+        if field.name not in PART_NAMES
     }
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """Return the values that a key can have where they are few; empty otherwise."""
+    kind = key_types()[key]
+    if key == "preset":
+        return tuple(presets())
+    if kind is bool:
+        return "true", "false"
+    return tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
 
 
 def flag(key: str) -> str:
@@ -318,6 +331,8 @@ def converted(key: str, value: Any, wanted: Any) -> Any:
         if value not in get_args(kind):
             raise ConfigError(f"cannot be {value!r}", where=flag(key), do=did_you_mean(str(value), get_args(kind)))
         return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{value!r} is no list", where=flag(key), do="give a list of files and folders")

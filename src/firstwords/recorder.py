@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from firstwords import store
 from firstwords.config import RunConfig
-from firstwords.errors import DivergedError, StorageError
+from firstwords.errors import ConfigError, DivergedError, StorageError
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
@@ -35,6 +36,7 @@ from firstwords.training.events import (
 from firstwords.training.state import TrainState
 
 MOST_FAILED_SAVES = 3  # in a row, before a run gives up
+EVALUATION_KEYS = tuple(field.name for field in dataclasses.fields(Evaluation))
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class TrainResult:
     nats_per_token: float | None
     perplexity: float | None
     bits_per_byte: float | None
-    last: dict[str, float | None]
-    weights_sha256: str  # of the last checkpoint
+    last: dict[str, float | str | None]  # of the last checkpoint; on training text without dropout, and held-out
+    weights_sha256: str  # of the best checkpoint
     precision: str
     seed: int
     stopped: str  # done, or the name of the signal
@@ -69,9 +71,10 @@ class Recorder:
     listener: Listener
     budget: Budget | None = None
     newest: Checkpoint | None = None
-    last_train: float | None = None  # nats per token of the last step
-    last_held_out: float | None = None  # and of the last evaluation
+    last_train: float | None = None  # nats per token of the last evaluation, on training text
+    last_held_out: float | None = None  # and on held-out text
     failed_saves: int = 0
+    failed_save: StorageError | None = None  # the newest failure
     stopped: str = ""  # done, or the name of the signal
 
     def take(self, event: Event) -> None:
@@ -84,16 +87,19 @@ class Recorder:
         match event:
             case StepDone():
                 metrics.add("step", dataclasses.asdict(event))
-                self.last_train = event.nats_per_token
-            case Evaluated(step, evaluation, best, _) if evaluation is not None:
-                metrics.add("evaluation", {"step": step, **evaluation.as_dict(), "best": best})
-                self.last_held_out = evaluation.nats_per_token
+            case Evaluated(step, train_nats_per_token, evaluation, best, _):
+                figures = dict.fromkeys(EVALUATION_KEYS) if evaluation is None else evaluation.as_dict()
+                line = {"step": step, "train_nats_per_token": train_nats_per_token, **figures, "best": best}
+                metrics.add("evaluation", line)
+                self.last_train, self.last_held_out = train_nats_per_token, figures["nats_per_token"]
             case Sampled(step, text):
                 self.run.samples.add("sample", {"step": step, "text": text})
                 metrics.add("sample", {"step": step})
             case SaveDue():
                 self._save()
             case Stopped(step, reason):
+                if self.newest is None or self.newest.step != step:
+                    raise self.failed_save or StorageError("the last step is not saved", where=str(self.run.path))
                 self.stopped = reason
                 metrics.add("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
         self.listener(event)
@@ -113,10 +119,10 @@ class Recorder:
                 states.model_tensors(self.state.model),
                 states.optimizer_tensors(self.state),
                 {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
-                self.corpus.tokenizer.to_json(),
+                self.corpus.tokenizer.json,
             )
         except StorageError as error:
-            self.failed_saves += 1
+            self.failed_saves, self.failed_save = self.failed_saves + 1, error
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
             self.listener(Notice(f"{error}; training goes on and the next save tries again"))
@@ -145,13 +151,23 @@ class Recorder:
             yield
         except DivergedError as error:
             self.run.metrics.add("stop", {"step": self.state.step, "reason": str(error)})
-            kept = "there is no checkpoint" if self.newest is None else f"the last good checkpoint is {self.newest.folder}"
+            good = self._good()
+            kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
             raise DivergedError(error.what, where=error.where, why=f"{error.why}; {kept}", do=error.do) from error
+
+    def _good(self) -> Path | None:
+        """Return the best checkpoint, or the newest where no held-out figure tells; the newest may be bad already."""
+        best_step = self.state.best_step
+        best = None if best_step is None else checkpoint.folder_of(self.run.checkpoints, best_step)
+        if best is not None and best.is_dir():
+            return best
+        return None if self.newest is None else self.newest.folder
 
     def result(self) -> TrainResult:
         """Return what came of the run; at least one checkpoint must be saved."""
         assert self.newest is not None
         state, val, best = self.state, self.corpus.val, None
+        best_step = self.newest.step if state.best_step is None else state.best_step
         if state.best_nats is not None:
             best = Evaluation.of(state.best_nats * val.n_tokens, val.n_tokens, val.n_bytes)
         return TrainResult(
@@ -160,22 +176,30 @@ class Recorder:
             tokens=state.tokens,
             elapsed_s=state.elapsed_s,
             tokens_per_s=round(state.tokens / max(state.elapsed_s, 1e-9), 1),
-            best_step=state.step if state.best_step is None else state.best_step,
+            best_step=best_step,
             nats_per_token=state.best_nats,
             perplexity=None if best is None else best.perplexity,
             bits_per_byte=None if best is None else best.bits_per_byte,
-            last={"train_nats_per_token": self.last_train, "nats_per_token": self.last_held_out},
-            weights_sha256=self.newest.weights_sha256,
+            last={
+                "train_nats_per_token": self.last_train,
+                "nats_per_token": self.last_held_out,
+                "weights_sha256": self.newest.weights_sha256,
+            },
+            weights_sha256=checkpoint.weights_sha256(self.run.checkpoints, best_step),
             precision=self.config.precision,
             seed=self.config.seed,
             stopped=self.stopped,
         )
 
-    def restore(self) -> None:
+    def restore(self, *, more_time: bool = False) -> None:
         """Bring the run back to its newest valid checkpoint, and its journals with it.
+
+        Args:
+            more_time: A new time budget was given: it is planned anew.
 
         Raises:
             DataError: There are checkpoints, but none is whole.
+            ConfigError: The wanted number of steps is behind it already.
         """
         found = checkpoint.newest(self.run.checkpoints, self._notice, aside=True)
         saved = {} if found is None else found.json(checkpoint.STATE)
@@ -187,17 +211,25 @@ class Recorder:
         states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
-        if self.config.steps is not None:  # a larger --steps extends the schedule from here
-            self.state.total_steps = self.config.steps
+        self._extend(more_time=more_time)
         self.newest = found
         for line in self.run.metrics.lines():
-            match line["event"]:
-                case "step":
-                    self.last_train = line["nats_per_token"]
-                case "evaluation":
-                    self.last_held_out = line["nats_per_token"]
+            if line["event"] == "evaluation":
+                self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         self._notice(f"not bit-exact because: {changed}" if changed else "bit-exact resume")
+
+    def _extend(self, *, more_time: bool) -> None:
+        """Take over a new length: the learning rate goes on as if it had been planned so."""
+        state = self.state
+        if more_time:
+            state.total_steps = None
+        if self.config.steps is None:
+            return
+        if self.config.steps < state.step:
+            what = f"the run has {state.step} steps already"
+            raise ConfigError(what, where="--steps", do=f"give more than {state.step}, or begin a new run")
+        state.total_steps = self.config.steps
 
     def _notice(self, line: str) -> None:
         self.listener(Notice(line))

@@ -46,6 +46,7 @@ class Asked:
     config: RunConfig
     texts: Texts | None  # None: what a resumed run recorded
     fixed_vocab: bool  # the vocabulary's size was named
+    more_time: bool = False  # a resumed run is given a new time budget
 
 
 def new(out: Path | None, config: str | Path | None, given: dict[str, Any], listener: Listener) -> Asked:
@@ -57,7 +58,7 @@ def new(out: Path | None, config: str | Path | None, given: dict[str, Any], list
     layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
     asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
-    _require_utf8([*asked.text, *([asked.val] if asked.val else [])])
+    _require_utf8([*asked.text, asked.val or "", asked.tokenizer, asked.sample_prompt])
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     store.make_folder(run.path)
@@ -91,7 +92,8 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 where=flag(key),
                 do="leave it out, or begin a new run with another --out",
             )
-    return Asked(run, run_config(recorded, given), None, fixed_vocab=True)
+    more_time = given.get("for_s") is not None
+    return Asked(run, run_config(recorded, given), None, fixed_vocab=True, more_time=more_time)
 
 
 def prepare(asked: Asked, listener: Listener) -> Corpus:
@@ -111,7 +113,7 @@ def prepare(asked: Asked, listener: Listener) -> Corpus:
         )
     corpora.require_context(prepared.train, config.model.context_length)
     if not prepared.val.n_tokens:
-        listener(Notice("the text is too short for a held-out part: no held-out figures, and the last model is the best"))
+        listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
     return prepared
 
 
@@ -119,15 +121,23 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
     recorded = recorded_corpus(asked.run)
     try:
-        if "-" in asked.config.text:
+        if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        return _prepare_anew(asked.config, texts, listener)
-    except NoInputError as error:
+        prepared = _prepare_anew(asked.config, texts, listener)
+    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if recorded is None or not recorded.is_dir():
             raise
         listener(Notice(f"{error}; going on with the prepared text"))
         return corpora.load(recorded)
+    if recorded is not None and prepared.folder != recorded:
+        raise DataError(
+            "the text, its held-out part or its tokenizer changed since the run began",
+            where=", ".join(asked.config.text) or "text",
+            why=f"it is {prepared.folder.name[:12]} now, the run was made from {recorded.name[:12]}",
+            do="restore it, or begin a new run",
+        )
+    return prepared
 
 
 def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
@@ -175,6 +185,9 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         )
     device = machine.device(config.device)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
+    with machine.threads(config.threads):
+        precision = machine.precision(config.precision, device)
+    of_file = corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
     needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
     if device.type == "cpu" and there is not None and needed > there:
@@ -183,12 +196,11 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
             where="--model.emb-dim",
             do="take a smaller preset, --micro-batch-size or --model.context-length",
         )
-    warmup_steps = min(config.optim.warmup_steps, steps // 4) if steps else config.optim.warmup_steps
     return dataclasses.replace(
         config,
         text=_absolute(config.text),
         val=None if config.val is None else _absolute((config.val,))[0],
-        tokenizer=_absolute((config.tokenizer,))[0] if Path(config.tokenizer).is_file() else config.tokenizer,
+        tokenizer=_absolute((config.tokenizer,))[0] if of_file else config.tokenizer,
         text_sha256=prepared.text_sha256,
         steps=steps,
         epochs=None,
@@ -196,19 +208,19 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         micro_batch_size=micro,
         eval_every=config.eval_every or (max(1, steps // EVALUATIONS) if steps else None),
         device=str(device),
-        precision=machine.precision(config.precision, device),
+        precision=precision,
         threads=config.threads or torch.get_num_threads(),
         compile="off" if config.compile == "auto" else config.compile,
         model=model,
-        optim=dataclasses.replace(config.optim, warmup_steps=warmup_steps),
     )
 
 
 def _require_utf8(names: Sequence[str]) -> None:
-    """Raise a DataError for a name that no configuration file can hold."""
+    """Raise a DataError for a name or text that no configuration file can hold."""
     for name in names:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError("the name is not UTF-8", where=ascii(name), do="rename it, or send it to standard input: -")
+            do = "rename the file, or send it to standard input: -"
+            raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)
 
 
 def _absolute(paths: Sequence[str]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:
@@ -72,7 +73,7 @@ def write(path: Path, data: bytes) -> None:
 def append(path: Path, data: bytes) -> int:
     """Append to a log and return its new length in bytes. Not synced: `sync` makes it durable."""
     with _speaking_of(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
             _write_all(descriptor, data)
             return os.fstat(descriptor).st_size
@@ -90,7 +91,7 @@ def cut(path: Path, size_bytes: int) -> None:
 def sync(path: Path) -> None:
     """Make a file's content durable."""
     with _speaking_of(path):
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -198,11 +199,6 @@ def remove_leftovers(parent: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def free_bytes(path: Path) -> int:
-    """Return the free space of the disk that holds `path`, in bytes."""
-    return shutil.disk_usage(path).free
-
-
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends.
@@ -213,14 +209,16 @@ def lock(path: Path) -> Iterator[None]:
     with _speaking_of(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _try_lock(descriptor):
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        with _speaking_of(path):
+            locked = _try_lock(descriptor)
+        if not locked:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             raise CannotCreateError(
                 "is in use", where=str(path.parent), why=f"held by {holder}", do="wait for it, or use another --out"
             )
         with _speaking_of(path):
             os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            _write_all(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         os.close(descriptor)
@@ -247,7 +245,7 @@ def _write_all(descriptor: int, data: Bytes) -> None:
 def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
     """Create `path`, write and sync it, and return its record for a manifest."""
     digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o644)
     try:
         for piece in pieces:
             _write_all(descriptor, piece)

@@ -8,13 +8,14 @@ import difflib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import __version__
-from firstwords.config import did_you_mean, fields_by_key, flag, flatten, run_config
-from firstwords.errors import ConfigError, FirstwordsError, UsageError
+from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, presets, run_config
+from firstwords.errors import ConfigError, DataError, FirstwordsError, UsageError
 
 if TYPE_CHECKING:
     from firstwords.app.console import Console
@@ -26,7 +27,7 @@ EXAMPLES = """examples:
   firstwords eval runs/notes other.txt
   firstwords explain runs/notes "Every effort moves you"
 """
-LARGEST_SEED = 2**62
+LARGEST_SEED = 2**62  # leaves room for one seed a sample
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         return run(options, Console(as_json=as_json), started_s)
     except FirstwordsError as error:
         if debug:
-            raise
+            traceback.print_exc()
         from firstwords.app.console import Console
 
         Console(as_json=as_json).error(error)
@@ -140,12 +141,26 @@ def _train_flags(made: Parser) -> None:
     made.add_argument("--resume", action="store_true", help="go on with the run in --out")
     groups = {"": made, "model": made.add_argument_group("model"), "optim": made.add_argument_group("optimizer")}
     defaults = flatten(dataclasses.asdict(run_config()))
+    made.epilog = "presets: " + ", ".join(presets())
     for key, field in fields_by_key().items():
         if key not in NOT_FLAGS:
             default = "" if defaults[key] in (None, "") else f" (default {defaults[key]})"
             groups[key.rpartition(".")[0]].add_argument(
-                flag(key), dest=key, default=argparse.SUPPRESS, metavar="X", help=field.metadata["meaning"] + default
+                flag(key),
+                dest=key,
+                default=argparse.SUPPRESS,
+                metavar=_metavar(key),
+                help=field.metadata["meaning"] + default,
             )
+
+
+def _metavar(key: str) -> str:
+    """Return what stands for a key's value on the help page: its choices, TIME, N, or TEXT."""
+    few = choices(key)
+    if few:
+        return "|".join(few) if len(few) < 6 else "NAME"
+    kind = str(key_types()[key])
+    return "TIME" if key.endswith("_s") else "N" if "int" in kind else "X" if "float" in kind else "TEXT"
 
 
 def train(options: argparse.Namespace, console: Console, started_s: float) -> int:
@@ -156,7 +171,7 @@ def train(options: argparse.Namespace, console: Console, started_s: float) -> in
     overrides = {key: value for key, value in vars(options).items() if key in fields_by_key() and key not in NOT_FLAGS}
     with console.progress() as listener:
         result = api.train(
-            tuple(options.text),
+            options.text or None,
             out=options.out,
             config=options.config,
             resume=options.resume,
@@ -180,6 +195,7 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
 
 def generate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
     """Let a model speak."""
+    _require_text(options.prompt, "--prompt")
     count, seed = _number(options.samples, int, "--samples"), _number(options.seed, int, "--seed")
     max_new_tokens = _number(options.max_new_tokens, int, "--max-new-tokens")
     temperature = _number(options.temperature, float, "--temperature")
@@ -205,6 +221,7 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
 
 def explain(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
     """Show the six steps on a text."""
+    _require_text(options.text, "TEXT")
     from firstwords import api
 
     with console.progress() as listener:
@@ -221,6 +238,11 @@ def info(options: argparse.Namespace, console: Console, started_s: float) -> int
         found = api.info(Path(options.model), listener=listener)
     console.described(found)
     return 0
+
+
+def _require_text(text: str, name: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("is not UTF-8", where=name, why="its bytes make no text", do="check the terminal's encoding")
 
 
 def _number(text: str, kind: type, name: str) -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import rich.box
@@ -79,7 +80,8 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[Listener]:
         """Yield a listener that shows what it is told while inside."""
-        display = LiveDisplay(self.err) if self.err.is_terminal else PlainDisplay(self.err)
+        live = self.err.is_terminal and not self.err.is_jupyter
+        display = LiveDisplay(self.err) if live else PlainDisplay(self.err)
         with display:
             yield display.tell
 
@@ -103,7 +105,7 @@ class Console:
         if self.as_json:
             self._json(vars(result))
             return
-        run = visible(result.run)
+        run = visible(shlex.quote(result.run))
         if result.bits_per_byte is not None and result.perplexity is not None:
             self.out.print(
                 f"\nheld-out  {result.bits_per_byte:.3f} bits per byte; unsure among {result.perplexity:.1f} tokens"
@@ -166,6 +168,8 @@ class Console:
             return
         for key, value in found.items():
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            if isinstance(value, tuple):
+                shown = ", ".join(value) or "the built-in text"
             self.out.print(f"{key:15} {f'{shown:,}' if isinstance(shown, int) else visible(str(shown))}")
 
     def _figures(self, found: Evaluation) -> None:
@@ -238,7 +242,7 @@ class PlainDisplay:
                 self.first = self.first or told
                 self.recent.append(told)
                 self.stepped(told)
-            case Evaluated(step, evaluation, best, _) if evaluation is not None:
+            case Evaluated(step, _, evaluation, best, _) if evaluation is not None:
                 self.held_out = evaluation.bits_per_byte
                 mark = " (best so far)" if best else ""
                 self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
@@ -246,14 +250,16 @@ class PlainDisplay:
                 self.line(Text.assemble("             ", (f"{one_line(text)}", "italic")))
 
     def line(self, text: Text) -> None:
-        """Show one line for good."""
-        self.console.print(text)
+        """Show one line for good; a reader who has left must not end a run."""
+        with suppress(BrokenPipeError):
+            self.console.print(text)
 
-    def preparing(self, what: str, share: float | None) -> None:  # noqa: ARG002
-        """Show what is done before training."""
-        if what != self._what:
-            self._what = what
-            self.line(Text(visible(what)))
+    def preparing(self, what: str, share: float | None) -> None:
+        """Show what is done before training, when it begins and then now and then."""
+        now_s = time.perf_counter()
+        if what != self._what or now_s - self._line_s >= PLAIN_LINE_EVERY_S:
+            self._what, self._line_s = what, now_s
+            self.line(Text(visible(what) if share is None else f"{visible(what)}: {share:.0%}"))
 
     def stepped(self, done: StepDone) -> None:
         """Show the numbers now and then."""
@@ -270,7 +276,7 @@ class PlainDisplay:
         speed = statistics.mean(step.tokens_per_s for step in self.recent)
         left_s = self._left_s(done)
         left = "" if left_s is None else f"  {duration(left_s)} left"
-        return f"step {done.step:>6}{of}  loss {loss:.3f}{held_out}  {speed:,.0f} tokens/s{left}"
+        return f"step {done.step:>6}{of}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s{left}"
 
     def _left_s(self, done: StepDone) -> float | None:
         """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
@@ -340,11 +346,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def train(text: Any = (), *, progress: bool = True, **options: Any) -> TrainResult:
+def train(text: Any = None, *, progress: bool = True, **options: Any) -> TrainResult:
     """Pretrain a GPT on text, showing how it goes; otherwise as `firstwords.api.train`, whose arguments it takes.
 
     Args:
-        text: Files and folders, or "-"; none: the built-in text.
+        text: Files and folders, or "-"; None: the built-in text.
         progress: Show progress on standard error.
         **options: `out`, `config`, `resume`, and any configuration key.
 

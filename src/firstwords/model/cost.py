@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations, bytes. Formulas, no measurements."""
+"""What a model costs: parameters and bytes. Formulas, no measurements."""
 
 from __future__ import annotations
 
@@ -15,17 +15,6 @@ def parameters(config: ModelConfig) -> int:
         block = 4 * C * C + 3 * config.qkv_bias * C + C + 2 * C * hidden + hidden + C + 4 * C
         rest = 2 * C + config.context_length * C
     return config.n_layers * block + rest + (1 if config.tied_head else 2) * V * C
-
-
-def training_flops_per_token(config: ModelConfig) -> int:
-    """Return the operations of forward and backward for one token: 6 for each weight of a matrix product, and attention's.
-
-    Attention multiplies QKᵀ and PV, 2 T C each and layer on the way forward, three times that in all; the causal half is
-    not subtracted. Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
-    """
-    C = config.emb_dim
-    matrices = config.n_layers * (4 * C * C + (3 if config.block == "qwen3" else 2) * C * config.hidden_dim)
-    return 6 * (matrices + config.vocab_size * C) + 12 * config.n_layers * config.context_length * C
 
 
 def training_bytes(config: ModelConfig, micro_batch_size: int) -> int:

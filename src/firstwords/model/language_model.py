@@ -58,7 +58,7 @@ class LanguageModel:
         Args:
             prompt: Its last `context_length` tokens are used; a notice tells of a cut.
             max_new_tokens: At most so many tokens.
-            sampling: By default temperature 1.
+            sampling: By default temperature 0.8.
             seed: The same seed gives the same text.
             notice: Told what a person should know.
 
@@ -81,7 +81,8 @@ class LanguageModel:
                     break
                 if token < self.tokenizer.vocab_size:  # a table may have spare rows
                     yield decoder.decode(self.tokenizer.token_bytes(token))
-            yield decoder.decode(b"", final=True)
+            if rest := decoder.decode(b"", final=True):
+                yield rest
         finally:
             self.model.train(was_training)
 

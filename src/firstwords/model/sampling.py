@@ -11,7 +11,7 @@ from firstwords.errors import ConfigError
 class Sampling:
     """How the next token is drawn from the model's probabilities. Temperature 0 takes the likeliest."""
 
-    temperature: float = 1.0
+    temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,17 @@ def device(name: str) -> torch.device:
     if not there.get(found.type, False) or (found.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(f"there is no {name} here", where="--device", do="use --device cpu")
     return found
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many CPU threads inside, and with as many as before afterwards; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def precision(name: Precision, where: torch.device) -> Precision:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from firstwords import store
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import DataError, FirstwordsError, NoInputError
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
@@ -82,7 +82,7 @@ def save(
     Raises:
         StorageError: It could not be written; nothing appears.
     """
-    folder = parent / f"{PREFIX}{step:08d}"
+    folder = folder_of(parent, step)
     if folder.exists():
         return Checkpoint(folder, store.verify(folder))
     files = {
@@ -110,10 +110,15 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[store.Bytes]:
         yield flat.view(torch.uint8).numpy().data
 
 
+def folder_of(parent: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, whether it is there or not."""
+    return parent / f"{PREFIX}{step:08d}"
+
+
 def existing(parent: Path) -> list[Path]:
     """Return the folders of checkpoints, oldest first, by number."""
     folders = [path for path in parent.glob(PREFIX + "*") if path.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(folders, key=_step_of)
+    return sorted(folders, key=step_of)
 
 
 def newest(parent: Path, notice: Callable[[str], None], *, aside: bool) -> Checkpoint | None:
@@ -143,6 +148,32 @@ def newest(parent: Path, notice: Callable[[str], None], *, aside: bool) -> Check
     return None
 
 
+def weights_sha256(parent: Path, step: int) -> str:
+    """Return the SHA-256 of a step's weights as its manifest has it.
+
+    Raises:
+        DataError: There is no such checkpoint, or its manifest is damaged.
+    """
+    return Checkpoint(parent, store.read_manifest(folder_of(parent, step))).weights_sha256
+
+
+def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:
+    """Return the checkpoint that speaks for a run: the best, or the newest where that is damaged or none is known.
+
+    Raises:
+        DataError: There are checkpoints, and every one is damaged.
+    """
+    found = newest(parent, notice, aside=False)
+    best_step = None if found is None else found.json(STATE)["best_step"]
+    if found is None or best_step in (None, found.step):
+        return found
+    try:
+        return at_step(parent, best_step)
+    except FirstwordsError as error:
+        notice(f"{error}; using step {found.step} instead of the best")
+        return found
+
+
 def at_step(parent: Path, step: int) -> Checkpoint:
     """Return the verified checkpoint of a step.
 
@@ -150,7 +181,7 @@ def at_step(parent: Path, step: int) -> Checkpoint:
         NoInputError: There is none.
         DataError: It is damaged.
     """
-    folder = parent / f"{PREFIX}{step:08d}"
+    folder = folder_of(parent, step)
     if not folder.is_dir():
         raise NoInputError("no such checkpoint", where=str(folder))
     return Checkpoint(folder, store.verify(folder))
@@ -159,9 +190,10 @@ def at_step(parent: Path, step: int) -> Checkpoint:
 def rotate(parent: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best. Call it only after the newest was read back."""
     for folder in existing(parent)[:-keep]:
-        if _step_of(folder) != best_step:
+        if step_of(folder) != best_step:
             store.remove_folder(folder)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix(PREFIX))

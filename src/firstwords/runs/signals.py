@@ -36,7 +36,8 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.default_int_handler(number, frame)
         request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup ignores HUP
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield request
     finally:

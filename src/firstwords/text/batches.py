@@ -48,10 +48,6 @@ class Batches:
         """Return the optimizer steps of so many epochs, at least 1."""
         return max(1, -(-int(epochs * self.windows_per_epoch) // self.batch_size))
 
-    def epoch(self, step: int) -> float:
-        """Return how many times the text has been seen after `step` steps."""
-        return step * self.batch_size / self.windows_per_epoch
-
     def __call__(self, step: int) -> Batch:
         """Return the batch of the update after `step` updates."""
         first = step * self.batch_size

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from firstwords import store
-from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, NoInputError
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Document, Notice, Texts
 from firstwords.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey
     """
     whole, n_chars, blank, name = hashlib.sha256(), array.array("q"), True, "text"
     for document in documents:
-        progress(f"reading {document.name}", None)
+        progress("reading the text", None)
         digest, length, name = hashlib.sha256(), 0, document.name
         for piece in document.pieces():
             digest.update(piece.encode())
@@ -136,7 +136,11 @@ def prepare(
         validation = _Slices(val, [(0, n) for n in held_out.n_chars], held_out.total_chars, progress)
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
-    _publish(folder, training, validation, make_tokenizer(tokenizer, training), found.sha256)
+    try:
+        _publish(folder, training, validation, make_tokenizer(tokenizer, training), found.sha256)
+    except CannotCreateError:  # another process was faster with the same text
+        if not folder.is_dir():
+            raise
     return load(folder)
 
 
@@ -162,7 +166,7 @@ def require_context(part: Part, context_length: int) -> None:
         raise DataError(
             f"the training text has {n} tokens, a context of {context_length} needs {context_length + 1}",
             where="text",
-            do=f"give more text, or --model.context-length {n - 1}" if n > 1 else "give more text",
+            do=f"give more text, or --model.context-length {n - 1}" if n > 1 else "give more text, or --val-fraction 0",
         )
 
 
@@ -211,18 +215,17 @@ class _Slices:
     def __iter__(self) -> Iterator[Document]:
         done = 0
         for document, (start, end) in zip(self.documents, self.ranges, strict=True):
-            self.progress(f"tokenizing {document.name}", done / max(1, self.total_chars))
             if end > start:
-                yield Document(document.name, functools.partial(_slice, document.pieces, start, end))
+                yield Document(document.name, functools.partial(self._slice, document.pieces, start, end, done))
             done += end
 
-
-def _slice(pieces: Callable[[], Iterator[str]], start: int, end: int) -> Iterator[str]:
-    at = 0
-    for piece in pieces():
-        if at < end and at + len(piece) > start:
-            yield piece[max(0, start - at) : end - at]
-        at += len(piece)
+    def _slice(self, pieces: Callable[[], Iterator[str]], start: int, end: int, done: int) -> Iterator[str]:
+        at = 0
+        for piece in pieces():
+            self.progress("tokenizing", min(1.0, (done + at) / max(1, self.total_chars)))
+            if at < end and at + len(piece) > start:
+                yield piece[max(0, start - at) : end - at]
+            at += len(piece)
 
 
 def _key(found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer) -> str:
@@ -252,7 +255,7 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
     store.publish(
         folder,
         {
-            TOKENIZER_FILE: [tokenizer.to_json()],
+            TOKENIZER_FILE: [tokenizer.json],
             "train.bin": shard("train", training),
             "val.bin": shard("val", validation),
         },

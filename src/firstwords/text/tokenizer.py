@@ -26,7 +26,9 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 KINDS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # of characters; a piece is a run of one kind, after a space
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as pinned in tiktoken
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PIECE_CHARS = 1 << 16  # the longest text that is encoded at once
+GPT2_WORDS = 50256
 LONGEST_TRAINED = 1000  # characters; training a BPE is quadratic in its longest piece
 SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20
 
@@ -38,17 +40,23 @@ class Tokenizer:
     """A byte-level tokenizer: every text has ids, and its ids give the text back."""
 
     name: str  # gpt2, bytes, or bpe:N
-    encoding: tiktoken.Encoding
+    ranks: dict[bytes, int]  # of every word; the lower merges first
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """The encoder."""
+        special = {END_OF_TEXT: self.end_of_text}
+        return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=special)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, `<|endoftext|>` included."""
-        return self.encoding.n_vocab
+        return len(self.ranks) + 1
 
     @property
     def end_of_text(self) -> int:
         """The id of `<|endoftext|>`, the last one."""
-        return self.encoding.n_vocab - 1
+        return len(self.ranks)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; `<|endoftext|>` in it is text like any other."""
@@ -81,13 +89,13 @@ class Tokenizer:
             raise ValueError(f"token id {token} is beyond the vocabulary of {self.vocab_size}")
         return self.encoding.decode_single_token_bytes(token)
 
-    def to_json(self) -> bytes:
-        """Return the tokenizer as the `tokenizers` library's own file."""
+    @functools.cached_property
+    def json(self) -> bytes:
+        """The tokenizer as the `tokenizers` library's own file."""
         spelled = _byte_letters()
-        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        ranks = sorted(self.ranks.items(), key=lambda item: item[1])
         words = {"".join(spelled[byte] for byte in word): rank for word, rank in ranks}
-        merges = [[_spell(part, spelled) for part in pair] for pair in _merges(self.encoding._mergeable_ranks)]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        merges = [[_spell(part, spelled) for part in pair] for pair in _merges(self.ranks)]
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         words[END_OF_TEXT] = self.end_of_text
         value = {
@@ -96,9 +104,9 @@ class Tokenizer:
             "padding": None,
             "added_tokens": [{"id": self.end_of_text, "content": END_OF_TEXT, **special}],
             "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": byte_level,
-            "decoder": byte_level,
+            "pre_tokenizer": BYTE_LEVEL,
+            "post_processor": BYTE_LEVEL,
+            "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "vocab": words, "merges": merges},
         }
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -107,13 +115,22 @@ class Tokenizer:
     def sha256(self) -> str:
         """SHA-256 of the ranks: what decides the ids."""
         digest = hashlib.sha256()
-        for word, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        for word, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d %d " % (rank, len(word)) + word)
         return digest.hexdigest()
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's encoding, equal to `tiktoken.get_encoding("gpt2")` but never from the network.
+
+    Raises:
+        DataError: The vocabulary file of this installation is damaged.
+    """
+    return gpt2().encoding
+
+
+def gpt2() -> Tokenizer:
+    """Return GPT-2's tokenizer: 50,257 ids.
 
     Raises:
         DataError: The vocabulary file of this installation is damaged.
@@ -126,17 +143,12 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_letters())}
     for line in data.decode().splitlines()[1:]:
         ranks[bytes(letters[letter] for letter in line.replace(" ", ""))] = len(ranks)
-    return _encoding("gpt2", ranks)
-
-
-def gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer: 50,257 ids."""
-    return Tokenizer("gpt2", gpt2_tokenizer())
+    return Tokenizer("gpt2", ranks)
 
 
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer without merges: id = byte, 256 = `<|endoftext|>`."""
-    return Tokenizer("bytes", _encoding("bytes", {bytes([byte]): byte for byte in range(256)}))
+    return Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 
 
 def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -161,7 +173,7 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> Tokenizer:
     trainable.train_from_iterator((too_long.sub("\n", piece) for piece in safe_pieces(pieces)), trainer)
     letters = {letter: byte for byte, letter in _byte_letters().items()}
     ranks = {bytes(letters[letter] for letter in word): rank for word, rank in trainable.get_vocab().items()}
-    return Tokenizer(f"bpe:{len(ranks) + 1}", _encoding("bpe", ranks))
+    return Tokenizer(f"bpe:{len(ranks) + 1}", ranks)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -175,13 +187,14 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def from_json(data: bytes, where: str) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json` as `to_json` writes it.
+    """Return the tokenizer of a `tokenizer.json` as `Tokenizer.json` has it.
 
     Raises:
         DataError: No JSON, not byte-level BPE, ids with gaps, or merges that do not follow from the ids.
     """
     try:
-        model = json.loads(data)["model"]
+        value = json.loads(data)
+        model, plain = value["model"], value["normalizer"] is None and value["pre_tokenizer"] == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
         words: dict[str, int] = dict(model["vocab"])
         end_of_text = words.pop(END_OF_TEXT)
@@ -189,12 +202,14 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError("is no byte-level BPE tokenizer", where=where, why=f"{type(error).__name__}: {error}") from error
+    if not plain:
+        raise DataError("the tokenizer changes or splits its text in another way than GPT-2's", where=where)
     if sorted(ranks.values()) != list(range(len(ranks))) or end_of_text != len(ranks):
         raise DataError("the tokenizer's ids have gaps", where=where, why=f"{END_OF_TEXT} must be the last of dense ids")
     spelled = _byte_letters()
     if [(_spell(a, spelled), _spell(b, spelled)) for a, b in _merges(ranks)] != merges:
         raise DataError("the tokenizer's merges are not in the order of its ids", where=where)
-    return Tokenizer(_name_of(ranks), _encoding("bpe", ranks))
+    return Tokenizer(_name_of(ranks), ranks)
 
 
 def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
@@ -220,14 +235,11 @@ def _last_safe_cut(text: str) -> int:
     return PIECE_CHARS
 
 
-def _encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
-
-
 def _name_of(ranks: dict[bytes, int]) -> str:
     if len(ranks) == 256 and all(ranks[bytes([byte])] == byte for byte in range(256)):
         return "bytes"
-    return "gpt2" if Tokenizer("", _encoding("", ranks)).sha256 == gpt2().sha256 else f"bpe:{len(ranks) + 1}"
+    is_gpt2 = len(ranks) == GPT2_WORDS and ranks == gpt2().ranks
+    return "gpt2" if is_gpt2 else f"bpe:{len(ranks) + 1}"
 
 
 @functools.cache

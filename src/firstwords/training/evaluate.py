@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from firstwords.model.gpt import GPTModel
 from firstwords.model.loss import bits_per_byte, perplexity, token_nats
-from firstwords.text.batches import IGNORE
+from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
 TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
@@ -87,6 +87,31 @@ def evaluate(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) ->
     return Evaluation.of(nats, part.n_tokens, part.n_bytes)
 
 
+@torch.no_grad()
+def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: int, dtype: torch.dtype) -> float:
+    """Return the nats per token, without dropout, of the batches learnt last (at step 0: of the first ones).
+
+    Args:
+        model: Left in the mode it came in.
+        batches: The batch of the update after so many updates.
+        step: Updates done.
+        dtype: Of the matrix products.
+    """
+    first = batches(max(0, step - 1))
+    count = max(1, TOKENS_AT_ONCE // first.tokens.numel())
+    start, device, was_training = max(0, step - count), model.tok_emb.weight.device, model.training
+    nats, n_targets = 0.0, 0
+    model.eval()
+    try:
+        for batch in map(batches, range(start, start + count)):
+            for tokens, targets in zip(torch.split(batch.tokens, 8), torch.split(batch.targets, 8), strict=True):
+                nats += _group_nats(model, tokens.to(device), targets.to(device), dtype)
+            n_targets += batch.n_targets
+    finally:
+        model.train(was_training)
+    return nats / n_targets
+
+
 def separator(part: Part) -> int:
     """Return the id that separates documents: the first of every stream."""
     return int(part.ids[0])
@@ -94,14 +119,18 @@ def separator(part: Part) -> int:
 
 def _nats(model: GPTModel, part: Part, group: list[Window], dtype: torch.dtype) -> float:
     """Return the summed nats of the counted targets of some windows, the longest first."""
-    device = model.tok_emb.weight.device
     tokens = np.zeros((len(group), group[0].length), np.int64)
     targets = np.full_like(tokens, IGNORE)
     for row, window in enumerate(group):
         ids = part.ids[window.start : window.start + window.length + 1]
         tokens[row, : window.length] = ids[:-1]
         targets[row, window.skip : window.length] = ids[1 + window.skip :]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        features = model.features(torch.from_numpy(tokens).to(device))
-        nats = token_nats(features, model.out_head.weight, torch.from_numpy(targets).to(device))
+    device = model.tok_emb.weight.device
+    return _group_nats(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), dtype)
+
+
+def _group_nats(model: GPTModel, tokens: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return the summed nats of the counted targets (B, T)."""
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        nats = token_nats(model.features(tokens), model.out_head.weight, targets)
     return float(nats.cpu().double().sum())

@@ -33,6 +33,7 @@ class Evaluated:
     """The whole held-out text was evaluated; `evaluation` is None where there is none."""
 
     step: int
+    train_nats_per_token: float  # of the batches learnt last, without dropout
     evaluation: Evaluation | None
     best: bool
     took_s: float

@@ -40,7 +40,7 @@ def fit(
     batches: Callable[[int], Batch],
     config: FitConfig,
     *,
-    evaluate: Callable[[], Evaluation | None],
+    evaluate: Callable[[int], tuple[float, Evaluation | None]],
     sample: Callable[[int], str],
     forward: Forward | None = None,
     should_stop: Callable[[], str | None] = lambda: None,
@@ -55,7 +55,7 @@ def fit(
         state: Changed in place.
         batches: The batch of the update after that many updates.
         config: Fixed for the run.
-        evaluate: The figures of `state.model` now.
+        evaluate: Nats per token on training text, and the held-out figures, of `state.model` now, at a step.
         sample: What `state.model` says now; its argument is the step.
         forward: A faster `state.model.features`, such as a compiled one.
         should_stop: Asked after each step; a reason stops.
@@ -64,53 +64,69 @@ def fit(
         DivergedError: Loss or gradient is not finite, and the weights are those of the step before; or the model that
             an update left gives no finite numbers.
     """
-    began_s = saved_s = time.perf_counter()
-    before_s, forward = state.elapsed_s, forward or state.model.features
+    reason, saved_s = None, time.perf_counter()
+    began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
     if state.step == 0:
         yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
-        yield from _look(state, evaluate, sample, at=(True, True))
+        yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
         batch, lr = batches(state.step), learning_rate(state.step, config.optim, state.total_steps)
-        nats_per_token, grad_norm = train_step(state, batch, config, lr, forward)
-        now_s = time.perf_counter()
-        took_s = now_s - started_s
-        state.step, state.tokens = state.step + 1, state.tokens + batch.n_targets
-        state.elapsed_s = round(before_s + now_s - began_s, 3)
-        speed = round(batch.n_targets / took_s, 1), round(took_s, 4)
-        yield StepDone(state.step, state.tokens, nats_per_token, lr, grad_norm, *speed, state.elapsed_s)
+        losses = train_step(state, batch, config, lr, forward)
+        yield _count(state, batch.n_targets, lr, losses, started_s, began_s)
         last = state.step == state.total_steps
         due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
         sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
-        best = yield from _look(state, evaluate, sample, at=(due, sampling))
-        reason = should_stop()
-        if best or last or reason or time.perf_counter() - saved_s >= config.save_every_s:
+        best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
+        reason, now_s = should_stop(), time.perf_counter()
+        if best or last or reason or now_s - saved_s >= config.save_every_s:
+            state.elapsed_s = round(now_s - began_s, 3)
             yield SaveDue(state.step)
             saved_s = time.perf_counter()
         if reason:
-            yield Stopped(state.step, reason)
-            return
-    yield Stopped(state.step, "done")
+            break
+    yield Stopped(state.step, reason or "done")
+
+
+def _count(
+    state: TrainState, n_targets: int, lr: float, losses: tuple[float, float], started_s: float, began_s: float
+) -> StepDone:
+    """Count the update that began at `started_s` and return what to say of it; the run, without pauses, at `began_s`."""
+    now_s = time.perf_counter()
+    state.step, state.tokens = state.step + 1, state.tokens + n_targets
+    state.elapsed_s = round(now_s - began_s, 3)
+    return StepDone(
+        step=state.step,
+        tokens=state.tokens,
+        nats_per_token=losses[0],
+        lr=lr,
+        grad_norm=losses[1],
+        tokens_per_s=round(n_targets / (now_s - started_s), 1),
+        took_s=round(now_s - started_s, 4),
+        elapsed_s=state.elapsed_s,
+    )
 
 
 def _look(
     state: TrainState,
-    evaluate: Callable[[], Evaluation | None],
+    evaluate: Callable[[int], tuple[float, Evaluation | None]],
     sample: Callable[[int], str],
-    at: tuple[bool, bool],
+    *,
+    evaluating: bool,
+    sampling: bool,
 ) -> Generator[Event, None, bool]:
-    """Evaluate and sample where `at` says so; returns whether this is the best evaluation so far."""
+    """Evaluate and sample where wanted; returns whether this is the best evaluation so far."""
     best = False
-    if at[0]:
+    if evaluating:
         started_s = time.perf_counter()
-        evaluation = evaluate()
+        train_nats_per_token, evaluation = evaluate(state.step)
         if evaluation is not None and not math.isfinite(evaluation.nats_per_token):
             raise diverged(f"the held-out loss is {evaluation.nats_per_token}", state.step)
         best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
         if best and evaluation is not None:
             state.best_step, state.best_nats = state.step, evaluation.nats_per_token
-        yield Evaluated(state.step, evaluation, best, time.perf_counter() - started_s)
-    if at[1]:
+        yield Evaluated(state.step, train_nats_per_token, evaluation, best, time.perf_counter() - started_s)
+    if sampling:
         try:
             text = sample(state.step)
         except DivergedError as error:

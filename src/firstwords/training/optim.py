@@ -26,16 +26,17 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int | None) -> fl
 
     Args:
         step: Updates already done; the first update uses step 0 (and a rate above 0).
-        config: Its `warmup_steps` count updates.
+        config: Its `warmup_steps` count updates, and are at most a quarter of a known run.
         total_steps: Updates of the whole run; after them the rate stays at `floor_lr`. None: not known yet, no decay.
 
     Source: cosine, Loshchilov & Hutter 2017 (arXiv:1608.03983); linear to zero, Defazio et al. 2023 (arXiv:2310.07831).
     """
-    if step < config.warmup_steps:
-        return config.peak_lr * (step + 1) / config.warmup_steps
+    warmup_steps = config.warmup_steps if total_steps is None else min(config.warmup_steps, total_steps // 4)
+    if step < warmup_steps:
+        return config.peak_lr * (step + 1) / warmup_steps
     if total_steps is None:
         return config.peak_lr
-    t = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    t = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     match config.decay:
         case "cosine":
             share = (1 + math.cos(math.pi * t)) / 2
@@ -109,7 +110,9 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None
         state = self.state[parameter]
-        mean = state.setdefault("momentum", torch.zeros_like(parameter))
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        mean: Tensor = state["momentum"]
         mean.lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(mean, momentum).to(self.dtype)
 
