@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test check format clean
+.PHONY: demo test unit check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
-	$(BIN)/firstwords train --for $(FOR)
+	$(BIN)/firstwords train --for $(FOR) --model.drop-rate 0.2
 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+unit: $(VENV)/installed-test  ## only the tests that take a moment
+	$(BIN)/python -m pytest -n auto -m 'not system'
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .

@@ -20,6 +20,9 @@ from firstwords.model.loss import perplexity, target_nats
 from firstwords.text.sources import read
 from firstwords.text.tokenizer import gpt2
 
+# On one worker, so that the models of 124M parameters are built once.
+pytestmark = pytest.mark.xdist_group("gpt2-124m")
+
 INPUTS = torch.tensor([[16833, 3626, 6100], [40, 1107, 588]])
 TARGETS = torch.tensor([[3626, 6100, 345], [1107, 588, 11311]])
 # The values are printed with 4 decimals, so they may be 0.5e-4 off; 0.1e-4 is for float32 sums in another CPU's order.

@@ -101,6 +101,20 @@ def test_ids_beyond_two_bytes_get_four(tmp_path: Path) -> None:
     assert large.itemsize == 4
 
 
+def test_two_processes_may_prepare_one_text_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(tmp_path, STORY)
+    hidden = first.folder.with_name("hidden")
+    first.folder.rename(hidden)
+    publish = store.publish
+
+    def overtaken(*args: object) -> object:
+        hidden.rename(first.folder)
+        return publish(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "publish", overtaken)
+    assert prepare(tmp_path, STORY).folder == first.folder
+
+
 def test_text_that_is_only_white_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="white space"):
         prepare(tmp_path, " \n\t " * 10)

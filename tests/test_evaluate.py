@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from firstwords.config import ModelConfig
 from firstwords.model.gpt import GPTModel
+from firstwords.text.batches import Batches
 from firstwords.text.corpus import Part
 from firstwords.training import evaluate as evaluation
-from firstwords.training.evaluate import evaluate, windows
+from firstwords.training.evaluate import evaluate, evaluate_training, windows
 
 
 def part_of(lengths: list[int], vocab_size: int = 61) -> Part:
@@ -86,3 +88,17 @@ def test_held_out_documents_do_not_see_each_other(small: ModelConfig) -> None:
     twice = evaluate(model, Part(ids, n_bytes=54, n_documents=2))
     assert twice is not None
     assert twice.nats_per_token == pytest.approx(alone[0].nats_per_token, rel=1e-6)
+
+
+def test_the_training_loss_is_that_of_the_batches_learnt_last_without_dropout(small: ModelConfig) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(small, drop_rate=0.5)
+    model, batches = GPTModel(config).train(), Batches(part_of([900]), small.context_length, batch_size=300, seed=1)
+    found = evaluate_training(model, batches, 3, torch.float32)
+    model.eval()
+    learnt = [batches(step) for step in (2,)]  # one batch of 300 x 16 targets is more than half of what is looked at
+    nats = sum(
+        torch.nn.functional.cross_entropy(model(b.tokens).flatten(0, 1), b.targets.flatten(), reduction="sum").item()
+        for b in learnt
+    )
+    assert found == pytest.approx(nats / sum(b.n_targets for b in learnt), rel=1e-5)  # float32

@@ -75,6 +75,7 @@ def check_continued(seen: dict[str, Any]) -> None:
     assert seen["explanation"].evaluation.nats_per_token == pytest.approx(mean, rel=1e-9)
 
 
+@pytest.mark.system
 def test_every_cell_runs_in_order_and_shows_what_the_text_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FIRSTWORDS_CACHE", str(tmp_path / "cache"))

@@ -16,9 +16,10 @@ import torch
 
 from conftest import STORY, TINY
 from firstwords import api
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import ConfigError, DataError, NoInputError, StorageError
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
+from firstwords.text.tokenizer import train_bpe
 from firstwords.training import state as states
 from firstwords.training.events import Notice, Sampled, SaveDue, Started, StepDone, Told
 
@@ -173,7 +174,86 @@ def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_p
     told: list[Told] = []
     train(tmp_path, "killed", resume=True, threads=2, listener=told.append)
     assert Notice("not bit-exact because: threads 1 -> 2") in told
-    torch.set_num_threads(1)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, whole: TrainResult) -> None:
+    before = (tmp_path / "whole" / "config.toml").read_text()
+    with pytest.raises(ConfigError, match=f"{STEPS} steps already"):
+        train(tmp_path, "whole", resume=True, steps=STEPS - 1)
+    assert (tmp_path / "whole" / "config.toml").read_text() == before
+
+
+def test_a_finished_run_goes_on_for_the_time_that_it_is_given(tmp_path: Path, whole: TrainResult) -> None:
+    longer = api.train(out=tmp_path / "whole", resume=True, for_s=2)
+    assert longer.steps > whole.steps
+    assert journal(tmp_path, "whole", "plan")[-1]["total_steps"] == longer.steps
+
+
+@pytest.mark.parametrize("changed", ["tokenizer.json", "other.txt"])
+def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe([STORY], 280).json)
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13), tokenizer=str(tmp_path / "tokenizer.json"))
+    if changed == "tokenizer.json":
+        (tmp_path / changed).write_bytes(train_bpe([STORY[::-1]], 280).json)
+    else:
+        (tmp_path / changed).write_text("another text")
+    with pytest.raises(DataError, match="changed since the run began"):
+        api.train(out=tmp_path / "killed", resume=True)
+
+
+@pytest.mark.parametrize("gone", ["story.txt", "tokenizer.json", "other.txt"])
+def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Path, gone: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe([STORY], 280).json)
+    options = {"tokenizer": str(tmp_path / "tokenizer.json")}
+    whole = train(tmp_path, "whole", **options)
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13), **options)
+    (tmp_path / gone).unlink()
+    assert same(tmp_path, whole, api.train(out=tmp_path / "killed", resume=True))
+
+
+def failing_saves(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Let the disk be full from the `first` to the `last` save."""
+    real, count = checkpoint.save, 0
+
+    def save(*args: Any, **kwargs: Any) -> checkpoint.Checkpoint:
+        nonlocal count
+        count += 1
+        if first <= count <= last:
+            raise StorageError("the disk is full")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_saves(monkeypatch, 5, 6)
+    assert train(tmp_path, "full").last["weights_sha256"] == whole.last["weights_sha256"]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_saves(monkeypatch, 5, 10**9)
+    with pytest.raises(StorageError):
+        train(tmp_path, "full")
+    assert len(journal(tmp_path, "full", "step")) == 6  # steps 4, 5 and 6 could not be saved
+    assert checkpoint.newest(tmp_path / "full" / "checkpoints", print, aside=False).step == 3  # type: ignore[union-attr]
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_saves(monkeypatch, STEPS + 1, STEPS + 1)  # step 0 is the first save
+    with pytest.raises(StorageError):
+        train(tmp_path, "full")
+
+
+def test_the_threads_of_the_process_are_put_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    train(tmp_path, "run", threads=before + 1, steps=2)
+    assert torch.get_num_threads() == before
 
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
@@ -205,6 +285,7 @@ def finish(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.system
 def test_a_real_process_killed_at_step_25_resumes_to_the_same_weights_and_losses(tmp_path: Path) -> None:
     uninterrupted = finish(fresh(tmp_path))
     losses = journal(tmp_path, "run", "step")
@@ -221,6 +302,7 @@ def test_a_real_process_killed_at_step_25_resumes_to_the_same_weights_and_losses
         assert resumed[key] == uninterrupted[key]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     arguments = [argument for argument in fresh(tmp_path) if argument != "--json"]
@@ -233,3 +315,15 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, 
     assert f"--resume --out {tmp_path / 'run'}" in out
     last = journal(tmp_path, "run", "step")[-1]["step"]
     assert checkpoint.existing(tmp_path / "run" / "checkpoints")[-1].name.endswith(f"{last:08d}")
+
+
+@pytest.mark.system
+def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
+    arguments = fresh(tmp_path)
+    arguments[arguments.index("60")] = "300"
+    process = subprocess.Popen(["nohup", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, process, 3)
+    os.kill(process.pid, signal.SIGHUP)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert len(journal(tmp_path, "run", "step")) == 300

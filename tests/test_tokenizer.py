@@ -109,6 +109,16 @@ def test_a_tokenizer_whose_merges_are_swapped_is_refused() -> None:
         from_json((good[:start] + second + "]," + first + "]," + rest).encode(), "tokenizer.json")
 
 
+def test_a_tokenizer_that_changes_its_text_is_refused() -> None:
+    good = train_bpe([STORY], 300).json.decode()
+    for changed in (
+        good.replace('"normalizer":null', '"normalizer":{"type":"Lowercase"}'),
+        good.replace('"add_prefix_space":false', '"add_prefix_space":true'),
+    ):
+        with pytest.raises(DataError, match="another way"):
+            from_json(changed.encode(), "tokenizer.json")
+
+
 def test_an_id_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="300"):
         byte_tokenizer().decode([300])

@@ -49,6 +49,12 @@ class NoInputError(FirstwordsError):
     exit_code = 66
 
 
+class StoppedError(FirstwordsError):
+    """The person stopped the program at once, by a second Ctrl-C or outside training."""
+
+    exit_code = 130
+
+
 class DivergedError(FirstwordsError):
     """Training produced a loss or gradient that is not a finite number."""
 

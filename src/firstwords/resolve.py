@@ -187,7 +187,7 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     with machine.threads(config.threads):
         precision = machine.precision(config.precision, device)
-    of_file = corpora.parse_tokenizer(config.tokenizer)[0] == "file"
+    of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
     needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
     if device.type == "cpu" and there is not None and needed > there:

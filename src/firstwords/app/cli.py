@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import __version__
 from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, presets, run_config
-from firstwords.errors import ConfigError, DataError, FirstwordsError, UsageError
+from firstwords.errors import ConfigError, DataError, FirstwordsError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from firstwords.app.console import Console
@@ -47,17 +47,22 @@ def main(arguments: Sequence[str]) -> int:
         run: Callable[[argparse.Namespace, Console, float], int] = options.run
         return run(options, Console(as_json=as_json), started_s)
     except FirstwordsError as error:
-        if debug:
-            traceback.print_exc()
-        from firstwords.app.console import Console
-
-        Console(as_json=as_json).error(error)
-        return error.exit_code
+        return _failed(error, as_json=as_json, debug=debug)
     except KeyboardInterrupt:
-        return 130
+        stopped = StoppedError("stopped", do="a run goes on from its last checkpoint: train --resume --out RUN")
+        return _failed(stopped, as_json=as_json, debug=debug)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
+
+
+def _failed(error: FirstwordsError, *, as_json: bool, debug: bool) -> int:
+    from firstwords.app.console import Console
+
+    if debug:
+        traceback.print_exc()
+    Console(as_json=as_json).error(error)
+    return error.exit_code
 
 
 class Parser(argparse.ArgumentParser):
