@@ -25,6 +25,7 @@ ORDER = [
     "planning",
     "recorder",
     "resolve",
+    "verify",
     "api",
     "app",
 ]
@@ -162,6 +163,7 @@ def test_the_public_names_are_these() -> None:
         "text_to_token_ids",
         "token_ids_to_text",
         "train",
+        "verify",
     ]
     assert all(getattr(firstwords, name) is not None for name in firstwords.__all__)
 

@@ -15,6 +15,7 @@ from firstwords.errors import ConfigError, DataError
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
+from firstwords.text.tokenizer import Tokenizer
 
 
 def prepare(tmp_path: Path, *texts: str, tokenizer: str = "bytes", **options: object) -> Corpus:
@@ -95,10 +96,16 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> 
     assert "token 2" in raised.value.where
 
 
-def test_ids_beyond_two_bytes_get_four(tmp_path: Path) -> None:
-    small, large = prepare(tmp_path, STORY, tokenizer="gpt2"), np.dtype("<u4")
-    assert small.train.ids.dtype == np.dtype("<u2")
-    assert large.itemsize == 4
+def test_ids_that_two_bytes_cannot_hold_get_four(tmp_path: Path) -> None:
+    singles = [bytes([byte]) for byte in range(256)]
+    ranks = {word: rank for rank, word in enumerate([*singles, *(a + b for a in singles for b in singles)])}
+    wide = Tokenizer("pairs", ranks)  # 65,793 ids
+    (tmp_path / "a.txt").write_text(STORY)
+    corpus = corpora.prepare(sources.read([tmp_path / "a.txt"]), wide, cache=tmp_path / "cache")
+    assert corpus.train.ids.dtype == np.dtype("<u4")
+    assert corpus.train.ids.max() == wide.end_of_text == 65792
+    assert documents(corpus.train, corpus) == [STORY[: int(0.9 * len(STORY))]]
+    assert prepare(tmp_path, STORY, tokenizer="gpt2").train.ids.dtype == np.dtype("<u2")
 
 
 def test_two_processes_may_prepare_one_text_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from conftest import STORY, TINY
-from firstwords import api
+from firstwords import api, store
 from firstwords.errors import ConfigError, DataError, NoInputError, StorageError
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
@@ -34,7 +35,7 @@ def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None,
     text = tmp_path / "story.txt"
     text.write_text(STORY)
     other = tmp_path / "other.txt"
-    other.write_text("".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300)))  # unlike the story: step 5 is the best
+    other.write_text("".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300)))  # unlike the story: soon it gets worse
 
     def listener(told: Told) -> None:
         if stop_at is not None and isinstance(told, stop_at[0]) and getattr(told, "step", -1) == stop_at[1]:
@@ -248,6 +249,74 @@ def test_a_last_save_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytes
     failing_saves(monkeypatch, STEPS + 1, STEPS + 1)  # step 0 is the first save
     with pytest.raises(StorageError):
         train(tmp_path, "full")
+
+
+def test_a_journal_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise StorageError("the disk is full", where=str(path))
+
+    told: list[Told] = []
+    monkeypatch.setattr(store, "append", full)
+    text = tmp_path / "story.txt"
+    options = {**TINY, "val": str(tmp_path / "other.txt"), "steps": STEPS, "eval_every": 5, "save_every_s": 0.0}
+    optim = {"kind": "muon", "peak_lr": 0.1, "warmup_steps": 2}
+    run = api.train(text, out=tmp_path / "mute", listener=told.append, optim=optim, **options)
+    assert run.last["weights_sha256"] == whole.last["weights_sha256"]
+    assert len([t for t in told if isinstance(t, Notice) and "without its journal" in t.text]) == 1
+
+
+def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "run", stop_at=(SaveDue, 13))
+    before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
+    (newest / "state.json").write_text("{}")
+    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"").folder
+    checkpoint.rotate(newest.parent, 2, None)
+    assert checkpoint.existing(newest.parent) == [before, newest, rest]
+    checkpoint.save(newest.parent, 15, {}, {}, {}, b"")
+    checkpoint.rotate(newest.parent, 2, None)
+    assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match="two checkpoints need"):
+        train(tmp_path, "run")
+    assert not checkpoint.existing(tmp_path / "run" / "checkpoints")
+
+
+def test_a_run_is_verified_and_its_last_steps_repeat_themselves(tmp_path: Path, whole: TrainResult) -> None:
+    found = api.verify(tmp_path / "whole", replay=1)
+    assert found.ok
+    assert (found.replay.from_step, found.replay.to_step) == (STEPS - 1, STEPS)  # type: ignore[union-attr]
+    assert whole.best_step < STEPS - 2
+    far = api.verify(tmp_path / "whole", replay=STEPS - whole.best_step)  # from the best checkpoint to the end
+    assert far.ok
+    with pytest.raises(ConfigError, match="cannot be replayed"):
+        api.verify(tmp_path / "whole", replay=STEPS + 1)
+
+
+@pytest.mark.parametrize("damage", ["journal", "weights", "shard"])
+def test_what_is_not_as_recorded_is_found(tmp_path: Path, whole: TrainResult, damage: str) -> None:
+    """The negative control of `verify`."""
+    run = tmp_path / "whole"
+    if damage == "journal":
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        place = max(i for i, line in enumerate(lines) if '"event": "step"' in line)
+        lines[place] = lines[place].replace('"nats_per_token": ', '"nats_per_token": 1')
+        (run / "metrics.jsonl").write_text("".join(lines))
+    else:
+        corpus = tmp_path / "cache" / "corpora" / json.loads((run / "corpus.json").read_text())["folder"]
+        best = checkpoint.folder_of(run / "checkpoints", whole.best_step) / "model.safetensors"
+        path = best if damage == "weights" else corpus / "train.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    found = api.verify(run, replay=1 if damage == "journal" else None)
+    assert not found.ok
+    assert [part.ok for part in found.checkpoints] == [damage != "weights", True, True]
+    assert found.corpus.ok == (damage != "shard")
+    assert (found.replay is None) == (damage != "journal")
 
 
 def test_the_threads_of_the_process_are_put_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, explain, info.
+"""The verbs as functions: train, load, evaluate, explain, info, verify.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from firstwords.resolve import Asked
     from firstwords.runs.checkpoint import Checkpoint
     from firstwords.training.evaluate import Evaluation
-    from firstwords.training.loop import FitConfig, Forward
+    from firstwords.training.loop import Forward
+    from firstwords.verify import Verdict
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 
@@ -75,12 +76,13 @@ def train(
     with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
+        store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))
         recorder = _begin(asked, settled, prepared, listener, started_s)
         evaluate, sample = _looks(recorder)
         events = loop.fit(
             recorder.state,
             resolve.batches(settled, prepared),
-            _fit_config(settled),
+            loop.FitConfig.of(settled, machine.DTYPES[settled.precision]),
             evaluate=evaluate,
             sample=sample,
             forward=_forward(recorder),
@@ -96,21 +98,17 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     """Return the record of a run at its first or resumed step; the caller holds the run's lock."""
     import torch
 
-    from firstwords.model.gpt import GPTModel
     from firstwords.planning import machine
     from firstwords.recorder import Recorder
-    from firstwords.training.optim import optimizers
-    from firstwords.training.state import TrainState
+    from firstwords.training.state import initial
 
     run, resume, device = asked.run, asked.texts is None, torch.device(config.device)
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
     if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = GPTModel(config.model).to(device)
-    state = TrainState(model, optimizers(model, config.optim, machine.DTYPES[config.precision]))
+    dtype = machine.DTYPES[config.precision]
+    state = initial(config.model, config.optim, config.seed, config.device, dtype)
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(device, config.precision, config.compile)
     recorder = Recorder(run, config, prepared, state, fingerprint, listener)
@@ -122,7 +120,7 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
         used_s = 0.0 if asked.more_time else state.elapsed_s
         recorder.budget = Budget(started_s + config.for_s - used_s, config.for_s, now_s)
     state.elapsed_s += now_s - started_s
-    run.metrics.add("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
+    recorder.note("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
     listener(Started(run.path, config, prepared, state.step))
     return recorder
 
@@ -154,21 +152,6 @@ def _forward(recorder: Recorder) -> Forward:
 
     features = recorder.state.model.features
     return torch.compile(features) if recorder.config.compile == "on" else features
-
-
-def _fit_config(config: RunConfig) -> FitConfig:
-    from firstwords.planning import machine
-    from firstwords.training.loop import FitConfig
-
-    assert config.micro_batch_size is not None
-    return FitConfig(
-        config.optim,
-        config.seed,
-        config.micro_batch_size,
-        config.sample_every,
-        config.save_every_s,
-        machine.DTYPES[config.precision],
-    )
 
 
 def _named(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
@@ -274,6 +257,24 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
         "config": config["model"],
         "text": run_config(from_toml(resolve.read(run.config), str(run.config))).text if run.exists else None,
     }
+
+
+def verify(source: str | Path, *, replay: int | None = None) -> Verdict:
+    """Return whether every checkpoint and the prepared text of a run are whole, and whether training repeats itself.
+
+    Args:
+        source: A run folder; nothing in it is changed.
+        replay: Train so many steps again and compare them with what the run recorded.
+
+    Raises:
+        NoInputError: There is no run.
+        ConfigError: So many steps cannot be replayed.
+    """
+    run = run_folder.existing(Path(source))
+
+    from firstwords.verify import verify as verify_run
+
+    return verify_run(run, replay)
 
 
 def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:

@@ -135,7 +135,9 @@ class RunConfig:
     eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
     sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1)
     sample_prompt: str = option("", "how the samples during training begin; by default as a document does")
-    save_every_s: float = option(60.0, "time between checkpoints", least=0.0, most=1e9)
+    save_every_s: float | None = option(
+        None, "time between checkpoints; by default a minute, or 50 times what the last save took", least=0.0, most=1e9
+    )
     keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6)
     seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 from firstwords import store
 from firstwords.config import RunConfig
-from firstwords.errors import ConfigError, DivergedError, StorageError
+from firstwords.errors import ConfigError, DivergedError, PermissionDeniedError, StorageError
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
+from firstwords.runs.journal import Journal
 from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
 from firstwords.training.evaluate import Evaluation
@@ -75,6 +76,7 @@ class Recorder:
     last_held_out: float | None = None  # and on held-out text
     failed_saves: int = 0
     failed_save: StorageError | None = None  # the newest failure
+    journal_failed: bool = False
     stopped: str = ""  # done, or the name of the signal
 
     def take(self, event: Event) -> None:
@@ -83,36 +85,43 @@ class Recorder:
         Raises:
             StorageError: Saving failed too often in a row.
         """
-        metrics = self.run.metrics
         match event:
             case StepDone():
-                metrics.add("step", dataclasses.asdict(event))
+                self.note("step", dataclasses.asdict(event))
             case Evaluated(step, train_nats_per_token, evaluation, best, _):
                 figures = dict.fromkeys(EVALUATION_KEYS) if evaluation is None else evaluation.as_dict()
                 line = {"step": step, "train_nats_per_token": train_nats_per_token, **figures, "best": best}
-                metrics.add("evaluation", line)
+                self.note("evaluation", line)
                 self.last_train, self.last_held_out = train_nats_per_token, figures["nats_per_token"]
             case Sampled(step, text):
-                self.run.samples.add("sample", {"step": step, "text": text})
-                metrics.add("sample", {"step": step})
+                self.note("sample", {"step": step, "text": text}, self.run.samples)
+                self.note("sample", {"step": step})
             case SaveDue():
                 self._save()
             case Stopped(step, reason):
                 if self.newest is None or self.newest.step != step:
                     raise self.failed_save or StorageError("the last step is not saved", where=str(self.run.path))
                 self.stopped = reason
-                metrics.add("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
+                self.note("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
         self.listener(event)
         if self.budget is not None:
             self._plan(event, self.budget)
 
+    def note(self, event: str, values: Mapping[str, Any], journal: Journal | None = None) -> None:
+        """Add a line to a journal, by default metrics.jsonl; that it cannot be written is told once and ends nothing."""
+        try:
+            (journal or self.run.metrics).add(event, values)
+        except (StorageError, PermissionDeniedError) as error:
+            if not self.journal_failed:
+                self.listener(Notice(f"{error}; training goes on without its journal"))
+            self.journal_failed = True
+
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
-        self.run.metrics.add("save", {"step": self.state.step})
-        journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
-        scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
         model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
         try:
+            journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
+            scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
             self.newest = checkpoint.save(
                 self.run.checkpoints,
                 self.state.step,
@@ -128,6 +137,7 @@ class Recorder:
             self.listener(Notice(f"{error}; training goes on and the next save tries again"))
             return
         self.failed_saves = 0
+        self.note("save", {"step": self.newest.step})
         checkpoint.rotate(self.run.checkpoints, self.config.keep, self.state.best_step)
         self.listener(Saved(self.newest.step, self.newest.folder))
 
@@ -141,7 +151,7 @@ class Recorder:
             return
         state.total_steps, state.eval_every = budget.plan(state.step, state.eval_every)
         told = Planned(state.step, state.total_steps, state.eval_every)
-        self.run.metrics.add("plan", dataclasses.asdict(told))
+        self.note("plan", dataclasses.asdict(told))
         self.listener(told)
 
     @contextmanager
@@ -150,7 +160,7 @@ class Recorder:
         try:
             yield
         except DivergedError as error:
-            self.run.metrics.add("stop", {"step": self.state.step, "reason": str(error)})
+            self.note("stop", {"step": self.state.step, "reason": str(error)})
             good = self._good()
             kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
             raise DivergedError(error.what, where=error.where, why=f"{error.why}; {kept}", do=error.do) from error

@@ -199,6 +199,17 @@ def remove_leftovers(parent: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def require_space(folder: Path, size_bytes: int) -> None:
+    """Raise a StorageError where the disk of `folder` has not twice `size_bytes` free: the old and the new one."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size_bytes:
+        raise StorageError(
+            f"the disk has {free / 1e9:.2f} GB free, two checkpoints need {2 * size_bytes / 1e9:.2f} GB",
+            where=str(folder),
+            do="free some space, or give --out on another disk",
+        )
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends.

@@ -114,6 +114,7 @@ def parser() -> Parser:
         ("generate", generate, "let a model speak"),
         ("explain", explain, "each token of a text: its probability, rank, and what the model would rather have said"),
         ("info", info, "what is in a run or checkpoint"),
+        ("verify", verify, "whether every checkpoint of a run is whole, and whether training repeats itself"),
     ):
         made = verb(name, run, meaning)
         made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
@@ -134,6 +135,8 @@ def _flags_of(name: str, made: Parser) -> None:
             made.add_argument("--top-p", metavar="P", help="draw from the likeliest that have this probability together")
             made.add_argument("--seed", default="123", metavar="S", help="the same seed, the same text (default 123)")
             made.add_argument("--samples", default="1", metavar="M", help="so many texts, of seeds S, S+1, ... (default 1)")
+        case "verify":
+            made.add_argument("--replay", metavar="N", help="train N steps again and compare them with the run's record")
         case "explain":
             made.add_argument("text", metavar="TEXT", help="the text itself")
 
@@ -248,6 +251,17 @@ def info(options: argparse.Namespace, console: Console, started_s: float) -> int
 def _require_text(text: str, name: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("is not UTF-8", where=name, why="its bytes make no text", do="check the terminal's encoding")
+
+
+def verify(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say whether a run is whole."""
+    replay = None if options.replay is None else _number(options.replay, int, "--replay")
+
+    from firstwords import api
+
+    found = api.verify(options.model, replay=replay)
+    console.verified(found)
+    return 0 if found.ok else DataError.exit_code
 
 
 def _number(text: str, kind: type, name: str) -> Any:

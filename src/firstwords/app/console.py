@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation, TokenExplained
     from firstwords.recorder import TrainResult
     from firstwords.training.evaluate import Evaluation
+    from firstwords.verify import Verdict
 
 PLAIN_LINE_EVERY_S = 10.0
 SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
@@ -171,6 +172,17 @@ class Console:
             if isinstance(value, tuple):
                 shown = ", ".join(value) or "the built-in text"
             self.out.print(f"{key:15} {f'{shown:,}' if isinstance(shown, int) else visible(str(shown))}")
+
+    def verified(self, found: Verdict) -> None:
+        """Show what is whole and what is not."""
+        if self.as_json:
+            self._json(found.as_dict())
+            return
+        for part in (*found.checkpoints, found.corpus):
+            self.out.print(Text(f"{part.name}: {'OK' if part.ok else visible(part.problem)}", "" if part.ok else "red"))
+        if found.replay is not None:
+            said = "the same to the last bit" if found.replay.ok else visible(found.replay.problem)
+            self.out.print(f"replay of steps {found.replay.from_step + 1} to {found.replay.to_step}: {said}")
 
     def _figures(self, found: Evaluation) -> None:
         self.out.print(f"bits per byte         {found.bits_per_byte:.4f}")

@@ -28,6 +28,11 @@ def training_bytes(config: ModelConfig, micro_batch_size: int) -> int:
     return 16 * parameters(config) + 2 * 4 * tokens * kept
 
 
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Return the size of a checkpoint: weights and AdamW's two means in float32 (Muon's one mean is less)."""
+    return 12 * parameters(config)
+
+
 def micro_batch_size(config: ModelConfig, batch_size: int) -> int:
     """Return the largest divisor of `batch_size` whose forward pass has at most 8,192 tokens and keeps at most 4 GiB."""
     state = training_bytes(config, 0)

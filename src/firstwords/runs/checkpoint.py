@@ -188,10 +188,29 @@ def at_step(parent: Path, step: int) -> Checkpoint:
 
 
 def rotate(parent: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best. Call it only after the newest was read back."""
-    for folder in existing(parent)[:-keep]:
-        if step_of(folder) != best_step:
-            store.remove_folder(folder)
+    """Remove all but the newest `keep` whole checkpoints and the best. Call it only after the newest was read back.
+
+    What is kept is verified first, so that a damaged one does not count; nothing is removed while fewer are whole.
+    """
+    folders = existing(parent)
+    if len(folders) <= keep:
+        return
+    whole = 1  # the newest
+    for place, folder in reversed(list(enumerate(folders[:-1]))):
+        if whole >= keep:
+            for old in folders[: place + 1]:
+                if step_of(old) != best_step:
+                    store.remove_folder(old)
+            return
+        whole += _is_whole(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        store.verify(folder)
+    except DataError:
+        return False
+    return True
 
 
 def step_of(folder: Path) -> int:

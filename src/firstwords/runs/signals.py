@@ -36,13 +36,18 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.default_int_handler(number, frame)
         request.signal_name = signal.Signals(number).name
 
-    heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup ignores HUP
+    heard = [number for number in numbers if not _is_nohup(number)]
     before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_nohup(number: int) -> bool:
+    """Whether this is the hang-up that `nohup` has asked to ignore."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
 
 
 def exit_code(signal_name: str) -> int:

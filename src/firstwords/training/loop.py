@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firstwords.config import OptimConfig
+from firstwords.config import OptimConfig, RunConfig
 from firstwords.errors import DivergedError
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
@@ -20,6 +20,7 @@ from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepD
 from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState
 
+SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
 
 
@@ -31,8 +32,14 @@ class FitConfig:
     seed: int
     micro_batch_size: int
     sample_every: int | None  # None: with the evaluations
-    save_every_s: float
+    save_every_s: float | None  # None: SAVE_EVERY_S, or longer where saves are slow
     dtype: torch.dtype  # of the matrix products
+
+    @classmethod
+    def of(cls, config: RunConfig, dtype: torch.dtype) -> FitConfig:
+        """Return what the loop needs of a resolved configuration."""
+        assert config.micro_batch_size is not None
+        return cls(config.optim, config.seed, config.micro_batch_size, config.sample_every, config.save_every_s, dtype)
 
 
 def fit(
@@ -65,6 +72,7 @@ def fit(
             an update left gives no finite numbers.
     """
     reason, saved_s = None, time.perf_counter()
+    save_every_s = _save_interval_s(config, 0.0)
     began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
     if state.step == 0:
         yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
@@ -79,13 +87,19 @@ def fit(
         sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
         best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
         reason, now_s = should_stop(), time.perf_counter()
-        if best or last or reason or now_s - saved_s >= config.save_every_s:
+        if best or last or reason or now_s - saved_s >= save_every_s:
             state.elapsed_s = round(now_s - began_s, 3)
             yield SaveDue(state.step)
             saved_s = time.perf_counter()
+            save_every_s = _save_interval_s(config, saved_s - now_s)
         if reason:
             break
     yield Stopped(state.step, reason or "done")
+
+
+def _save_interval_s(config: FitConfig, took_s: float) -> float:
+    """Return the seconds until the next save, when the last one took `took_s`: saving costs at most a fiftieth."""
+    return max(SAVE_EVERY_S, SAVE_FACTOR * took_s) if config.save_every_s is None else config.save_every_s
 
 
 def _count(
@@ -158,7 +172,9 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     grad_norm = _clip(model, config.optim.max_grad_norm)
     nats_per_token = float(loss)
     if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm)):
-        raise diverged(f"the loss is {nats_per_token} and the gradient's norm {grad_norm}", state.step + 1)
+        first, size = state.step * len(batch.tokens), len(batch.tokens)
+        what = f"the loss is {nats_per_token} and the gradient's norm {grad_norm}"
+        raise diverged(what, state.step + 1, f" on sequences {first} to {first + size - 1} of the shuffled text")
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -167,10 +183,10 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     return nats_per_token, grad_norm
 
 
-def diverged(what: str, step: int) -> DivergedError:
-    """Return the error for a number that is not finite at a step."""
+def diverged(what: str, step: int, on: str = "") -> DivergedError:
+    """Return the error for a number that is not finite at a step, with the batch that it came from."""
     do = "try a lower --optim.peak-lr or a longer --optim.warmup-steps"
-    return DivergedError(what, where=f"step {step}", why="training diverged", do=do)
+    return DivergedError(what, where=f"step {step}", why=f"training diverged{on}", do=do)
 
 
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> float:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstwords.config import ModelConfig, OptimConfig
 from firstwords.errors import DataError
 from firstwords.model.gpt import GPTModel
+from firstwords.training.optim import optimizers
 
 # The registry: every scalar of TrainState that is saved. The tensors are the model's and the optimizers'.
 SCALARS = ("step", "tokens", "elapsed_s", "total_steps", "eval_every", "best_step", "best_nats")
@@ -32,6 +34,22 @@ class TrainState:
     eval_every: int | None = None
     best_step: int | None = None
     best_nats: float | None = None  # held-out nats per token at best_step
+
+
+def initial(model_config: ModelConfig, optim_config: OptimConfig, seed: int, device: str, dtype: torch.dtype) -> TrainState:
+    """Return a run at step 0: weights drawn from `seed`, the process's generator left as it was.
+
+    Args:
+        model_config: The shape.
+        optim_config: The optimizers.
+        seed: Of the weights.
+        device: Where the model lives; the weights are drawn on the CPU.
+        dtype: Of Muon's matrix products.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPTModel(model_config).to(device)
+    return TrainState(model, optimizers(model, optim_config, dtype))
 
 
 def model_tensors(model: GPTModel) -> dict[str, Tensor]:

@@ -1,0 +1,160 @@
+"""Is what is on disk whole, and does training it again give the same?"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from firstwords import resolve, store
+from firstwords.config import RunConfig, from_toml, run_config
+from firstwords.errors import ConfigError, DataError, FirstwordsError
+from firstwords.planning import machine
+from firstwords.runs import checkpoint
+from firstwords.runs.checkpoint import Checkpoint
+from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus as corpora
+from firstwords.training import state as states
+from firstwords.training.loop import FitConfig, train_step
+from firstwords.training.optim import learning_rate
+from firstwords.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One folder on disk, and what is wrong with it."""
+
+    name: str
+    step: int | None  # of a checkpoint
+    ok: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Steps that were trained again from a checkpoint, and the first difference to what the run recorded."""
+
+    from_step: int
+    to_step: int
+    ok: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything that was looked at."""
+
+    checkpoints: tuple[Finding, ...]
+    corpus: Finding
+    replay: Replay | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        parts = (*self.checkpoints, self.corpus, *(() if self.replay is None else (self.replay,)))
+        return all(part.ok for part in parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON of the command line's contract."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
+    """Return what is whole and what is not: every checkpoint, the prepared text, and a replay where one is wanted.
+
+    Args:
+        run: Only read.
+        replay_steps: So many steps are trained again from the newest checkpoint that has as many recorded after it.
+
+    Raises:
+        ConfigError: No checkpoint has so many recorded steps after it.
+        DataError: The run's configuration, journal or prepared text cannot be read for the replay.
+    """
+    checkpoints = tuple(_checkpoint(folder) for folder in checkpoint.existing(run.checkpoints))
+    found = Verdict(checkpoints, _corpus(run))
+    if replay_steps is None:
+        return found
+    return Verdict(found.checkpoints, found.corpus, replay(run, replay_steps))
+
+
+def _checkpoint(folder: Path) -> Finding:
+    step = checkpoint.step_of(folder)
+    try:
+        store.verify(folder)
+    except DataError as error:
+        return Finding(folder.name, step, ok=False, problem=str(error))
+    return Finding(folder.name, step, ok=True)
+
+
+def _corpus(run: RunFolder) -> Finding:
+    try:
+        folder = resolve.recorded_corpus(run)
+        if folder is None:
+            raise DataError("no prepared text is recorded", where=str(run.corpus))
+        corpora.load(folder)
+    except FirstwordsError as error:
+        return Finding(run.corpus.name, None, ok=False, problem=str(error))
+    return Finding(folder.name, None, ok=True)
+
+
+def replay(run: RunFolder, n_steps: int) -> Replay:
+    """Train `n_steps` again from a checkpoint and compare each loss and gradient, and weights where both are on disk.
+
+    Equal means equal to the last bit, which holds on the machine and with the threads of the run.
+    """
+    config = run_config(from_toml(resolve.read(run.config), str(run.config)))
+    lines = list(run.metrics.lines())
+    last = max((line["step"] for line in lines if line["event"] == "step"), default=0)
+    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _checkpoint(folder).ok]
+    starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
+    if n_steps < 1 or not starts:
+        most = last - min(map(checkpoint.step_of, whole), default=0)
+        raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=f"allowed: from 1 to {most}")
+    with machine.threads(config.threads):
+        state = _state_at(starts[-1], config)
+        return _compare(state, config, run, lines, state.step + n_steps)
+
+
+def _state_at(folder: Path, config: RunConfig) -> TrainState:
+    found = Checkpoint(folder, store.read_manifest(folder))
+    state = states.initial(config.model, config.optim, config.seed, config.device, machine.DTYPES[config.precision])
+    states.load_model_tensors(state.model, found.tensors(checkpoint.MODEL), str(folder))
+    states.load_optimizer_tensors(state, found.tensors(checkpoint.OPTIMIZER))
+    states.load_scalars(state, found.json(checkpoint.STATE))
+    return state
+
+
+def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[dict[str, Any]], end: int) -> Replay:
+    """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
+    recorded = {line["step"]: line for line in lines if line["event"] == "step"}
+    plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
+    later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
+    folder = resolve.recorded_corpus(run)
+    if folder is None:
+        raise DataError("no prepared text is recorded", where=str(run.corpus))
+    batches, fit_config = (
+        resolve.batches(config, corpora.load(folder)),
+        FitConfig.of(config, machine.DTYPES[config.precision]),
+    )
+    start = state.step
+    while state.step < end:
+        state.total_steps = plans.get(state.step, state.total_steps)
+        lr = learning_rate(state.step, config.optim, state.total_steps)
+        figures = train_step(state, batches(state.step), fit_config, lr, state.model.features)
+        state.step += 1
+        line = recorded[state.step]
+        if figures != (line["nats_per_token"], line["grad_norm"]):
+            wanted = line["nats_per_token"], line["grad_norm"]
+            problem = f"step {state.step}: loss and gradient norm are {figures}, recorded are {wanted}"
+            return Replay(start, state.step, ok=False, problem=problem)
+        if state.step in later and _weights_sha256(state) != checkpoint.weights_sha256(run.checkpoints, state.step):
+            return Replay(start, state.step, ok=False, problem=f"step {state.step}: other weights than its checkpoint's")
+    return Replay(start, end, ok=True)
+
+
+def _weights_sha256(state: TrainState) -> str:
+    digest = hashlib.sha256()
+    for piece in checkpoint.safetensors_bytes(states.model_tensors(state.model)):
+        digest.update(piece)
+    return digest.hexdigest()
