@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,9 +71,20 @@ def same(tmp_path: Path, a: TrainResult, b: TrainResult) -> bool:
     return figures[0] == figures[1] and journals[0] == journals[1] and samples[0] == samples[1]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """The folder of a run that never stopped, with its cache, and its result."""
+    folder = tmp_path_factory.mktemp("original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIRSTWORDS_CACHE", str(folder / "cache"))
+        return folder, train(folder, "whole")
+
+
 @pytest.fixture
-def whole(tmp_path: Path) -> TrainResult:
-    return train(tmp_path, "whole")
+def whole(tmp_path: Path, original: tuple[Path, TrainResult]) -> TrainResult:
+    """A copy of the run that never stopped, in `tmp_path / "whole"`."""
+    shutil.copytree(original[0], tmp_path, dirs_exist_ok=True)
+    return original[1]
 
 
 @pytest.mark.parametrize(
