@@ -22,7 +22,7 @@ from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Started, ignore
+from firstwords.training.events import Listener, Preparing, Started, ignore
 
 if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation
@@ -68,6 +68,7 @@ def train(
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, listener)
     prepared = resolve.prepare(asked, listener)
+    listener(Preparing("starting PyTorch", None))
 
     from firstwords.planning import machine
     from firstwords.training import loop

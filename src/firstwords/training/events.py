@@ -74,7 +74,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Preparing:
-    """The text is being read or tokenized; the share that is done, where it is known."""
+    """What is done before training, such as tokenizing; the share that is done, where it is known."""
 
     what: str
     share: float | None
