@@ -83,7 +83,7 @@ def train(
         events = loop.fit(
             recorder.state,
             resolve.batches(settled, prepared),
-            loop.FitConfig.of(settled, machine.DTYPES[settled.precision]),
+            resolve.fit_config(settled),
             evaluate=evaluate,
             sample=sample,
             forward=_forward(recorder),

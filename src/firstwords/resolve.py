@@ -29,6 +29,7 @@ from firstwords.training.events import Listener, Notice, Preparing
 
 if TYPE_CHECKING:
     from firstwords.text.batches import Batches
+    from firstwords.training.loop import FitConfig
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
@@ -236,6 +237,16 @@ def batches(config: RunConfig, prepared: Corpus) -> Batches:
     from firstwords.text.batches import Batches
 
     return Batches(prepared.train, config.model.context_length, config.batch_size, config.seed, shift=config.shift_windows)
+
+
+def fit_config(config: RunConfig) -> FitConfig:
+    """Return what the loop needs of a settled configuration."""
+    from firstwords.planning import machine
+    from firstwords.training.loop import FitConfig
+
+    assert config.micro_batch_size is not None
+    dtype = machine.DTYPES[config.precision]
+    return FitConfig(config.optim, config.seed, config.micro_batch_size, config.sample_every, config.save_every_s, dtype)
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.training import state as states
-from firstwords.training.loop import FitConfig, train_step
+from firstwords.training.loop import train_step
 from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState
 
@@ -135,7 +135,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
         raise DataError("no prepared text is recorded", where=str(run.corpus))
     batches, fit_config = (
         resolve.batches(config, corpora.load(folder)),
-        FitConfig.of(config, machine.DTYPES[config.precision]),
+        resolve.fit_config(config),
     )
     start = state.step
     while state.step < end:

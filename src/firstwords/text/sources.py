@@ -270,7 +270,7 @@ def _raise(error: OSError) -> NoReturn:
 
 def _spool_stdin() -> Callable[[], io.BufferedReader]:
     """Copy standard input, which can be read only once, and return what opens the copy."""
-    # Writing goes through runs.store everywhere else, to survive a crash; this file has no name and ends with us.
+    # Writing goes through store everywhere else, to survive a crash; this file has no name and ends with us.
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the last source that can open it is gone
 
     def reopen() -> io.BufferedReader:

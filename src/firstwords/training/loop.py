@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from firstwords.config import OptimConfig, RunConfig
+from firstwords.config import OptimConfig
 from firstwords.errors import DivergedError
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
@@ -34,12 +34,6 @@ class FitConfig:
     sample_every: int | None  # None: with the evaluations
     save_every_s: float | None  # None: SAVE_EVERY_S, or longer where saves are slow
     dtype: torch.dtype  # of the matrix products
-
-    @classmethod
-    def of(cls, config: RunConfig, dtype: torch.dtype) -> FitConfig:
-        """Return what the loop needs of a resolved configuration."""
-        assert config.micro_batch_size is not None
-        return cls(config.optim, config.seed, config.micro_batch_size, config.sample_every, config.save_every_s, dtype)
 
 
 def fit(
