@@ -3,14 +3,59 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from firstwords.config import ModelConfig
+from record import TECHNIQUES, Record
 
 TEXTS = os.environ.get("FIRSTWORDS_TEXTS")
+RECORD = Record()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="as many cases as there are, not a sample: takes an hour")
+    parser.addoption("--record", metavar="FILE", help="write what the reliability tests proved")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("technique"):
+            assert mark.args[0] in TECHNIQUES
+            item.user_properties.append(("technique", mark.args[0]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    RECORD.take(report)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not RECORD.rows:
+        return
+    terminalreporter.section("reliability")
+    for line in RECORD.lines():
+        terminalreporter.write_line(line)
+    if config.option.record:
+        Path(config.option.record).write_text(RECORD.page())
+
+
+@pytest.fixture
+def proved(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Write down how many cases of the test's technique went well; called last."""
+
+    def note(cases: int, detail: str = "") -> None:
+        request.node.user_properties.append(("proved", {"cases": cases, "detail": detail}))
+
+    return note
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether every case is wanted and not a sample."""
+    return bool(request.config.option.full)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,102 @@
+"""What the reliability tests proved, counted by the tests themselves and written down as a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+# Every technique there is; one that no test reports on is written down as not run.
+TECHNIQUES = {
+    "K1": "a run is killed (SIGKILL) at random moments, half of them inside saves, and restarted until it is done: "
+    "weights, losses, best step and schedule are those of a run that never stopped",
+    "K2": "a save is killed at each of its system calls",
+    "K3": "a save, with its rotation, is killed at each line of Python of `store` and `checkpoint`",
+    "K5": "a resume (clearing up, falling back, setting aside) is killed at each of its system calls and lines",
+    "K9": "negative control: one registered piece of state is not restored, and the comparison of K1 must notice",
+    "R3": "a checkpoint is cut at every byte and has every byte flipped: found, and the checkpoint before is used",
+    "R4": "power loss: every prefix of a run's disk operations, with those that no sync covers lost, torn or reordered",
+    "R5": "each disk operation of a save fails, with each error, once and for ever: the checkpoint before stays",
+    "R5-tmpfs": "a disk of 2 MB fills up while a run saves and is freed again: the run goes on and saves again",
+    "R6": "wrong inputs: the exit code, the four parts of the message, no traceback",
+    "R7": "hostile files: no code run, nothing written elsewhere, bounded memory and time",
+    "R11": "NaN and Inf injected into a step: noticed before the update, weights unchanged",
+}
+LIMITS = """\
+## What this does not say
+
+- SIGKILL leaves what the system had taken over for writing. Only R4 speaks of power loss, and it is a model: disks that honour
+  `fsync`, and a file system that may lose or reorder everything that was not synced.
+- Bit-exact resume holds for one machine: the same PyTorch, processor, threads, precision and device. A resume says which of them changed.
+- A manifest's SHA-256 finds accidents, not an attacker who writes a new manifest.
+- The guarded child lowers the risk of a pickled file from a stranger; safetensors have none of it.
+- Network file systems rename and lock by other rules; Windows and macOS were not tried.
+"""
+
+
+@dataclass
+class Row:
+    """The outcome of one technique."""
+
+    cases: int = 0
+    failed: int = 0
+    details: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """What is known so far, by technique."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def take(self, report: pytest.TestReport) -> None:
+        """Count one report of a test that is marked with a technique."""
+        told = [value for name, value in report.user_properties if name in ("technique", "proved")]
+        if not told or (report.when != "call" and report.passed):
+            return
+        row = self.rows.setdefault(str(told[0]), Row())
+        if report.failed:
+            row.failed += 1
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            row.not_run.append(str(reason).removeprefix("Skipped: "))
+        for proved in told[1:]:
+            assert isinstance(proved, dict)
+            row.cases += int(proved["cases"])
+            if proved["detail"] and proved["detail"] not in row.details:
+                row.details.append(proved["detail"])
+
+    def lines(self) -> list[str]:
+        """Return the table, and what was not run."""
+        table = ["| | what is done | cases | failed tests | |", "|---|---|---|---|---|"]
+        missing = []
+        for name, what in TECHNIQUES.items():
+            row = self.rows.get(name, Row(not_run=["not part of this run"]))
+            if row.cases or row.failed:
+                table.append(f"| {name} | {what} | {row.cases:,} | {row.failed} | {'; '.join(sorted(row.details))} |")
+            missing += [f"- {name}: {reason}" for reason in sorted(set(row.not_run))]
+        return [*table, "", "Not run:", "", *(missing or ["- nothing"])]
+
+    def page(self) -> str:
+        """Return the whole document."""
+        commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+        changed = (
+            " with uncommitted changes"
+            if _git("status", "--porcelain", "--untracked-files=no", "--", "src", "tests")
+            else ""
+        )
+        machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+        made = f"Commit {commit}{changed}, {datetime.now(UTC):%Y-%m-%d}, {machine}, Python {platform.python_version()}"
+        head = ["# Reliability: what was tried", "", "Written by `make reliability`; no figure here was typed by hand.", ""]
+        return "\n".join([*head, f"{made}, PyTorch {torch.__version__}.", "", *self.lines(), "", LIMITS])
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
