@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
 from firstwords.config import ModelConfig
 from record import TECHNIQUES, Record
 

@@ -1,0 +1,172 @@
+"""What can be wrong with a model and what it is asked: it is refused, or told and done with what is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import firstwords
+from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, tree
+from firstwords import store
+from firstwords.errors import DataError
+from firstwords.model.generate import Sampling, generate
+from firstwords.training import loop
+
+
+def spoil_ids(folder: Path, part: str) -> None:
+    """Put an id beyond the vocabulary of bytes into a prepared text whose checksums hold."""
+    path = folder / f"{part}.bin"
+    data = bytearray(path.read_bytes())
+    data[20:22] = (60_000).to_bytes(2, "little")
+    path.write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"][path.name]["sha256"] = store.sha256(bytes(data))
+    del manifest["sha256"]
+    manifest["sha256"] = store.sha256(store.canonical_json(manifest))
+    (folder / "manifest.json").write_bytes(store.canonical_json(manifest))
+    store.verify(folder)
+
+
+def test_an_id_beyond_the_vocabulary_in_a_prepared_text_is_bad_data(refused: Refused, a_run: Path, cache: Path):
+    (folder,) = cache.iterdir()
+    spoil_ids(folder, "val")
+    error = refused(65, "eval", a_run)
+    assert "token id 60000 is beyond the vocabulary of 257" in error["what"]
+    assert error["where"] == f"{folder / 'val.bin'}, token 10"
+
+
+def test_training_prepares_a_text_again_whose_ids_are_beyond_the_vocabulary(command: Command, a_run: Path, cache: Path):
+    (folder,) = cache.iterdir()
+    expected = (folder / "train.bin").read_bytes()
+    spoil_ids(folder, "train")
+    ended = command("train", "text.txt", "--out", "again", *TINY)
+    assert ended.code == 0
+    assert "token id 60000 is beyond the vocabulary of 257" in ended.err
+    assert f"damaged-{folder.name}" in ended.err
+    assert (folder / "train.bin").read_bytes() == expected
+
+
+def test_a_damaged_prepared_text_is_an_error_of_data(a_run: Path, cache: Path):
+    (folder,) = cache.iterdir()
+    flip_a_byte(folder / "val.bin")
+    with pytest.raises(DataError, match=r"val\.bin"):
+        firstwords.evaluate(a_run)
+
+
+@pytest.mark.parametrize("ids", [[257], [-1], [1, 2, 10**6], []])
+def test_generating_from_an_id_beyond_the_vocabulary_is_a_wrong_call(a_run: Path, ids: list[int]):
+    model = firstwords.load(a_run).model
+    with pytest.raises(ValueError, match="vocabulary of 257" if ids else "no token"):
+        next(generate(model, ids, Sampling(), torch.Generator()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("--temperature", value) for value in ("-1", "nan", "inf", "1e400", "abc", "")),
+        *(("--top-k", value) for value in ("0", "-1", "1.5", "abc")),
+        *(("--top-p", value) for value in ("0", "1.5", "nan", "-1", "abc")),
+        *(("--max-new-tokens", value) for value in ("0", "-1", "abc", "1e3")),
+        *(("--samples", value) for value in ("0", "-1", "abc")),
+        *(("--seed", value) for value in ("abc", "9" * 30)),
+    ],
+)
+def test_an_impossible_way_to_speak_is_refused(refused: Refused, a_run: Path, name: str, value: str):
+    error = refused(78, "generate", a_run, "--prompt", "The", f"{name}={value}")
+    assert error["where"] == name
+    assert value in error["what"] or str(float(value)) in error["what"]
+
+
+@pytest.mark.parametrize("verb", [["generate"], ["eval"], ["info"], ["explain", "some text"]])
+@pytest.mark.parametrize("place", ["nothing", "empty", "text.txt"])
+def test_what_is_no_run_is_no_input(refused: Refused, text: Path, verb: list[str], place: str):
+    Path("empty").mkdir()
+    assert refused(66, verb[0], place, *verb[1:])["where"] == place
+
+
+def test_a_run_without_a_checkpoint_is_no_input(refused: Refused, a_run: Path):
+    shutil.rmtree(a_run / "checkpoints")
+    assert "--resume" in refused(66, "generate", a_run)["do"]
+
+
+@pytest.mark.parametrize("verb", [["generate", "--max-new-tokens", "3"], ["eval"], ["info"], ["explain", "some text"]])
+def test_a_damaged_newest_checkpoint_is_told_and_an_older_one_used(command: Command, a_run: Path, verb: list[str]):
+    flip_a_byte(checkpoints(a_run)[-1] / "model.safetensors")
+    before = tree(a_run)
+    ended = command(verb[0], a_run, *verb[1:])
+    assert ended.code == 0
+    assert "step-00000002" in ended.err
+    assert "older" in ended.err
+    assert tree(a_run) == before
+
+
+@pytest.mark.parametrize("verb", [["generate"], ["eval"], ["info"], ["explain", "some text"]])
+@pytest.mark.parametrize("is_checkpoint", [False, True])
+def test_nothing_but_damaged_checkpoints_is_bad_data(refused: Refused, a_run: Path, verb: list[str], is_checkpoint: bool):
+    for folder in checkpoints(a_run):
+        flip_a_byte(folder / "model.safetensors")
+    error = refused(65, verb[0], checkpoints(a_run)[0] if is_checkpoint else a_run, *verb[1:])
+    assert "damaged" in error["what"]
+    assert "model.safetensors" in error["where"] + error["why"]
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_of_fewer_than_two_tokens_cannot_be_explained(refused: Refused, a_run: Path, text: str):
+    assert f"{len(text)} token" in refused(65, "explain", a_run, text)["what"]
+
+
+def test_evaluating_on_a_text_that_is_not_there_is_no_input(refused: Refused, a_run: Path):
+    assert "text.txt" in refused(66, "eval", a_run, "texd.txt")["do"]
+
+
+@pytest.mark.parametrize("is_gradient", [False, True])
+def test_diverged_training_names_the_step_and_leaves_the_last_good_checkpoint(
+    command: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch, is_gradient: bool
+):
+    target_nats = loop.target_nats
+    n_calls = 0
+
+    def diverging(*arguments: Any) -> torch.Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        nats = target_nats(*arguments)
+        if n_calls < 3:
+            return nats
+        return nats + 0 * (nats - nats).sqrt() if is_gradient else nats * float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "target_nats", diverging)
+        ended = command("train", "text.txt", "--out", "other", *TINY, "--json", "--steps", "5")
+    error = error_of(ended, 70)
+    assert error["where"] == "step 3"
+    assert "--optim.peak-lr" in error["do"]
+    named = Path(re.search(r"the last good checkpoint is (\S+)", error["why"])[1])
+    assert named == checkpoints(Path("other"))[-1]
+    assert named.name == "step-00000002"
+    assert is_finite(named)
+    assert command("generate", "other", "--max-new-tokens", "3").code == 0
+
+
+def is_finite(checkpoint: Path) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in firstwords.load(checkpoint).model.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("is_held_out", [True, False])
+def test_a_rate_far_too_high_is_diverged_at_whatever_step_and_leaves_finite_weights(
+    command: Command, text: Path, steps: int, is_held_out: bool
+):
+    shape = ["--model.block=gpt2", "--optim.kind=adamw", "--optim.peak-lr=1e12", "--optim.warmup-steps=0"]
+    val = [] if is_held_out else ["--val-fraction=0"]
+    ended = command("train", text, "--out", "run", *TINY, *shape, *val, "--steps", str(steps), "--json")
+    error = error_of(ended, 70)
+    assert re.search(r"step \d+", error["where"])
+    assert "--optim.peak-lr" in error["do"]
+    assert all(is_finite(folder) for folder in Path("run/checkpoints").glob("step-*"))
+    assert command("generate", "run", "--max-new-tokens", "3").code == 0
