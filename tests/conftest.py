@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("technique"):
             assert mark.args[0] in TECHNIQUES
             item.user_properties.append(("technique", mark.args[0]))
+            item.user_properties += [("row", number) for number in mark.args[1:]]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
+from rows import ROWS
+
 # Every technique there is; one that no test reports on is written down as not run.
 TECHNIQUES = {
     "K1": "a run is killed (SIGKILL) at random moments, half of them inside saves, and restarted until it is done: "
@@ -23,16 +25,17 @@ TECHNIQUES = {
     "R4": "power loss: every prefix of a run's disk operations, with those that no sync covers lost, torn or reordered",
     "R5": "each disk operation of a save fails, with each error, once and for ever: the checkpoint before stays",
     "R5-tmpfs": "a disk of 2 MB fills up while a run saves and is freed again: the run goes on and saves again",
-    "R6": "wrong inputs: the exit code, the four parts of the message, no traceback",
+    "R6": f"wrong inputs of {len(ROWS)} kinds: the exit code, the four parts of the message, no traceback",
     "R7": "hostile files: no code run, nothing written elsewhere, bounded memory and time",
     "R11": "NaN and Inf injected into a step: noticed before the update, weights unchanged",
 }
 LIMITS = """\
 ## What this does not say
 
-- SIGKILL leaves what the system had taken over for writing. Only R4 speaks of power loss, and it is a model: disks that honour
-  `fsync`, and a file system that may lose or reorder everything that was not synced.
-- Bit-exact resume holds for one machine: the same PyTorch, processor, threads, precision and device. A resume says which of them changed.
+- SIGKILL leaves what the system had taken over for writing. Only R4 speaks of power loss, and it is a model: disks that
+  honour `fsync`, and a file system that may lose or reorder everything that was not synced.
+- Bit-exact resume holds for one machine: the same PyTorch, processor, threads, precision and device. A resume says which of
+  them changed.
 - A manifest's SHA-256 finds accidents, not an attacker who writes a new manifest.
 - The guarded child lowers the risk of a pickled file from a stranger; safetensors have none of it.
 - Network file systems rename and lock by other rules; Windows and macOS were not tried.
@@ -46,7 +49,14 @@ class Row:
     cases: int = 0
     failed: int = 0
     details: list[str] = field(default_factory=list)
+    passed_kinds: set[int] = field(default_factory=set)
+    failed_kinds: set[int] = field(default_factory=set)
     not_run: list[str] = field(default_factory=list)
+
+    def all_details(self) -> list[str]:
+        """Return what the tests noted, and how many kinds went well."""
+        kinds = len(self.passed_kinds - self.failed_kinds)
+        return sorted(self.details) + ([f"{kinds} kinds went well"] if kinds or self.failed_kinds else [])
 
 
 @dataclass
@@ -57,16 +67,23 @@ class Record:
 
     def take(self, report: pytest.TestReport) -> None:
         """Count one report of a test that is marked with a technique."""
-        told = [value for name, value in report.user_properties if name in ("technique", "proved")]
-        if not told or (report.when != "call" and report.passed):
+        told: dict[str, list[object]] = {"technique": [], "proved": [], "row": []}
+        for name, value in report.user_properties:
+            told.get(name, []).append(value)
+        if not told["technique"] or (report.when != "call" and report.passed):
             return
-        row = self.rows.setdefault(str(told[0]), Row())
+        row = self.rows.setdefault(str(told["technique"][0]), Row())
+        kinds = {int(str(number)) for number in told["row"]}
         if report.failed:
             row.failed += 1
+            row.failed_kinds |= kinds
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             row.not_run.append(str(reason).removeprefix("Skipped: "))
-        for proved in told[1:]:
+        elif kinds:
+            row.cases += 1
+            row.passed_kinds |= kinds
+        for proved in told["proved"]:
             assert isinstance(proved, dict)
             row.cases += int(proved["cases"])
             if proved["detail"] and proved["detail"] not in row.details:
@@ -79,7 +96,7 @@ class Record:
         for name, what in TECHNIQUES.items():
             row = self.rows.get(name, Row(not_run=["not part of this run"]))
             if row.cases or row.failed:
-                table.append(f"| {name} | {what} | {row.cases:,} | {row.failed} | {'; '.join(sorted(row.details))} |")
+                table.append(f"| {name} | {what} | {row.cases:,} | {row.failed} | {'; '.join(row.all_details())} |")
             missing += [f"- {name}: {reason}" for reason in sorted(set(row.not_run))]
         return [*table, "", "Not run:", "", *(missing or ["- nothing"])]
 

@@ -59,6 +59,9 @@ def new(out: Path | None, config: str | Path | None, given: dict[str, Any], list
     layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
     asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
+    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
+        what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
+        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
     _require_utf8([*asked.text, asked.val or "", asked.tokenizer, asked.sample_prompt])
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
@@ -113,8 +116,12 @@ def prepare(asked: Asked, listener: Listener) -> Corpus:
             do="restore the text, or begin a new run",
         )
     corpora.require_context(prepared.train, config.model.context_length)
-    if not prepared.val.n_tokens:
+    n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
+    if not n_held_out:
         listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
+    elif n_held_out < context_length:
+        few = f"the held-out text has {n_held_out} tokens, less than one context of {context_length}"
+        listener(Notice(f"{few}: its figures are rough"))
     return prepared
 
 
