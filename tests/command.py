@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from firstwords import store
 from firstwords.app.cli import main
 from firstwords.app.console import visible
 
@@ -134,6 +135,17 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Make the manifest of a changed folder hold again, as a program of another version would have written it."""
+    manifest = json.loads((folder / store.MANIFEST).read_bytes()) | changes
+    for name, record in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        record |= {"bytes": len(data), "sha256": store.sha256(data)}
+    del manifest["sha256"]
+    manifest["sha256"] = store.sha256(store.canonical_json(manifest))
+    write(folder / store.MANIFEST, store.canonical_json(manifest))
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from command import ESC, TINY, Command, Refused, write
+from command import ESC, TEXT, TINY, Command, Refused, error_of, write
+from firstwords import api
 from firstwords.app.cli import main
+from firstwords.text.tokenizer import Tokenizer, train_bpe
+from rows import row
 
 # The command line and the configuration
 
 
+@row(55)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -34,6 +39,7 @@ def test_a_command_line_that_does_not_parse_is_2_and_helps(refused: Refused, arg
     assert says in refused(2, *arguments)["do"]
 
 
+@row(55, 56)
 @pytest.mark.parametrize(
     ("toml", "where", "do"),
     [
@@ -84,10 +90,11 @@ def test_a_configuration_file_that_cannot_be_read(refused: Refused, text: Path, 
     assert refused(code, "train", text, "--config", "my.toml", "--out", "run")["where"] == "my.toml"
 
 
+@row(56)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("--steps", value) for value in ("-1", "0", "1000000001")),
+        *(("--steps", value) for value in ("-1", "0", "1000000001", "9" * 30)),
         *(("--optim.peak-lr", value) for value in ("-1", "0", "nan", "inf", "-inf", "1e400", "1e13")),
         ("--optim.floor-lr", "-1"),
         ("--optim.beta2", "1"),
@@ -114,10 +121,11 @@ def test_an_impossible_number_names_the_allowed_range(refused: Refused, text: Pa
     assert not Path("run").exists()
 
 
+@row(56)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("--steps", value) for value in ("abc", "nan", "inf", "1e400", "1.5", "", "0x10")),
+        *(("--steps", value) for value in ("abc", "nan", "inf", "1e400", "1.5", "", "0x10", "9" * 5000)),
         *(("--optim.peak-lr", value) for value in ("abc", "", "1e-3x")),
         ("--model.tied-head", "maybe"),
         ("--save-every", "soon"),
@@ -129,6 +137,7 @@ def test_what_is_not_of_a_key_s_type_is_named(refused: Refused, text: Path, name
     assert repr(value) in error["what"]
 
 
+@row(57)
 def test_a_width_that_its_heads_cannot_share_offers_the_nearest(refused: Refused, command: Command, text: Path):
     error = refused(78, "train", text, "--out", "run", *TINY, "--model.emb-dim", "34", "--model.n-heads", "4")
     assert "34 channels" in error["what"]
@@ -137,6 +146,7 @@ def test_a_width_that_its_heads_cannot_share_offers_the_nearest(refused: Refused
     assert command("train", text, "--out", "run", *TINY, "--model.emb-dim", "32", "--model.n-heads", "4").code == 0
 
 
+@row(57)
 def test_an_odd_head_cannot_be_rotated_and_the_nearest_widths_are_offered(refused: Refused, text: Path):
     error = refused(78, "train", text, *TINY, "--model.emb-dim", "30")
     assert "28 and 32" in error["do"]
@@ -147,6 +157,7 @@ def test_a_micro_batch_that_does_not_divide_offers_the_nearest(refused: Refused,
     assert "4 and 6" in error["do"]
 
 
+@row(56, 59)
 @pytest.mark.parametrize(
     ("name", "value", "do"),
     [
@@ -171,6 +182,7 @@ def test_an_unknown_name_offers_known_ones(refused: Refused, text: Path, name: s
     assert do in error["do"]
 
 
+@row(59)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 def test_a_device_that_is_not_there_is_refused(refused: Refused, text: Path, device: str):
@@ -186,15 +198,121 @@ def test_two_lengths_are_one_too_many(refused: Refused, text: Path, second: list
     assert second[0] in error["what"]
 
 
+@row(60)
 def test_a_model_beyond_the_machine_s_memory_says_how_much_it_needs(refused: Refused, text: Path):
     error = refused(78, "train", text, *TINY, "--model.emb-dim", str(2**19), "--model.n-layers", "96")
     assert re.search(r"needs about \d+\.\d GB, this machine has \d+\.\d GB", error["what"])
     assert "smaller" in error["do"]
 
 
-def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path):
-    write(Path("tokenizer.json"), "{}")
-    assert "tokenizer.json" in refused(65, "train", text, *TINY, "--tokenizer", "tokenizer.json")["where"]
+@pytest.mark.parametrize("word", ["can't allocate memory", "CUDA out of memory. Tried to allocate 2 GiB"])
+def test_memory_that_runs_out_is_told_and_another_fault_is_not_hidden(
+    refused: Refused, command: Command, text: Path, monkeypatch: pytest.MonkeyPatch, word: str
+):
+    def fail(error: Exception) -> Callable[..., None]:
+        def train(*arguments: Any, **options: Any) -> None:
+            raise error
+
+        return train
+
+    for error in (MemoryError(), RuntimeError(f"[enforce fail] {word}\nand a backtrace")):
+        monkeypatch.setattr(api, "train", fail(error))
+        assert "--micro-batch-size" in refused(78, "train", text)["do"]
+    monkeypatch.setattr(api, "train", fail(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        command("train", text)
+
+
+def test_the_words_of_pytorch_and_numpy_when_memory_runs_out_are_known(
+    refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for allocate in (torch.empty, np.empty):
+        monkeypatch.setattr(api, "train", lambda *_, allocate=allocate, **__: allocate(1 << 55))
+        assert refused(78, "train", text)["what"] == "memory ran out"
+
+
+def test_a_failure_of_the_system_that_no_module_foresaw_is_no_traceback(refused: Refused, text: Path):
+    error = refused(73, "train", text, "--out", "x" * 300, *TINY)
+    assert "x" * 300 in error["where"]
+
+
+@pytest.mark.parametrize(("val", "codes"), [("text.txt", (78,)), ("none", (0,))])
+def test_two_held_out_parts_are_one_too_many(command: Command, text: Path, val: str, codes: tuple[int, ...]):
+    ended = command("train", text, *TINY, "--val-fraction=0.2", "--val", val, "--json")
+    assert ended.code in codes
+    if ended.code:
+        assert error_of(ended, 78)["where"] == "--val-fraction"
+    write(Path("my.toml"), "val = 'text.txt'")
+    assert command("train", text, "--config", "my.toml", *TINY, "--val-fraction=0.2", "--val", val).code in codes
+    assert command("train", text, "--config", "my.toml", *TINY).code == 0
+
+
+def spelled(change: Callable[[dict[str, Any]], None]) -> str:
+    """A small tokenizer's file with one thing wrong."""
+    value = json.loads(train_bpe([TEXT], 262).json)
+    change(value["model"])
+    return json.dumps(value)
+
+
+def ids_that(**changes: int | None) -> Callable[[dict[str, Any]], None]:
+    def change(model: dict[str, Any]) -> None:
+        for word, token in changes.items():
+            del model["vocab"][word]
+            model["vocab"] |= {} if token is None else {word: token}
+
+    return change
+
+
+CUT = spelled(ids_that())[:-9]
+
+
+@row(49)
+@pytest.mark.parametrize("content", ["", "{}", "[]", "no JSON", '{"model": 3}', CUT])
+def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path, content: str):
+    write(Path("tokenizer.json"), content)
+    error = refused(65, "train", text, *TINY, "--tokenizer", "tokenizer.json")
+    assert error["where"] == "tokenizer.json"
+    assert error["why"]
+    assert "--tokenizer" in error["do"]
+
+
+@row(50)
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (ids_that(a=None), "no word has id"),
+        (ids_that(a=1000), "no word has id"),
+        (ids_that(a=5), "id 5 stands for "),
+        (ids_that(**{"<|endoftext|>": 0}), "id 0 stands for "),
+        (ids_that(**{"<|endoftext|>": None}), "must have the last id"),
+        (lambda model: model["merges"].append(model["merges"][0]), "by the ids it must be None"),
+        (lambda model: model["merges"].__setitem__(1, model["merges"][0]), "merge 1 is "),
+        (lambda model: model["merges"].__setitem__(2, ["qqq", "zzz"]), "merge 2 is ('qqq', 'zzz')"),
+        (lambda model: model["merges"].reverse(), "merge 0 is "),
+        (
+            lambda model: model["vocab"].update({"<|endoftext|>": 262, "zzz": 261}),
+            "no merge makes the word b'zzz'",
+        ),
+    ],
+)
+def test_a_tokenizer_that_contradicts_itself_names_the_first_fault(
+    refused: Refused, text: Path, change: Callable[[dict[str, Any]], None], why: str
+):
+    write(Path("tokenizer.json"), spelled(change))
+    error = refused(65, "train", text, *TINY, "--tokenizer", "tokenizer.json")
+    assert error["where"] == "tokenizer.json"
+    assert why in error["why"]
+
+
+@row(52)
+def test_more_ids_than_two_bytes_hold_are_prepared_in_four(command: Command, text: Path, cache: Path):
+    singles = [bytes([byte]) for byte in range(256)]
+    words = [*singles, *(a + b for a in singles for b in singles)]
+    write(Path("wide.json"), Tokenizer("pairs", {word: rank for rank, word in enumerate(words)}).json)
+    ended = command("train", text, "--out", "run", *TINY, "--tokenizer", "wide.json", "--steps=1")
+    assert ended.code == 0, ended.err
+    (folder,) = cache.iterdir()
+    assert json.loads((folder / "manifest.json").read_bytes())["dtype"] == "<u4"
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused(refused: Refused, text: Path):
@@ -208,29 +326,3 @@ def test_debug_shows_the_traceback_and_changes_nothing_else(capsys: pytest.Captu
     shown = capsys.readouterr()
     assert "Traceback" in shown.err
     assert json.loads(shown.out.splitlines()[-1])["error"]["code"] == 66
-
-
-# Without torch
-
-
-@pytest.mark.parametrize(
-    ("code", "arguments"),
-    [
-        (0, ["--help"]),
-        (2, ["train", "--stesp", "2"]),
-        (66, ["train", "no-such-file.txt"]),
-        (78, ["train", "text.txt", "--preset", "labtop"]),
-        (78, ["train", "text.txt", "--steps", "0"]),
-        (78, ["train", "text.txt", "--model.emb-dim", "33", "--model.n-heads", "2"]),
-        (66, ["train", "--resume", "--out", "run"]),
-        (65, ["train", "short.txt", "--tokenizer", "bytes"]),
-        (66, ["generate", "no-such-run"]),
-        (78, ["generate", "no-such-run", "--samples", "0"]),
-    ],
-)
-def test_a_mistake_that_needs_no_torch_is_told_before_torch_is_imported(code: int, arguments: list[str], text: Path):
-    write(Path("short.txt"), "short")
-    program = "import sys; from firstwords.app.cli import main\ntry: code = main(sys.argv[1:])\n"
-    program += "except SystemExit as left: code = left.code\nprint(code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{code} False", done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,11 +11,13 @@ import pytest
 import torch
 
 import firstwords
-from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, tree
+from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import store
 from firstwords.errors import DataError
 from firstwords.model.generate import Sampling, generate
+from firstwords.text.tokenizer import gpt2
 from firstwords.training import loop
+from rows import row
 
 
 def spoil_ids(folder: Path, part: str) -> None:
@@ -25,14 +26,11 @@ def spoil_ids(folder: Path, part: str) -> None:
     data = bytearray(path.read_bytes())
     data[20:22] = (60_000).to_bytes(2, "little")
     path.write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["files"][path.name]["sha256"] = store.sha256(bytes(data))
-    del manifest["sha256"]
-    manifest["sha256"] = store.sha256(store.canonical_json(manifest))
-    (folder / "manifest.json").write_bytes(store.canonical_json(manifest))
+    reseal(folder)
     store.verify(folder)
 
 
+@row(53)
 def test_an_id_beyond_the_vocabulary_in_a_prepared_text_is_bad_data(refused: Refused, a_run: Path, cache: Path):
     (folder,) = cache.iterdir()
     spoil_ids(folder, "val")
@@ -41,6 +39,7 @@ def test_an_id_beyond_the_vocabulary_in_a_prepared_text_is_bad_data(refused: Ref
     assert error["where"] == f"{folder / 'val.bin'}, token 10"
 
 
+@row(53)
 def test_training_prepares_a_text_again_whose_ids_are_beyond_the_vocabulary(command: Command, a_run: Path, cache: Path):
     (folder,) = cache.iterdir()
     expected = (folder / "train.bin").read_bytes()
@@ -66,14 +65,15 @@ def test_generating_from_an_id_beyond_the_vocabulary_is_a_wrong_call(a_run: Path
         next(generate(model, ids, Sampling(), torch.Generator()))
 
 
+@row(66)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         *(("--temperature", value) for value in ("-1", "nan", "inf", "1e400", "abc", "")),
-        *(("--top-k", value) for value in ("0", "-1", "1.5", "abc")),
+        *(("--top-k", value) for value in ("0", "-1", "258", "1.5", "abc")),
         *(("--top-p", value) for value in ("0", "1.5", "nan", "-1", "abc")),
-        *(("--max-new-tokens", value) for value in ("0", "-1", "abc", "1e3")),
-        *(("--samples", value) for value in ("0", "-1", "abc")),
+        *(("--max-new-tokens", value) for value in ("0", "-1", "abc", "1e3", "1000000000000")),
+        *(("--samples", value) for value in ("0", "-1", "abc", "9999999999")),
         *(("--seed", value) for value in ("abc", "9" * 30)),
     ],
 )
@@ -81,6 +81,67 @@ def test_an_impossible_way_to_speak_is_refused(refused: Refused, a_run: Path, na
     error = refused(78, "generate", a_run, "--prompt", "The", f"{name}={value}")
     assert error["where"] == name
     assert value in error["what"] or str(float(value)) in error["what"]
+
+
+@row(66)
+def test_temperature_zero_and_the_largest_top_k_are_ways_to_speak(command: Command, a_run: Path):
+    arguments = ("generate", a_run, "--prompt", "The", "--max-new-tokens", "5", "--json")
+    greedy = {command(*arguments, "--temperature", "0", "--seed", seed).json["texts"][0] for seed in ("1", "2")}
+    assert len(greedy) == 1
+    assert command(*arguments, "--top-k", "257").code == 0
+
+
+@row(54)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:260"])
+def test_a_prompt_of_characters_that_the_text_never_had_is_spoken_to(command: Command, text: Path, tokenizer: str):
+    assert command("train", text, "--out", "run", *TINY, "--tokenizer", tokenizer).code == 0
+    for prompt in ("文字", "👩\u200d👧", "\U0010ffff\0"):
+        assert command("generate", "run", "--prompt", prompt, "--max-new-tokens", "3").code == 0
+        assert command("explain", "run", prompt).code == 0
+
+
+@row(65)
+@pytest.mark.parametrize(
+    ("prompt", "notice"),
+    [
+        ("", None),
+        ("x" * 32, None),
+        ("x" * 33, "the prompt has 33 tokens; the model sees the last 32 of them"),
+        ("x" * 10_000_000, "the prompt has 10000000 tokens; the model sees the last 32 of them"),
+    ],
+    ids=["empty", "a context", "one more", "10 MB"],
+)
+def test_a_prompt_of_any_length_is_spoken_to_and_a_cut_is_told(
+    command: Command, a_run: Path, prompt: str, notice: str | None
+):
+    ended = command("generate", a_run, "--prompt", prompt, "--max-new-tokens", "3", "--json")
+    assert ended.code == 0
+    assert len(ended.json["texts"]) == 1
+    assert ended.err.splitlines() == ([f"note: {notice}"] if notice else [])
+
+
+@row(51)
+def test_a_model_whose_tokenizer_was_exchanged_is_bad_data(refused: Refused, a_run: Path):
+    for folder in checkpoints(a_run):
+        write(folder / "tokenizer.json", gpt2().json)
+    for verb in (["generate"], ["explain", "some text"], ["eval"]):
+        error = refused(65, verb[0], a_run, *verb[1:])
+        assert "tokenizer.json" in error["why"]
+    for folder in checkpoints(a_run):
+        reseal(folder)
+    error = refused(78, "generate", a_run)
+    assert "the tokenizer gpt2 has 50257 ids, the model only 257" in error["what"]
+
+
+@row(63)
+@pytest.mark.parametrize("verb", ["generate RUN", "eval RUN", "info RUN", "explain RUN words", "train --resume --out RUN"])
+def test_a_checkpoint_of_a_newer_format_names_both_formats(refused: Refused, a_run: Path, verb: str):
+    for folder in checkpoints(a_run):
+        reseal(folder, format=store.FORMAT + 1)
+    before = tree(a_run / "checkpoints")
+    error = refused(65, *(str(a_run) if word == "RUN" else word for word in verb.split()))
+    assert f"made by format {store.FORMAT + 1}; this version reads format {store.FORMAT}" in error["why"]
+    assert tree(a_run / "checkpoints") == before
 
 
 @pytest.mark.parametrize("verb", [["generate"], ["eval"], ["info"], ["explain", "some text"]])
@@ -106,6 +167,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_an_older_one_used(command: Comm
     assert tree(a_run) == before
 
 
+@row(62)
 @pytest.mark.parametrize("verb", [["generate"], ["eval"], ["info"], ["explain", "some text"]])
 @pytest.mark.parametrize("is_checkpoint", [False, True])
 def test_nothing_but_damaged_checkpoints_is_bad_data(refused: Refused, a_run: Path, verb: list[str], is_checkpoint: bool):
@@ -125,6 +187,7 @@ def test_evaluating_on_a_text_that_is_not_there_is_no_input(refused: Refused, a_
     assert "text.txt" in refused(66, "eval", a_run, "texd.txt")["do"]
 
 
+@row(61)
 @pytest.mark.parametrize("is_gradient", [False, True])
 def test_diverged_training_names_the_step_and_leaves_the_last_good_checkpoint(
     command: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch, is_gradient: bool
@@ -157,6 +220,7 @@ def is_finite(checkpoint: Path) -> bool:
     return all(bool(weight.isfinite().all()) for weight in firstwords.load(checkpoint).model.parameters())
 
 
+@row(61)
 @pytest.mark.parametrize("steps", [1, 2, 20])
 @pytest.mark.parametrize("is_held_out", [True, False])
 def test_a_rate_far_too_high_is_diverged_at_whatever_step_and_leaves_finite_weights(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, tree, write
+from firstwords import resolve
+from rows import row
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
@@ -22,6 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 # The place of the run
 
 
+@row(43)
 def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, a_run: Path):
     before = tree(a_run)
     error = refused(73, "train", "text.txt", "--out", a_run, *TINY)
@@ -29,6 +35,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, a_run: 
     assert "--resume" in error["do"]
 
 
+@row(44)
 @pytest.mark.parametrize("out", ["taken", "taken/run"])
 def test_a_file_where_the_run_should_be_is_left_alone(refused: Refused, text: Path, out: str):
     write(Path("taken"), "precious")
@@ -37,6 +44,7 @@ def test_a_file_where_the_run_should_be_is_left_alone(refused: Refused, text: Pa
     assert Path("taken").read_text() == "precious"
 
 
+@row(44)
 @pytest.mark.parametrize("place", ["runs", "runs/text"])
 def test_a_file_where_the_default_run_should_be_is_left_alone(command: Command, text: Path, place: str):
     write(Path(place), "precious")
@@ -53,6 +61,7 @@ def test_a_folder_with_other_files_is_left_alone(refused: Refused, text: Path):
     assert tree(Path("photos")) == ["cat.png"]
 
 
+@row(47)
 @pytest.mark.parametrize("arguments", [["--resume"], ["text.txt", *TINY]])
 def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, arguments: list[str]):
     out = a_run if "--resume" in arguments else Path("fresh").absolute()
@@ -69,12 +78,38 @@ def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, 
     assert f"pid {holder.pid} on {socket.gethostname()}" in error["why"]
 
 
+@row(45)
 def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(self: Path, *arguments: Any, **options: Any) -> None:
         raise PermissionError(13, os.strerror(13), str(self))
 
     monkeypatch.setattr(Path, "mkdir", fail)  # root, as tests often run, may write everywhere
     assert refused(77, "train", text, "--out", "run", *TINY)["where"] == "run"
+
+
+@row(45)
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_file_system_that_takes_no_writing_is_told_before_any_work(
+    refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    def fail(self: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    monkeypatch.setattr(resolve, "prepare", None)  # the work
+    error = refused(77, "train", text, "--out", "run", *TINY)
+    assert os.strerror(code) in error["why"]
+
+
+@row(46)
+def test_a_disk_too_small_for_two_checkpoints_is_told_with_both_sizes(
+    refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    error = refused(74, "train", text, "--out", "run", *TINY)
+    assert re.search(r"the disk has 0\.00 GB free, two checkpoints need \d+\.\d\d GB", error["what"])
+    assert error["where"] == "run"
+    assert "--out" in error["do"]
 
 
 # Going on with a run
@@ -84,6 +119,7 @@ def test_resume_needs_a_name(refused: Refused):
     assert "--out" in refused(78, "train", "--resume")["do"]
 
 
+@row(62)
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_resume_without_a_run_begins_none(refused: Refused, tmp_path: Path, is_folder: bool):
     if is_folder:
@@ -93,12 +129,21 @@ def test_resume_without_a_run_begins_none(refused: Refused, tmp_path: Path, is_f
     assert tree(tmp_path) == before
 
 
+@row(51, 64)
 @pytest.mark.parametrize(
     ("name", "value"),
     [("--model.emb-dim", "64"), ("--seed", "7"), ("--tokenizer", "gpt2"), ("--batch-size", "8"), ("--optim.peak-lr", "1")],
 )
 def test_resume_refuses_what_the_run_recorded_otherwise(refused: Refused, a_run: Path, name: str, value: str):
     assert refused(78, "train", "--resume", "--out", a_run, name, value)["where"] == name
+
+
+@row(58)
+@pytest.mark.parametrize("length", ["16", "64"])
+def test_resume_with_another_context_is_refused(refused: Refused, a_run: Path, length: str):
+    error = refused(78, "train", "--resume", "--out", a_run, f"--model.context-length={length}")
+    assert error["where"] == "--model.context-length"
+    assert "--out" in error["do"]
 
 
 def test_resume_accepts_what_the_run_recorded(command: Command, a_run: Path):
@@ -143,6 +188,7 @@ def test_a_damaged_file_of_a_run_is_named(command: Command, a_run: Path, verb: s
     error_of(ended, ended.code)
 
 
+@row(40)
 def test_resume_with_a_changed_text_says_so(refused: Refused, a_run: Path):
     with Path("text.txt").open("a") as file:
         file.write("one more line\n")
@@ -170,6 +216,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(com
     assert int(older.name.removeprefix("step-")) == 1
 
 
+@row(62)
 def test_resume_with_only_damaged_checkpoints_is_bad_data_however_often(command: Command, a_run: Path):
     for folder in checkpoints(a_run):
         flip_a_byte(folder / "model.safetensors")

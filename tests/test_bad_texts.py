@@ -8,6 +8,8 @@ import gzip
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +393,49 @@ def test_control_characters_that_a_model_says_are_shown_escaped(command: Command
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ended.out)
     ended = command("explain", a_run, f"{ESC}[2J\0")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ended.out)
+
+
+# What is large
+
+
+PEAK = """
+import resource, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "firstwords", *sys.argv[1:]], stdout=sys.stderr)
+kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+print(done.returncode, kib << 10)
+"""
+MB = 10**6
+
+
+def peak_bytes(name: str, tokenizer: str) -> int:
+    """The most memory that training for a step on a text takes, in a process of its own."""
+    tiny = [*TINY, "--steps=1", "--val-fraction=0", f"--tokenizer={tokenizer}", "--model.context-length=256"]
+    command = [sys.executable, "-c", PEAK, "train", name, *tiny]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, peak = map(int, done.stdout.split())
+    assert code == 0, done.stderr
+    return peak
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("piece", "size", "full_size", "tokenizer"),
+    [
+        pytest.param("the quick brown fox jumps over the lazy dog ", 24 * MB, 1000 * MB, "bytes", marks=row(24)),
+        pytest.param("a\n", 24 * MB, 20 * MB, "bpe:300", marks=row(25)),
+        pytest.param("a", 24 * MB, 100 * MB, "bpe:300", marks=row(26)),
+    ],
+    ids=["one line", "lines of one character", "one character"],
+)
+def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, size: int, full_size: int, tokenizer: str):
+    size = full_size if full else size
+    many = piece * (MB // len(piece))
+    for name, wanted in (("small.txt", 4 * MB), ("large.txt", size)):
+        with Path(name).open("w", newline="") as file:
+            for _ in range(wanted // len(many)):
+                file.write(many)
+    small, large = (peak_bytes(name, tokenizer) for name in ("small.txt", "large.txt"))
+    # The order of an epoch's windows, 8 bytes for each 256 ids, and 8 MB of noise of the allocator; a text that is held
+    # whole would be at least `size`.
+    assert large - small < size * 8 / 256 + 8 * MB
+    assert large < 500 * MB
