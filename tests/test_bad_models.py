@@ -144,6 +144,27 @@ def test_a_checkpoint_of_a_newer_format_names_both_formats(refused: Refused, a_r
     assert tree(a_run / "checkpoints") == before
 
 
+@row(63)
+def test_a_checkpoint_folder_of_a_newer_format_names_both_formats(command: Command, a_run: Path):
+    newest = checkpoints(a_run)[-1]
+    reseal(newest, format=store.FORMAT + 1)
+    ended = command("generate", newest, "--json")
+    assert ended.code == 65
+    assert ended.json["error"]["what"] == f"made by format {store.FORMAT + 1}; this version reads format {store.FORMAT}"
+    assert ended.json["error"]["where"].startswith(str(newest))
+
+
+@row(64)
+def test_a_checkpoint_of_another_architecture_in_a_run_s_place_names_the_first_tensor(command: Command, a_run: Path):
+    assert command("train", "text.txt", "--out", "other", *TINY, "--model.emb-dim=16").code == 0
+    shutil.rmtree(a_run / "checkpoints")
+    shutil.copytree("other/checkpoints", a_run / "checkpoints")
+    ended = command("train", "--resume", "--out", a_run, "--steps=3", "--json")
+    assert ended.code == 65
+    assert ended.json["error"]["what"] == "tensor 'final_norm.scale' has shape [16], the model needs [32]"
+    assert ended.json["error"]["where"] == str(checkpoints(a_run)[-1])
+
+
 @pytest.mark.parametrize("verb", [["generate"], ["eval"], ["info"], ["explain", "some text"]])
 @pytest.mark.parametrize("place", ["nothing", "empty", "text.txt"])
 def test_what_is_no_run_is_no_input(refused: Refused, text: Path, verb: list[str], place: str):
