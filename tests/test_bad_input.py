@@ -475,10 +475,10 @@ def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, 
 
 
 def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: Path, *arguments: Any, **options: Any) -> None:
-        raise PermissionError(13, os.strerror(13), str(self))
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, os.strerror(13), str(path))
 
-    monkeypatch.setattr(Path, "mkdir", fail)  # root, as tests often run, may write everywhere
+    monkeypatch.setattr(os, "mkdir", fail)  # root, as tests often run, may write everywhere
     assert refused(77, "train", text, "--out", "run", *TINY)["where"] == "run"
 
 

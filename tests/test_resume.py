@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from conftest import STORY, TINY
-from firstwords import api, store
-from firstwords.errors import ConfigError, DataError, NoInputError, StorageError
+from firstwords import api, recorder, store
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.text.tokenizer import train_bpe
@@ -226,24 +226,27 @@ def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Pat
     assert same(tmp_path, whole, api.train(out=tmp_path / "killed", resume=True))
 
 
-def failing_saves(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
-    """Let the disk be full from the `first` to the `last` save."""
+def failing_saves(
+    monkeypatch: pytest.MonkeyPatch, first: int, last: int, error: type[FirstwordsError] = StorageError
+) -> None:
+    """Let the disk refuse from the `first` to the `last` save."""
     real, count = checkpoint.save, 0
 
     def save(*args: Any, **kwargs: Any) -> checkpoint.Checkpoint:
         nonlocal count
         count += 1
         if first <= count <= last:
-            raise StorageError("the disk is full")
+            raise error("refused")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save", save)
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
-    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [StorageError, PermissionDeniedError])
+def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, error: type[FirstwordsError]
 ) -> None:
-    failing_saves(monkeypatch, 5, 6)
+    failing_saves(monkeypatch, 5, 6, error)
     assert train(tmp_path, "full").last["weights_sha256"] == whole.last["weights_sha256"]
 
 
@@ -254,13 +257,31 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
     with pytest.raises(StorageError):
         train(tmp_path, "full")
     assert len(journal(tmp_path, "full", "step")) == 6  # steps 4, 5 and 6 could not be saved
-    assert checkpoint.newest(tmp_path / "full" / "checkpoints", print, aside=False).step == 3  # type: ignore[union-attr]
+    assert checkpoint.newest(tmp_path / "full" / "checkpoints", print).step == 3  # type: ignore[union-attr]
 
 
-def test_a_last_save_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_saves(monkeypatch, STEPS + 1, STEPS + 1)  # step 0 is the first save
+def test_a_last_save_that_fails_is_tried_again(tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "RETRY_S", 0.0)
+    failing_saves(monkeypatch, STEPS + 1, STEPS + 2)  # step 0 is the first save
+    assert same(tmp_path, whole, train(tmp_path, "full"))
+
+
+def test_a_last_save_that_goes_on_failing_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "RETRY_S", 0.0)
+    failing_saves(monkeypatch, STEPS + 1, 10**9)
     with pytest.raises(StorageError):
         train(tmp_path, "full")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionDeniedError("may not be removed", where=str(folder))
+
+    monkeypatch.setattr(store, "remove_folder", refuse)
+    assert same(tmp_path, whole, train(tmp_path, "kept"))
+    assert len(checkpoint.existing(tmp_path / "kept" / "checkpoints")) == STEPS + 1
 
 
 def test_a_journal_that_cannot_be_written_does_not_end_the_run(
@@ -284,12 +305,34 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
         train(tmp_path, "run", stop_at=(SaveDue, 13))
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
-    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"").folder
-    checkpoint.rotate(newest.parent, 2, None)
-    assert checkpoint.existing(newest.parent) == [before, newest, rest]
-    checkpoint.save(newest.parent, 15, {}, {}, {}, b"")
-    checkpoint.rotate(newest.parent, 2, None)
+    run = store.read_manifest(newest)["run"]
+    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"", run)
+    checkpoint.rotate(rest, 2, None)
+    assert checkpoint.existing(newest.parent) == [before, newest, rest.folder]
+    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, b"", run), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
+
+
+def test_rotation_neither_counts_nor_removes_another_runs_checkpoints(tmp_path: Path) -> None:
+    theirs, ours = {"config_sha256": "theirs"}, {"config_sha256": "ours"}
+    for step, run in ((1, theirs), (2, ours), (3, ours), (4, theirs)):
+        checkpoint.save(tmp_path, step, {}, {}, {}, b"", run)
+    checkpoint.rotate(checkpoint.save(tmp_path, 5, {}, {}, {}, b"", ours), 2, None)
+    assert [checkpoint.step_of(path) for path in checkpoint.existing(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_a_damaged_folder_of_the_same_step_makes_room_for_the_save(tmp_path: Path) -> None:
+    saved = checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {})
+    (saved.folder / "state.json").write_text("{}!")
+    assert checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {}).json("state.json") == {}
+    assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["damaged-", "step-000"]
+
+
+def test_a_configuration_that_was_edited_by_hand_is_not_gone_on_with(tmp_path: Path, whole: TrainResult) -> None:
+    path = tmp_path / "whole" / "config.toml"
+    path.write_text(path.read_text().replace("peak_lr = 0.1", "peak_lr = 0.2"))
+    with pytest.raises(DataError, match="its config_sha256 is not this run's"):
+        train(tmp_path, "whole", resume=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

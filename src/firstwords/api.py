@@ -112,7 +112,7 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     state = initial(config.model, config.optim, config.seed, config.device, dtype)
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(device, config.precision, config.compile)
-    recorder = Recorder(run, config, prepared, state, fingerprint, listener)
+    recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
     if resume:
         recorder.restore(more_time=asked.more_time)
         store.write(run.config, to_toml(config).encode())

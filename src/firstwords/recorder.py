@@ -12,7 +12,7 @@ from typing import Any
 
 from firstwords import store
 from firstwords.config import RunConfig
-from firstwords.errors import ConfigError, DivergedError, PermissionDeniedError, StorageError
+from firstwords.errors import ConfigError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
@@ -37,6 +37,7 @@ from firstwords.training.events import (
 from firstwords.training.state import TrainState
 
 MOST_FAILED_SAVES = 3  # in a row, before a run gives up
+RETRY_S = 1.0  # between two tries of the last save, which no later one makes good
 EVALUATION_KEYS = tuple(field.name for field in dataclasses.fields(Evaluation))
 
 
@@ -68,6 +69,7 @@ class Recorder:
     config: RunConfig
     corpus: Corpus
     state: TrainState
+    identity: dict[str, str]  # the hashes that tell this run from others
     fingerprint: dict[str, Any]
     listener: Listener
     budget: Budget | None = None
@@ -75,7 +77,6 @@ class Recorder:
     last_train: float | None = None  # nats per token of the last evaluation, on training text
     last_held_out: float | None = None  # and on held-out text
     failed_saves: int = 0
-    failed_save: StorageError | None = None  # the newest failure
     journal_failed: bool = False
     stopped: str = ""  # done, or the name of the signal
 
@@ -83,7 +84,7 @@ class Recorder:
         """Record one event of the loop and pass it on.
 
         Raises:
-            StorageError: Saving failed too often in a row.
+            FirstwordsError: Saving failed too often in a row.
         """
         match event:
             case StepDone():
@@ -99,8 +100,9 @@ class Recorder:
             case SaveDue():
                 self._save()
             case Stopped(step, reason):
-                if self.newest is None or self.newest.step != step:
-                    raise self.failed_save or StorageError("the last step is not saved", where=str(self.run.path))
+                while self.newest is None or self.newest.step != step:
+                    time.sleep(RETRY_S)
+                    self._save()
                 self.stopped = reason
                 self.note("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
         self.listener(event)
@@ -118,28 +120,35 @@ class Recorder:
 
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
-        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
         try:
-            journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
-            scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
-            self.newest = checkpoint.save(
-                self.run.checkpoints,
-                self.state.step,
-                states.model_tensors(self.state.model),
-                states.optimizer_tensors(self.state),
-                {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
-                self.corpus.tokenizer.json,
-            )
-        except StorageError as error:
-            self.failed_saves, self.failed_save = self.failed_saves + 1, error
+            self.newest = self._publish()
+        except FirstwordsError as error:
+            self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
-            self.listener(Notice(f"{error}; training goes on and the next save tries again"))
+            self._notice(f"{error}; training goes on and the next save tries again")
             return
         self.failed_saves = 0
         self.note("save", {"step": self.newest.step})
-        checkpoint.rotate(self.run.checkpoints, self.config.keep, self.state.best_step)
+        try:
+            checkpoint.rotate(self.newest, self.config.keep, self.state.best_step)
+        except FirstwordsError as error:
+            self._notice(f"{error}; an old checkpoint stays until the next save")
         self.listener(Saved(self.newest.step, self.newest.folder))
+
+    def _publish(self) -> Checkpoint:
+        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
+        journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
+        scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+        return checkpoint.save(
+            self.run.checkpoints,
+            self.state.step,
+            states.model_tensors(self.state.model),
+            states.optimizer_tensors(self.state),
+            {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
+            self.corpus.tokenizer.json,
+            self.identity,
+        )
 
     def _plan(self, event: Event, budget: Budget) -> None:
         """Let the time budget hear of the event, and take over its plan when one is due."""
@@ -208,10 +217,10 @@ class Recorder:
             more_time: A new time budget was given: it is planned anew.
 
         Raises:
-            DataError: There are checkpoints, but none is whole.
+            DataError: There are checkpoints, but none is whole and of this run.
             ConfigError: The wanted number of steps is behind it already.
         """
-        found = checkpoint.newest(self.run.checkpoints, self._notice, aside=True)
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
         saved = {} if found is None else found.json(checkpoint.STATE)
         for journal in (self.run.metrics, self.run.samples):
             store.cut(journal.path, int(saved["journal_bytes"][journal.path.name]) if saved else 0)
