@@ -35,7 +35,19 @@ EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
-    ("steps", "epochs", "for_s", "device", "precision", "threads", "compile", "save_every_s", "keep", "sample_prompt")
+    (
+        "steps",
+        "epochs",
+        "for_s",
+        "device",
+        "precision",
+        "threads",
+        "compile",
+        "save_every_s",
+        "on_nan",
+        "keep",
+        "sample_prompt",
+    )
 )
 # What no weight depends on, or what the corpus's own hash tells better.
 UNTRAINED = frozenset(

@@ -129,17 +129,19 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
     """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
     recorded = {line["step"]: line for line in lines if line["event"] == "step"}
     plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
+    rollbacks = {line["step"]: [line["first_batch"], line["last_batch"]] for line in lines if line["event"] == "rollback"}
     later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
     folder = resolve.recorded_corpus(run)
     if folder is None:
         raise DataError("no prepared text is recorded", where=str(run.corpus))
     batches, fit_config = (
-        resolve.batches(config, corpora.load(folder)),
+        states.taken(resolve.batches(config, corpora.load(folder)), state),
         resolve.fit_config(config),
     )
     start = state.step
     while state.step < end:
         state.total_steps = plans.get(state.step, state.total_steps)
+        state.skipped += [rollbacks[state.step]] if state.step in rollbacks else []
         lr = learning_rate(state.step, config.optim, state.total_steps)
         figures = train_step(state, batches(state.step), fit_config, lr, state.model.features)
         state.step += 1

@@ -107,7 +107,18 @@ class Saved:
     folder: Path
 
 
-Told = Event | Notice | Preparing | Started | Planned | Saved
+@dataclass(frozen=True)
+class RolledBack:
+    """Training diverged and goes on from a checkpoint, without the batches from there to where it diverged."""
+
+    step: int  # of the checkpoint
+    from_step: int
+    first_batch: int
+    last_batch: int  # included
+    reason: str
+
+
+Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack
 Listener = Callable[[Told], None]
 
 

@@ -18,7 +18,7 @@ from firstwords.text.batches import Batch
 from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.optim import learning_rate
-from firstwords.training.state import TrainState
+from firstwords.training.state import TrainState, all_finite, batch_index
 
 SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
@@ -54,7 +54,7 @@ def fit(
 
     Args:
         state: Changed in place.
-        batches: The batch of the update after that many updates.
+        batches: The batch of the update after that many updates; see `state.taken`.
         config: Fixed for the run.
         evaluate: Nats per token on training text, and the held-out figures, of `state.model` now, at a step.
         sample: What `state.model` says now; its argument is the step.
@@ -62,8 +62,8 @@ def fit(
         should_stop: Asked after each step; a reason stops.
 
     Raises:
-        DivergedError: Loss or gradient is not finite, and the weights are those of the step before; or the model that
-            an update left gives no finite numbers.
+        DivergedError: A number is not finite, and the weights are those of the step before; or the last update left
+            a model that gives no finite numbers, and it is not saved.
     """
     reason, saved_s = None, time.perf_counter()
     save_every_s = _save_interval_s(config, 0.0)
@@ -82,6 +82,8 @@ def fit(
         best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
         reason, now_s = should_stop(), time.perf_counter()
         if best or last or reason or now_s - saved_s >= save_every_s:
+            if not all_finite(state):
+                raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
             state.elapsed_s = round(now_s - began_s, 3)
             yield SaveDue(state.step)
             saved_s = time.perf_counter()
@@ -150,7 +152,7 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     gradient is that of the whole whatever the cut.
 
     Raises:
-        DivergedError: Loss or gradient is not finite. Nothing is updated.
+        DivergedError: The loss, a gradient, a weight or an optimizer's number is not finite. Nothing is updated.
     """
     model, device = state.model, state.model.tok_emb.weight.device
     model.train()
@@ -165,10 +167,13 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
             loss += nats.detach() / batch.n_targets
     grad_norm = _clip(model, config.optim.max_grad_norm)
     nats_per_token = float(loss)
-    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm)):
-        first, size = state.step * len(batch.tokens), len(batch.tokens)
-        what = f"the loss is {nats_per_token} and the gradient's norm {grad_norm}"
-        raise diverged(what, state.step + 1, f" on sequences {first} to {first + size - 1} of the shuffled text")
+    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm) and all_finite(state)):
+        model.zero_grad(set_to_none=True)
+        index, size = batch_index(state.step, state.skipped), len(batch.tokens)
+        what = f"the loss is {nats_per_token}, the gradient's norm {grad_norm}"
+        what += "" if all_finite(state) else ", and a weight or an optimizer's number is not finite"
+        place = f" on batch {index}, sequences {index * size} to {(index + 1) * size - 1} of the shuffled text"
+        raise diverged(what, state.step + 1, place)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -179,7 +184,7 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
 
 def diverged(what: str, step: int, on: str = "") -> DivergedError:
     """Return the error for a number that is not finite at a step, with the batch that it came from."""
-    do = "try a lower --optim.peak-lr or a longer --optim.warmup-steps"
+    do = "try a lower --optim.peak-lr, a longer --optim.warmup-steps, or --resume with --on-nan rollback"
     return DivergedError(what, where=f"step {step}", why=f"training diverged{on}", do=do)
 
 
