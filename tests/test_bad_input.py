@@ -26,6 +26,7 @@ from firstwords.model.generate import Sampling, generate
 from firstwords.training import loop
 
 TINY = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
+TINY += ["--save-every=0s"]
 TINY += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64", "--model.context-length=32"]
 TEXT = "".join(f"The {n}. word of the text is {n * n}.\n" for n in range(100))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)

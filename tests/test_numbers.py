@@ -154,6 +154,7 @@ RECORDED = ("step", "evaluation", "sample", "rollback")
 def rolled_back(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> TrainResult:
     folder.mkdir(exist_ok=True)
     with monkeypatch.context() as patch:
+        patch.setattr(loop, "SAVE_FACTOR", 0.0)  # each best evaluation is saved
         poison(patch, folder)
         return train(folder, on_nan="rollback", **options)
 
@@ -227,6 +228,7 @@ def test_a_rolled_back_run_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_run_that_diverges_whatever_is_left_out_stops_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Told] = []
+    monkeypatch.setattr(loop, "SAVE_FACTOR", 0.0)
     with pytest.raises(DivergedError, match="the last good checkpoint is"):
         train(tmp_path, on_nan="rollback", listener=told.append, optim={"peak_lr": 1e12, "warmup_steps": 0})
     assert len([event for event in told if isinstance(event, RolledBack)]) == MOST_ROLLBACKS

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from firstwords import store
 from firstwords.config import RunConfig
 from firstwords.errors import ConfigError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
@@ -23,6 +25,7 @@ from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
 from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import (
+    CopyDue,
     Evaluated,
     Event,
     Listener,
@@ -63,6 +66,15 @@ class TrainResult:
     stopped: str  # done, or the name of the signal
 
 
+@dataclass(frozen=True)
+class BestCopy:
+    """The best weights so far, from their evaluation to the next save."""
+
+    step: int
+    scalars: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
 @dataclass
 class Recorder:
     """The record of one run while it goes on. The caller holds the run's lock."""
@@ -76,6 +88,7 @@ class Recorder:
     listener: Listener
     budget: Budget | None = None
     newest: Checkpoint | None = None
+    copy: BestCopy | None = None  # newer than `newest`
     last_train: float | None = None  # nats per token of the last evaluation, on training text
     last_held_out: float | None = None  # and on held-out text
     failed_saves: int = 0  # in a row
@@ -102,6 +115,8 @@ class Recorder:
                 self.note("sample", {"step": step})
             case SaveDue():
                 self._save()
+            case CopyDue():
+                self._copy()
             case Stopped(step, reason):
                 while self.newest is None or self.newest.step != step:
                     time.sleep(RETRY_S)
@@ -124,16 +139,21 @@ class Recorder:
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
         try:
-            saved = self._publish()
+            if self.copy is not None and self.copy.step == self.state.best_step:
+                self._publish(self.copy.step, self.copy.scalars, self.copy.weights, None)
+            weights, optimizer = states.model_tensors(self.state.model), states.optimizer_tensors(self.state)
+            saved = self._publish(self.state.step, self._scalars(), weights, optimizer)
         except FirstwordsError as error:
             self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
             self._notice(f"{error}; training goes on and the next save tries again")
+            if self.state.step == self.state.best_step:
+                self._copy()
             return
         if self.newest is None or saved.step > self.newest.step:
             self.rollbacks = 0
-        self.newest, self.failed_saves = saved, 0
+        self.newest, self.copy, self.failed_saves = saved, None, 0
         self.note("save", {"step": saved.step})
         try:
             checkpoint.rotate(saved, self.config.keep, self.state.best_step)
@@ -141,15 +161,26 @@ class Recorder:
             self._notice(f"{error}; an old checkpoint stays until the next save")
         self.listener(Saved(saved.step, saved.folder))
 
-    def _publish(self) -> Checkpoint:
-        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
+    def _copy(self) -> None:
+        weights = states.model_tensors(self.state.model)
+        copied = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        scalars = {**states.scalars(self.state), "fingerprint": self.fingerprint}
+        self.copy = BestCopy(self.state.step, scalars, copied)
+
+    def _scalars(self) -> dict[str, Any]:
+        """Return what `state.json` says; the journals are made durable as far as it says."""
         journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
-        scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+        return {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+
+    def _publish(
+        self, step: int, scalars: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor] | None
+    ) -> Checkpoint:
+        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
         return checkpoint.save(
             self.run.checkpoints,
-            self.state.step,
-            states.model_tensors(self.state.model),
-            states.optimizer_tensors(self.state),
+            step,
+            weights,
+            optimizer,
             {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
             self.corpus.tokenizer.json,
             self.identity,
@@ -247,7 +278,7 @@ class Recorder:
         states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
-        self.newest = found
+        self.newest, self.copy = found, None
         return saved
 
     def roll_back(self, error: DivergedError) -> None:
@@ -267,7 +298,7 @@ class Recorder:
         assert found is not None  # it would have raised
         self._load(found)
         first = states.batch_index(state.step, state.skipped)
-        state.skipped.append([first, last])
+        state.skipped = [*state.skipped, [first, last]]
         state.elapsed_s, self.rollbacks = elapsed_s, self.rollbacks + 1
         told = RolledBack(state.step, from_step, first, last, f"{error.where}: {error.what}")
         self.note("rollback", dataclasses.asdict(told))

@@ -106,7 +106,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     config = run_config(from_toml(resolve.read(run.config), str(run.config)))
     lines = list(run.metrics.lines())
     last = max((line["step"] for line in lines if line["event"] == "step"), default=0)
-    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _checkpoint(folder).ok]
+    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
         most = last - min(map(checkpoint.step_of, whole), default=0)
@@ -114,6 +114,10 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     with machine.threads(config.threads):
         state = _state_at(starts[-1], config)
         return _compare(state, config, run, lines, state.step + n_steps)
+
+
+def _is_a_start(folder: Path) -> bool:
+    return _checkpoint(folder).ok and Checkpoint(folder, store.read_manifest(folder)).continuable
 
 
 def _state_at(folder: Path, config: RunConfig) -> TrainState:

@@ -55,6 +55,13 @@ class SaveDue:
 
 
 @dataclass(frozen=True)
+class CopyDue:
+    """The weights are the best so far, but a save would take too much of the time: copy them, for the next save."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Stopped:
     """No more steps: `done`, or the caller's reason."""
 
@@ -62,7 +69,7 @@ class Stopped:
     reason: str
 
 
-Event = StepDone | Evaluated | Sampled | SaveDue | Stopped  # what the loop yields
+Event = StepDone | Evaluated | Sampled | SaveDue | CopyDue | Stopped  # what the loop yields
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from firstwords.errors import DivergedError
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
 from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
+from firstwords.training.events import CopyDue, Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState, all_finite, batch_index
 
@@ -49,8 +49,9 @@ def fit(
     """Train until `state.total_steps` and yield what happens. The state is consistent at every yield.
 
     A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
-    model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, after a
-    best evaluation, every `save_every_s`, at the last step, and before stopping.
+    model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, every
+    `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless the last save took more than
+    a fiftieth of the time since: then a copy is due.
 
     Args:
         state: Changed in place.
@@ -65,11 +66,11 @@ def fit(
         DivergedError: A number is not finite, and the weights are those of the step before; or the last update left
             a model that gives no finite numbers, and it is not saved.
     """
-    reason, saved_s = None, time.perf_counter()
-    save_every_s = _save_interval_s(config, 0.0)
+    reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
     if state.step == 0:
         yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
+        took_s, saved_s = time.perf_counter() - saved_s, time.perf_counter()
         yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
@@ -81,13 +82,16 @@ def fit(
         sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
         best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
         reason, now_s = should_stop(), time.perf_counter()
-        if best or last or reason or now_s - saved_s >= save_every_s:
+        since_s = now_s - saved_s
+        if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
             if not all_finite(state):
                 raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
             state.elapsed_s = round(now_s - began_s, 3)
             yield SaveDue(state.step)
             saved_s = time.perf_counter()
-            save_every_s = _save_interval_s(config, saved_s - now_s)
+            took_s = saved_s - now_s
+        elif best:
+            yield CopyDue(state.step)
         if reason:
             break
     yield Stopped(state.step, reason or "done")
