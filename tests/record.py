@@ -90,15 +90,18 @@ class Record:
                 row.details.append(proved["detail"])
 
     def lines(self) -> list[str]:
-        """Return the table, and what was not run."""
+        """Return the table of what was done."""
         table = ["| | what is done | cases | failed tests | |", "|---|---|---|---|---|"]
-        missing = []
-        for name, what in TECHNIQUES.items():
-            row = self.rows.get(name, Row(not_run=["not part of this run"]))
-            if row.cases or row.failed:
-                table.append(f"| {name} | {what} | {row.cases:,} | {row.failed} | {'; '.join(row.all_details())} |")
-            missing += [f"- {name}: {reason}" for reason in sorted(set(row.not_run))]
-        return [*table, "", "Not run:", "", *(missing or ["- nothing"])]
+        for name, row in sorted(self.rows.items(), key=lambda item: list(TECHNIQUES).index(item[0])):
+            details = "; ".join(row.all_details())
+            table.append(f"| {name} | {TECHNIQUES[name]} | {row.cases:,} | {row.failed} | {details} |")
+        return table
+
+    def not_run(self) -> list[str]:
+        """Return what was not done, and why."""
+        absent = [f"- {name}: not part of this run" for name in TECHNIQUES if name not in self.rows]
+        skipped = [f"- {name}: {reason}" for name, row in self.rows.items() for reason in sorted(set(row.not_run))]
+        return absent + skipped or ["- nothing"]
 
     def page(self) -> str:
         """Return the whole document."""
@@ -111,7 +114,20 @@ class Record:
         machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
         made = f"Commit {commit}{changed}, {datetime.now(UTC):%Y-%m-%d}, {machine}, Python {platform.python_version()}"
         head = ["# Reliability: what was tried", "", "Written by `make reliability`; no figure here was typed by hand.", ""]
-        return "\n".join([*head, f"{made}, PyTorch {torch.__version__}.", "", *self.lines(), "", LIMITS])
+        return "\n".join(
+            [
+                *head,
+                f"{made}, PyTorch {torch.__version__}.",
+                "",
+                *self.lines(),
+                "",
+                "Not run:",
+                "",
+                *self.not_run(),
+                "",
+                LIMITS,
+            ]
+        )
 
 
 def _git(*arguments: str) -> str:

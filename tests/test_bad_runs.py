@@ -79,10 +79,10 @@ def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, 
 
 @row(45)
 def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: Path, *arguments: Any, **options: Any) -> None:
-        raise PermissionError(13, os.strerror(13), str(self))
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, os.strerror(13), str(path))
 
-    monkeypatch.setattr(Path, "mkdir", fail)  # root, as tests often run, may write everywhere
+    monkeypatch.setattr(os, "mkdir", fail)  # root, as tests often run, may write everywhere
     assert refused(77, "train", text, "--out", "run", *TINY)["where"] == "run"
 
 
@@ -91,10 +91,10 @@ def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, mon
 def test_a_file_system_that_takes_no_writing_is_told_before_any_work(
     refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ):
-    def fail(self: Path, *arguments: Any, **options: Any) -> None:
-        raise OSError(code, os.strerror(code), str(self))
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(Path, "mkdir", fail)
+    monkeypatch.setattr(os, "mkdir", fail)
     monkeypatch.setattr(resolve, "prepare", None)  # the work
     error = refused(77, "train", text, "--out", "run", *TINY)
     assert os.strerror(code) in error["why"]

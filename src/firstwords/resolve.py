@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import store
-from firstwords.config import ModelConfig, RunConfig, flag, from_toml, key_types, run_config
+from firstwords.config import ModelConfig, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
 from firstwords.runs import folder as run_folder
@@ -35,7 +35,23 @@ EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
-    ("steps", "epochs", "for_s", "device", "precision", "threads", "compile", "save_every_s", "keep", "sample_prompt")
+    (
+        "steps",
+        "epochs",
+        "for_s",
+        "device",
+        "precision",
+        "threads",
+        "compile",
+        "save_every_s",
+        "on_nan",
+        "keep",
+        "sample_prompt",
+    )
+)
+# What no weight depends on, or what the corpus's own hash tells better.
+UNTRAINED = frozenset(
+    ("text", "text_sha256", "val", "val_fraction", "encoding", "tokenizer", "preset", "eval_every", "sample_every")
 )
 
 
@@ -254,6 +270,17 @@ def fit_config(config: RunConfig) -> FitConfig:
     assert config.micro_batch_size is not None
     dtype = machine.DTYPES[config.precision]
     return FitConfig(config.optim, config.seed, config.micro_batch_size, config.sample_every, config.save_every_s, dtype)
+
+
+def identity(config: RunConfig, prepared: Corpus) -> dict[str, str]:
+    """Return the hashes that tell a run from others: equal ones mean the same training, step for step."""
+    free = RESUMABLE | UNTRAINED
+    fixed = {key: value for key, value in flatten(dataclasses.asdict(config)).items() if key not in free}
+    return {
+        "config_sha256": store.sha256(store.canonical_json(fixed)),
+        "corpus_sha256": prepared.folder.name,
+        "tokenizer_sha256": store.sha256(prepared.tokenizer.json),
+    }
 
 
 def cache_folder() -> Path:
