@@ -133,6 +133,17 @@ def test_a_model_whose_tokenizer_was_exchanged_is_bad_data(refused: Refused, a_r
     assert "the tokenizer gpt2 has 50257 ids, the model only 257" in error["what"]
 
 
+@row(51)
+def test_a_checkpoint_whose_tokenizer_was_exchanged_is_not_gone_on_with(refused: Refused, a_run: Path):
+    for folder in checkpoints(a_run):
+        content = (folder / "tokenizer.json").read_bytes()
+        write(folder / "tokenizer.json", content.replace(b"}", b" }", 1))
+        reseal(folder)
+    error = refused(65, "train", "--resume", "--out", a_run, "--steps=3")
+    assert "is not the run's tokenizer" in error["why"]
+    assert len(re.findall(r"[0-9a-f]{64}", error["why"])) == 2 * len(checkpoints(a_run))
+
+
 @row(63)
 @pytest.mark.parametrize("verb", ["generate RUN", "eval RUN", "info RUN", "explain RUN words", "train --resume --out RUN"])
 def test_a_checkpoint_of_a_newer_format_names_both_formats(refused: Refused, a_run: Path, verb: str):

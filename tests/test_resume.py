@@ -345,11 +345,11 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
         train(tmp_path, "run", stop_at=(SaveDue, 13))
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
-    run = store.read_manifest(newest)["run"]
-    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"", run)
+    run, tokenizer = store.read_manifest(newest)["run"], (newest / "tokenizer.json").read_bytes()
+    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, tokenizer, run)
     checkpoint.rotate(rest, 2, None)
     assert checkpoint.existing(newest.parent) == [before, newest, rest.folder]
-    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, b"", run), 2, None)
+    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, tokenizer, run), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
 
 

@@ -152,12 +152,12 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
     Raises:
         DataError: There are checkpoints, and none is whole and of this run.
     """
-    refused: dict[Path, str] = {}
+    refused: dict[Path, DataError] = {}
     for folder in reversed(existing(parent)):
         try:
             found = _of_run(folder, run)
         except DataError as error:
-            refused[folder] = str(error)
+            refused[folder] = error
             continue
         if run is not None and not found.continuable:
             store.remove_folder(folder)  # a kill came between it and the save that it belongs to; it will be made again
@@ -166,7 +166,8 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
         return found
     if refused:
-        why, do = "; ".join(refused.values()), "begin a new run with another --out"
+        why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
+        do = newest_refused.do or "begin a new run with another --out"
         raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
     return None
 
@@ -182,6 +183,10 @@ def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
         theirs = manifest["run"] if isinstance(manifest.get("run"), dict) else {}
         other = ", ".join(name for name, value in run.items() if theirs.get(name) != value)
         raise DataError("was made by another run", where=str(folder), why=f"its {other} is not this run's")
+    kept = manifest["files"].get(TOKENIZER, {}).get("sha256")
+    if run is not None and kept != run.get("tokenizer_sha256", kept):
+        why = f"its SHA-256 is {kept}, the run's is {run['tokenizer_sha256']}"
+        raise DataError("is not the run's tokenizer", where=str(folder / TOKENIZER), why=why)
     return Checkpoint(folder, manifest)
 
 
