@@ -212,6 +212,7 @@ def remove_folder(folder: Path) -> None:
     doomed = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
         os.rename(folder, doomed)
+        _sync_folder(folder.parent)  # or a power loss could keep the old name and take some of the files
         _remove(doomed)
 
 
