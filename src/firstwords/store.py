@@ -352,12 +352,14 @@ def _speaking_of(path: Path) -> Iterator[None]:
 
 def as_firstwords_error(error: OSError, path: Path) -> FirstwordsError:
     """Return the error to show for a failed system call on `path`."""
+    where, why = str(path), os.strerror(error.errno or 0)
     match error.errno:
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDeniedError("may not be written", where=str(path), why=os.strerror(error.errno))
+            do = "allow it, or take another place: --out for runs, FIRSTWORDS_CACHE for texts"
+            return PermissionDeniedError("may not be written", where=where, why=why, do=do)
         case errno.EEXIST | errno.ENOTDIR | errno.EISDIR | errno.ENOTEMPTY | errno.ENAMETOOLONG:
-            return CannotCreateError("cannot be created", where=str(path), why=os.strerror(error.errno))
+            return CannotCreateError("cannot be created", where=where, why=why, do="take another place or name")
         case errno.ENOSPC | errno.EDQUOT:
-            return StorageError("the disk is full", where=str(path), why=str(error), do="free some space, then --resume")
+            return StorageError("the disk is full", where=where, why=str(error), do="free some space, then --resume")
         case _:
-            return StorageError("writing failed", where=str(path), why=str(error))
+            return StorageError("writing failed", where=where, why=str(error), do="check the disk, then --resume")
