@@ -271,7 +271,8 @@ def lock(path: Path) -> Iterator[None]:
             _write_all(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # the lock is free then too, and no content of ours depends on it
+            os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
