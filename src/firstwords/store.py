@@ -27,6 +27,7 @@ Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
+PROBE = "probe"
 READ_BYTES = 1 << 20
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
@@ -240,7 +241,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
             where=str(folder),
             do="free some space, or give --out on another disk",
         )
-    probe = folder / f"{TEMPORARY}probe-{secrets.token_hex(4)}"
+    probe = folder / f"{TEMPORARY}{PROBE}-{secrets.token_hex(4)}"
     with _speaking_of(folder):
         try:
             _write_durably(probe, [bytes(min(2 * size_bytes, PROBE_BYTES))])
