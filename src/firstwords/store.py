@@ -87,12 +87,17 @@ def write(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes) -> int:
-    """Append to a log and return its new length in bytes. Not synced: `sync` makes what it says durable."""
+    """Append to a log, all of it or nothing, and return its new length. Not synced: `sync` makes what it says durable."""
     is_new = not path.exists()
     with _speaking_of(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
-            _write_all(descriptor, data)
+            size = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, data)
+            except OSError:
+                os.truncate(descriptor, size)  # half a line would spoil the next one too
+                raise
             size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
