@@ -57,16 +57,18 @@ class Failing(System):
     def failed(self) -> bool:
         return self.count >= self.n
 
-    def is_due(self, name: str, *args: Any) -> bool:
+    def is_due(self, name: str) -> bool:
         """Whether this call fails."""
         self.count += name == "write" or self.number != SHORT_WRITE
         return self.count == self.n or (self.for_ever and self.failed)
 
     def call(self, name: str, real: Callable[..., Any], *args: Any) -> Any:
-        if not self.is_due(name, *args):
+        if not self.is_due(name) or (name == "truncate" and self.number in FULL):  # to become shorter needs no space
             return real(*args)
         if self.number == SHORT_WRITE:
             return real(args[0], args[1][: (len(args[1]) + 1) // 2]) if name == "write" else real(*args)
+        if name == "write" and self.number in FULL:
+            real(args[0], args[1][: len(args[1]) // 2])  # a full disk takes what still fits
         if name == "close":
             real(*args)  # the system frees a descriptor even where it reports that closing failed
         raise OSError(self.number, os.strerror(self.number))
@@ -76,7 +78,9 @@ class Failing(System):
 class End:
     """All of a run that must not depend on what happened to its disk."""
 
-    figures: tuple[Any, ...]
+    best: tuple[int, float | None, str]  # its step, its nats per token, its weights
+    last: tuple[int, str]  # its step and weights
+    figures: tuple[Any, ...]  # of the last evaluation, which a resume reads in the journal
     journal: list[dict[str, Any]]
     samples: str
 
@@ -100,9 +104,11 @@ def train(home: Path, name: str = "run", *, resume: bool = False, listener: List
 
 def end(result: TrainResult) -> End:
     """Return what came of a run, with what it recorded, less the times."""
-    timing = {"elapsed_s", "tokens_per_s", "took_s"}
-    lines = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
+    timing, run = {"elapsed_s", "tokens_per_s", "took_s"}, Path(result.run)
+    said = {name: (run / name).read_text() if (run / name).exists() else "" for name in ("metrics.jsonl", "samples.jsonl")}
+    lines = map(json.loads, said["metrics.jsonl"].splitlines())
     kept = [line for line in lines if line["event"] in ("step", "evaluation", "sample")]
-    figures = (result.weights_sha256, result.best_step, result.nats_per_token, result.tokens, sorted(result.last.items()))
+    best = (result.best_step, result.nats_per_token, result.weights_sha256)
     journal = [{key: value for key, value in line.items() if key not in timing} for line in kept]
-    return End(figures, journal, (Path(result.run) / "samples.jsonl").read_text())
+    last, figures = (result.steps, str(result.last["weights_sha256"])), (result.last["nats_per_token"], result.tokens)
+    return End(best, last, figures, journal, said["samples.jsonl"])
