@@ -43,6 +43,18 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there."""
+    with _speaking_of(path):
+        return path.exists()
+
+
+def size(path: Path) -> int:
+    """Return the length of a file in bytes; 0 where there is none."""
+    with _speaking_of(path):
+        return path.stat().st_size if path.exists() else 0
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -59,8 +71,9 @@ def make_folder(path: Path) -> None:
         CannotCreateError: A file stands where a folder is needed.
         PermissionDeniedError, StorageError: The system refuses.
     """
-    if path.is_dir():
-        return
+    with _speaking_of(path):
+        if path.is_dir():
+            return
     if path.parent != path:
         make_folder(path.parent)
     with _speaking_of(path):
@@ -88,8 +101,8 @@ def write(path: Path, data: bytes) -> None:
 
 def append(path: Path, data: bytes) -> int:
     """Append to a log, all of it or nothing, and return its new length. Not synced: `sync` makes what it says durable."""
-    is_new = not path.exists()
     with _speaking_of(path):
+        is_new = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
             size = os.fstat(descriptor).st_size
@@ -140,7 +153,7 @@ def publish(
         StorageError: Disk full or failing; nothing appears under `folder`.
         DataError: What was read back is not what was written.
     """
-    if folder.exists():
+    if exists(folder):
         raise CannotCreateError("is there already", where=str(folder))
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
@@ -193,9 +206,9 @@ def verify(folder: Path) -> Json:
     manifest = read_manifest(folder)
     for name, record in manifest["files"].items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise DataError("a file is missing", where=str(path))
         with _reading(path):
+            if path.parent != folder or not path.is_file():
+                raise DataError("a file is missing", where=str(path))
             size = path.stat().st_size
             if size != record["bytes"]:
                 raise DataError(f"has {size} bytes, its manifest says {record['bytes']}", where=str(path))

@@ -27,11 +27,11 @@ class Journal:
 
     def size_bytes(self) -> int:
         """Return its length after making it durable, where the disk lets us: what a checkpoint records."""
-        if not self.path.exists():
-            return 0
-        with suppress(StorageError, PermissionDeniedError):  # weights are worth more than lines about them
-            store.sync(self.path)
-        return self.path.stat().st_size
+        size = store.size(self.path)
+        if size:
+            with suppress(StorageError, PermissionDeniedError):  # weights are worth more than lines about them
+                store.sync(self.path)
+        return size
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what was added, oldest first; a last line that was torn by a kill is left out.
