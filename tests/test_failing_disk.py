@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import shlex
@@ -213,6 +214,38 @@ def test_a_journal_that_cannot_be_written_never_ends_a_run_and_costs_no_checkpoi
         tried.check(expected, for_ever=for_ever)
         shutil.rmtree(ram / "home")
     proved(len(JOURNAL_CALLS))
+
+
+class FailingLooks(Failing):
+    """A disk that cannot be asked what is there, as with a stale handle: `stat` of checkpoints and journals fails."""
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        real = os.stat
+
+        def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
+            is_ours = not isinstance(path, int) and ("checkpoints" in str(path) or str(path).endswith(".jsonl"))
+            asked = functools.partial(real, path, *args, **options)
+            return self.call("stat", asked) if is_ours else asked()
+
+        patch.setattr(os, "stat", stat)
+
+
+@pytest.mark.system
+@pytest.mark.technique("R5")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_cannot_be_looked_at_for_a_moment_does_not_end_a_run(
+    ram: Path, expected: End, number: int, proved: Callable[..., None]
+) -> None:
+    system, cases = FailingLooks(1 << 30, number), 0
+    Tried(ram / "counted", system).check(expected, for_ever=False)
+    for n in range(1, system.count + 1, 7):
+        for for_ever in (False, True):
+            tried = Tried(ram / "home", FailingLooks(n, number, for_ever=for_ever))
+            tried.check(expected, for_ever=for_ever)
+            shutil.rmtree(ram / "home")
+            cases += 1
+    assert cases > 50
+    proved(cases)
 
 
 def train_on_a_small_disk(home: Path) -> None:
