@@ -97,7 +97,7 @@ def test_whichever_operation_of_a_save_fails_the_checkpoints_before_stay_and_the
         assert not leftovers(ram)
         store.remove_folder(ram / "step-00000003")
         save(ram, 1)
-    assert n_open_files() == open_files
+    assert n_open_files() <= open_files  # fewer where something of before was collected meanwhile
     assert n >= 10  # nine writes, or many more operations
     proved(n - 1)
 
