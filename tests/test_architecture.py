@@ -15,6 +15,7 @@ PACKAGE = Path(firstwords.__file__).parent
 # From text to a model that speaks: a module imports only from what stands above it, or from its own folder.
 ORDER = [
     "errors",
+    "reading",
     "config",
     "store",
     "text",

@@ -186,8 +186,7 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     saved = found.json(checkpoint.CONFIG)
     model = GPTModel(ModelConfig(**saved["model"]))
     load_model_tensors(model, found.tensors(checkpoint.MODEL), str(found.folder))
-    tokenizer_path = found.folder / checkpoint.TOKENIZER
-    tokenizer = tokenizers.from_json(tokenizer_path.read_bytes(), str(tokenizer_path))
+    tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
     return LanguageModel(model.eval(), tokenizer, found.step, machine.DTYPES[saved["precision"]])
 
 

@@ -30,6 +30,8 @@ Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
+MOST_DOTS = 100  # in a line of TOML, outside strings
+TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'""")
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
 
@@ -302,11 +304,14 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
     """Return the overrides in a TOML file.
 
     Raises:
-        ConfigError: It is no TOML; the line and column are in the message.
+        ConfigError: It is no TOML; the line and column are in the message. Or a line has over 100 dots outside strings.
     """
+    lines = (TOML_STRING.sub("", line) for line in text.splitlines())
+    if any(line.count(".") > MOST_DOTS for line in lines):  # the parser's time grows with their square
+        raise ConfigError("is no TOML", where=where, why=f"a line has over {MOST_DOTS} dots")
     try:
         return flatten(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of thousands of digits
         raise ConfigError("is no TOML", where=where, why=str(error)) from error
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.errors import DataError, FirstwordsError, NoInputError
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -45,9 +45,12 @@ class Checkpoint:
         return str(self.manifest["files"][MODEL]["sha256"])
 
     def json(self, name: str) -> store.Json:
-        """Return one of its JSON files."""
-        value: store.Json = json.loads((self.folder / name).read_bytes())
-        return value
+        """Return one of its JSON files.
+
+        Raises:
+            DataError: It is no JSON object, or one made to do harm.
+        """
+        return reading.read_json(self.folder / name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one of its files, memory-mapped.

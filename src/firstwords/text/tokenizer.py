@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import regex
 import tiktoken
 
+from firstwords import reading
 from firstwords.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -186,6 +188,15 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def read(path: Path) -> Tokenizer:
+    """Return the tokenizer in a `tokenizer.json`.
+
+    Raises:
+        DataError: It cannot be read, or as `from_json`.
+    """
+    return from_json(reading.read_bytes(path, reading.MOST_TOKENIZER_BYTES), str(path))
+
+
 def from_json(data: bytes, where: str) -> Tokenizer:
     """Return the tokenizer of a `tokenizer.json` as `Tokenizer.json` has it.
 
@@ -193,7 +204,7 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         DataError: No JSON, not byte-level BPE, ids with gaps, or merges that do not follow from the ids.
     """
     try:
-        value = json.loads(data)
+        value = reading.parse_json(data, where, reading.MOST_TOKENIZER_BYTES)
         model, plain = value["model"], value["normalizer"] is None and value["pre_tokenizer"] == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
         words: dict[str, int] = dict(model["vocab"])
