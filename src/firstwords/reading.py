@@ -32,18 +32,31 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the content of a regular file of at most `most_bytes`.
 
     Raises:
-        DataError: It is not there, no regular file (a FIFO would never end), larger, or cannot be read.
+        DataError: It is not there, no regular file, larger, or cannot be read.
+    """
+    size = regular_size(path)
+    if size > most_bytes:
+        raise DataError(f"has {size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
+    try:
+        with path.open("rb") as file:
+            return file.read(most_bytes)
+    except OSError as error:
+        raise DataError("cannot be read", where=str(path), why=str(error)) from error
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a regular file in bytes.
+
+    Raises:
+        DataError: It is not there, or is a folder, a FIFO (which would be waited for without end), a device.
     """
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError("is no regular file", where=str(path))
-        if found.st_size > most_bytes:
-            raise DataError(f"has {found.st_size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
-        with path.open("rb") as file:
-            return file.read(most_bytes)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DataError("cannot be read", where=str(path), why=str(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError("is no regular file", where=str(path))
+    return found.st_size
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from firstwords import resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
 from firstwords.planning import machine
-from firstwords.runs import checkpoint
+from firstwords.runs import checkpoint, tensor_file
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
@@ -155,6 +155,6 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
 
 def _weights_sha256(state: TrainState) -> str:
     digest = hashlib.sha256()
-    for piece in checkpoint.safetensors_bytes(states.model_tensors(state.model)):
+    for piece in tensor_file.safetensors_bytes(states.model_tensors(state.model)):
         digest.update(piece)
     return digest.hexdigest()
