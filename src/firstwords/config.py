@@ -249,6 +249,20 @@ def run_config(*layers: Overrides) -> RunConfig:
     return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
 
 
+def model_config(saved: Any, where: str) -> ModelConfig:
+    """Return the shape of a model as a file has it: what `dataclasses.asdict` made of it.
+
+    Raises:
+        ConfigError: No table, an unknown key, a value of the wrong type or out of its range.
+    """
+    if not isinstance(saved, Mapping):
+        raise ConfigError("has no table of the model's shape", where=where)
+    kinds = get_type_hints(ModelConfig)
+    if unknown := sorted(saved.keys() - kinds.keys()):
+        raise ConfigError(f"unknown key {unknown[0][:80]!r}", where=where, do=did_you_mean(unknown[0][:80], kinds))
+    return ModelConfig(**{name: converted(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
+
+
 def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str, Any]:
     """Return `given` with only the newest layer's word on how long to train: `--for` replaces a file's `steps`."""
     lengths = ("steps", "epochs", "for_s")
