@@ -120,6 +120,11 @@ def header(path: Path) -> dict[str, Described]:
     return in_order
 
 
+def is_proper_name(name: str) -> bool:
+    """Return whether a tensor may be called so: printable, not too long, nothing that anyone could take for a path out."""
+    return name.isprintable() and 0 < len(name) <= MOST_NAME_CHARS and name[0] != "/" and ".." not in name.split("/")
+
+
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """Return the header and the number of bytes after it."""
     size = reading.regular_size(path)
@@ -136,7 +141,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def _described(name: str, claim: Any, where: str) -> Described:
-    if not name.isprintable() or not 0 < len(name) <= MOST_NAME_CHARS or ".." in name.split("/") or name.startswith("/"):
+    if not is_proper_name(name):
         raise DataError(f"a tensor cannot be called {name[:80]!r}", where=where)
     match claim:
         case {"dtype": str(kind), "shape": [*shape], "data_offsets": [begin, end], **rest} if (

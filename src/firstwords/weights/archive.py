@@ -1,0 +1,88 @@
+"""What a file of `torch.save` is made of, found out without unpickling it.
+
+Since 1.6 PyTorch writes a zip archive: the pickle `data.pkl`, which names storages, and each storage as it lies in memory,
+not compressed. A plain table of tensors needs few of pickle's operations and few names; whatever else is in there is not
+wanted. That makes most files that run code a one-line message, and it is not the only guard: see `guarded`.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+
+from firstwords import reading
+from firstwords.errors import DataError
+
+MOST_PICKLE_BYTES = 4 << 20  # 10,000 tensors take about 1.5 MB
+MOST_MEMBERS = 1 << 16
+ZIP, ZIP_END, ZIP_END_BYTES, ENCRYPTED = b"PK\x03\x04", b"PK\x05\x06", 22, 1
+MEMBER = r"/(data\.pkl|data/\d{1,9}|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
+SAFER = "load it where you trust it, and save the weights as safetensors"
+# What `torch.save` of dicts, lists, numbers, text and dense tensors uses (protocol 2).
+OPERATIONS = """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS
+    BINPUT LONG_BINPUT BINGET LONG_BINGET"""
+BUILDERS = ("collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool"
+
+
+def require_plain(path: Path) -> None:
+    """Raise a DataError unless `path` is an archive of `torch.save` that asks for tensors and plain values alone.
+
+    The format before PyTorch 1.6 is refused: its pickles lie in one stream with the tensors, so that nothing about them can
+    be known before they are run.
+    """
+    size = reading.regular_size(path)
+    with path.open("rb") as file:
+        head = file.read(512)
+        file.seek(-min(size, ZIP_END_BYTES), 2)
+        end = file.read()
+    if not head.startswith(ZIP) or not end.startswith(ZIP_END):
+        raise DataError("is no archive of torch.save", where=str(path), why=_kind(head), do=SAFER)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _require_members(archive, size, str(path))
+            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            _require_names(archive.read(pickled), str(path))
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, StopIteration) as error:
+        raise DataError("is a damaged archive", where=str(path), why=str(error)) from error
+
+
+def _kind(head: bytes) -> str:
+    if head[257:262] == b"ustar" or head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
+        return "it was written by a PyTorch before 1.6, and cannot be read without running what is in it"
+    if head.startswith(ZIP):
+        return "something follows the archive"
+    return "a bare pickle, or no weights at all"
+
+
+def _require_members(archive: zipfile.ZipFile, size: int, where: str) -> None:
+    members = archive.infolist()
+    names = [member.orig_filename for member in members]
+    root = re.escape(names[0].partition("/")[0]) if names else ""
+    if len(members) > MOST_MEMBERS or len(set(names)) < len(names):
+        raise DataError("has too many members, or one twice", where=where)
+    if strange := [name for name in names if not re.fullmatch(root + MEMBER, name)]:
+        raise DataError(
+            f"has a member {strange[0][:80]!r}, which torch.save of tensors does not write", where=where, do=SAFER
+        )
+    if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & ENCRYPTED for member in members):
+        raise DataError("is compressed or encrypted", where=where, why="torch.save does neither", do=SAFER)
+    if sum(member.file_size for member in members) > size:
+        raise DataError("says that it holds more bytes than it has", where=where)
+    if any(member.file_size > MOST_PICKLE_BYTES for member in members if member.filename.endswith("/data.pkl")):
+        raise DataError("has too large a pickle", where=where, why=f"at most {MOST_PICKLE_BYTES} bytes make sense", do=SAFER)
+
+
+def _require_names(pickled: bytes, where: str) -> None:
+    """Read the operations of a pickle, as a disassembler does: nothing is built or called."""
+    operations, names = set(OPERATIONS.split()), {*BUILDERS, *(f"torch {kind}Storage" for kind in STORAGES.split())}
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and argument not in names:
+            name = str(argument)[:80].replace(" ", ".")
+            raise DataError(f"its pickle asks for {name}, which is no plain tensor", where=where, do=SAFER)
+        if operation.name not in operations:
+            what = f"its pickle uses the operation {operation.name}, which no table of tensors needs"
+            raise DataError(what, where=where, do=SAFER)
