@@ -39,7 +39,7 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         raise DataError(f"has {size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
     try:
         with path.open("rb") as file:
-            return file.read(most_bytes)
+            return file.read(size)
     except OSError as error:
         raise DataError("cannot be read", where=str(path), why=str(error)) from error
 
@@ -77,7 +77,8 @@ def parse_json(data: bytes, where: str, most_bytes: int = MOST_BYTES) -> dict[st
         most_bytes: The largest size; it also bounds the number of values.
 
     Raises:
-        DataError: No JSON object, too large, nested over 64 deep, a key twice, NaN, Infinity, or a number over 20 digits.
+        DataError: No JSON object, too large, nested over 64 deep, a key twice, NaN, Infinity, a number over 20
+            digits, or half of a surrogate pair.
     """
     if len(data) > most_bytes:
         raise DataError(f"has {len(data)} bytes", where=where, why=f"at most {most_bytes} make sense here")
@@ -94,6 +95,8 @@ def parse_json(data: bytes, where: str, most_bytes: int = MOST_BYTES) -> dict[st
             parse_float=_number,
             parse_constant=_no_number,
         )
+        if b"\\ud" in data.lower():  # half a character can be read and neither shown nor written
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError("is no proper JSON", where=where, why=str(error)) from error
     if not isinstance(value, dict):

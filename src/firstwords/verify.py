@@ -81,9 +81,11 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
 def _checkpoint(folder: Path) -> Finding:
     step = checkpoint.step_of(folder)
     try:
-        store.verify(folder)
+        tensors = Checkpoint(folder, store.verify(folder)).tensors(checkpoint.MODEL)
     except DataError as error:
         return Finding(folder.name, step, ok=False, problem=str(error))
+    if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        return Finding(folder.name, step, ok=False, problem=f"{folder}: {wrong[0]!r} holds numbers that are not finite")
     return Finding(folder.name, step, ok=True)
 
 

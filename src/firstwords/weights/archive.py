@@ -10,7 +10,9 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from firstwords import reading
 from firstwords.errors import DataError
@@ -25,7 +27,18 @@ OPERATIONS = """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFA
     BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS
     BINPUT LONG_BINPUT BINGET LONG_BINGET"""
 BUILDERS = ("collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
-STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool"
+STORAGE_BYTES = {
+    "Double": 8,
+    "Long": 8,
+    "Float": 4,
+    "Int": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Short": 2,
+    "Char": 1,
+    "Byte": 1,
+    "Bool": 1,
+}
 
 
 def require_plain(path: Path) -> None:
@@ -44,9 +57,11 @@ def require_plain(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             _require_members(archive, size, str(path))
-            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            _require_names(archive.read(pickled), str(path))
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, StopIteration) as error:
+            sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
+            pickled = archive.read(archive.namelist()[0].partition("/")[0] + "/data.pkl")
+            _require_names(pickled, str(path))
+            _require_storages(pickled, sizes, str(path))
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, KeyError) as error:
         raise DataError("is a damaged archive", where=str(path), why=str(error)) from error
 
 
@@ -78,7 +93,7 @@ def _require_members(archive: zipfile.ZipFile, size: int, where: str) -> None:
 
 def _require_names(pickled: bytes, where: str) -> None:
     """Read the operations of a pickle, as a disassembler does: nothing is built or called."""
-    operations, names = set(OPERATIONS.split()), {*BUILDERS, *(f"torch {kind}Storage" for kind in STORAGES.split())}
+    operations, names = set(OPERATIONS.split()), {*BUILDERS, *(f"torch {kind}Storage" for kind in STORAGE_BYTES)}
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "GLOBAL" and argument not in names:
             name = str(argument)[:80].replace(" ", ".")
@@ -86,3 +101,43 @@ def _require_names(pickled: bytes, where: str) -> None:
         if operation.name not in operations:
             what = f"its pickle uses the operation {operation.name}, which no table of tensors needs"
             raise DataError(what, where=where, do=SAFER)
+
+
+def _require_storages(pickled: bytes, sizes: Mapping[str, int], where: str) -> None:
+    """Hold every storage that a pickle names against the member that has its bytes: PyTorch maps them without asking."""
+    sizes_of = {f"torch {kind}Storage": n_bytes for kind, n_bytes in STORAGE_BYTES.items()}
+    for named in _persistent_ids(pickled):
+        match named:
+            case ("storage", str(kind), str(key), str(), int(numbers)) if (
+                sizes.get(f"data/{key}") == numbers * sizes_of[kind]
+            ):
+                pass
+            case _:
+                raise DataError(
+                    "its pickle names a storage that is not there in that size", where=where, why=str(named)[:200]
+                )
+
+
+def _persistent_ids(pickled: bytes) -> Iterator[Any]:
+    """Yield what each BINPERSID is given, as far as it is a tuple of plain values; anything else comes out as no tuple.
+
+    There is no operation among `OPERATIONS` that takes a value off the stack and leaves what is below it, so that the last
+    value seen is the one that a memo keeps.
+    """
+    values: list[Any] = []
+    memo: dict[Any, Any] = {}
+    for operation, argument, _ in pickletools.genops(pickled):
+        match operation.name:
+            case "MARK":
+                values = []
+            case "TUPLE":
+                values = [tuple(values)]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = values[-1] if values else None
+            case "BINGET" | "LONG_BINGET":
+                values.append(memo.get(argument))
+            case "BINPERSID":
+                yield values[-1] if values else None
+                values = [None]
+            case _:
+                values.append(argument)

@@ -103,7 +103,8 @@ class Guard:
         """Look at one event."""
         if event in LOOKING or (event == "open" and not self._writes(arguments)):
             return
-        if self.output and (event in MAKING or event == "open") and self._is_inside(arguments[0]):
+        paths = arguments[: 2 if event == "os.rename" else 1]
+        if self.output and (event in MAKING or event == "open") and all(map(self._is_inside, paths)):
             return
         refuse(f"wants to do what no weights need: {event}", str(arguments[:1])[:200])
 
@@ -111,7 +112,8 @@ class Guard:
         return not isinstance(arguments[2], int) or bool(arguments[2] & WRITING)
 
     def _is_inside(self, path: Any) -> bool:
-        return os.path.realpath(os.fsdecode(path)).startswith(os.path.realpath(self.output) + os.sep)
+        inside = os.path.realpath(self.output) + os.sep
+        return isinstance(path, str | bytes | os.PathLike) and os.path.realpath(os.fsdecode(path)).startswith(inside)
 
 
 def choose(loaded: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

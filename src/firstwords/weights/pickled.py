@@ -66,7 +66,7 @@ def _run(path: Path, out: Path, key: str, limit_s: float) -> None:
     package = Path(firstwords.__file__).parent.parent
     command = [sys.executable, "-I", "-c", CHILD, str(package), str(path), str(out), key, str(limit_s)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    with tempfile.TemporaryFile() as answer:  # and no pipe: the limit on the size of files holds for it too
+    with tempfile.TemporaryFile(dir=out) as answer:  # and no pipe: the limit on the size of files holds for it too
         try:
             done = subprocess.run(
                 command,
