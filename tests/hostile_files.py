@@ -323,10 +323,8 @@ def weights_only_abused_names(place: Path) -> Iterator[Case]:
     yield "pickled", archive(place / "shown.pt", pickled({"w": tensor((10**12,), (0,))}))
     yield "pickled", archive(place / "type.pt", pickled({"w": Call(torch._tensor._rebuild_from_type_v2, print, int, (), 0)}))
     yield "pickled", archive(place / "negative.pt", pickled({"w": tensor((-1,), (-4,))}))
-    lists: Any = []
-    for _ in range(60):  # 2^60 values in a few hundred bytes
-        lists = [lists, lists]
-    yield "pickled", archive(place / "laughs.pt", pickled({"model": {"w": tensor((40,))}, "args": lists}))
+    deep = b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."  # a key that is tuples in tuples, whose hash goes down all of them
+    yield "pickled", archive(place / "deep.pt", deep)
 
 
 # Configuration
@@ -566,6 +564,13 @@ def paths_that_differ_in_case(place: Path) -> Iterator[Case]:
 # Bombs
 
 
+def two_archives(data: bytes) -> bytes:
+    """Put a second list of members before the end, so that two readers can see two archives."""
+    first = data.index(b"PK\x01\x02")
+    directory, end = data[first:-22], data[-22:]
+    return data[:first] + directory + directory.replace(b"data/0", b"data/1") + end
+
+
 @entry
 def bomb_of_zeros(place: Path) -> Iterator[Case]:
     path = place / "zeros.pt"
@@ -578,6 +583,7 @@ def bomb_of_zeros(place: Path) -> Iterator[Case]:
         "pickled",
         write(place / "claims.pt", data.replace(struct.pack("<II", 16, 16), struct.pack("<II", 0xF0000000, 0xF0000000))),
     )
+    yield "pickled", write(place / "two.pt", two_archives(data))
     with zipfile.ZipFile(path := place / "many.pt", "w") as file:
         for number in range(70_000):
             file.writestr(f"archive/data/{number}", b"")

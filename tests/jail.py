@@ -7,6 +7,7 @@ A door is a way in which the program reads a file; `naive:` doors are how it mus
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -219,7 +220,7 @@ def warm_up() -> None:
     """Import whatever a door imports late, by using all of them on something good."""
     from hostile_files import make_checkpoint
 
-    with tempfile.TemporaryDirectory() as made, contextlib.redirect_stdout(None):
+    with tempfile.TemporaryDirectory() as made, contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
         place = Path(made)
         good = make_checkpoint(place / "run" / "checkpoints")
         (place / "run" / "config.toml").write_text('tokenizer = "bytes"')

@@ -326,6 +326,17 @@ def test_a_good_checkpoint_and_tokenizer_are_taken_in_the_jail(place: Path, jail
     assert jail.open("manifest", good, place)["code"] == 0
 
 
+def test_values_that_multiply_are_left_out(place: Path, jail: Jail) -> None:
+    lists: Any = []
+    for _ in range(60):  # 2^60 values in a few hundred bytes
+        lists = [lists, lists]
+    path = archive(place / "laughs.pt", hostile_files.pickled({"model": {"w": tensor()}, "args": lists, "n": 1}))
+    answer = jail.open("pickled", path, place)
+    assert answer["code"] == 0
+    assert answer["seconds"] < MOST_S + jail.importing_s
+    assert json.loads((place / "out" / "weights" / "scalars.json").read_text()) == {"n": 1}
+
+
 def test_the_jail_notices_what_must_not_happen(place: Path, jail: Jail) -> None:
     """The negative control of the oracle: a payload under the watch of a door that does not guard."""
     (place / "verb.txt").write_text("generate\nno-such-run")

@@ -7,8 +7,10 @@ wanted. That makes most files that run code a one-line message, and it is not th
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +19,17 @@ from typing import Any
 from firstwords import reading
 from firstwords.errors import DataError
 
-MOST_PICKLE_BYTES = 4 << 20  # 10,000 tensors take about 1.5 MB
+MOST_PICKLE_BYTES = 4 << 20  # 10,000 tensors take 1.2 MB
 MOST_MEMBERS = 1 << 16
-ZIP, ZIP_END, ZIP_END_BYTES, ENCRYPTED = b"PK\x03\x04", b"PK\x05\x06", 22, 1
+ENCRYPTED = 1
+# The format's own marks (PKWARE APPNOTE, 4.3.7 and 4.3.14 to 4.3.16): the first member; the end; the end where sizes have 64
+# bits; what says where that lies. The last three are as long as their structures, without a comment.
+FIRST = b"PK\x03\x04"
+END, END_64, LOCATOR = (
+    struct.Struct("<4s 8x I I H"),
+    struct.Struct("<4s 36x Q Q"),
+    struct.Struct("<4s 4x Q 4x"),
+)
 MEMBER = r"/(data\.pkl|data/\d{1,9}|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
 SAFER = "load it where you trust it, and save the weights as safetensors"
 # What `torch.save` of dicts, lists, numbers, text and dense tensors uses (protocol 2).
@@ -50,9 +60,9 @@ def require_plain(path: Path) -> None:
     size = reading.regular_size(path)
     with path.open("rb") as file:
         head = file.read(512)
-        file.seek(-min(size, ZIP_END_BYTES), 2)
-        end = file.read()
-    if not head.startswith(ZIP) or not end.startswith(ZIP_END):
+        file.seek(-min(size, END.size + LOCATOR.size + END_64.size), os.SEEK_END)
+        tail = file.read()
+    if not head.startswith(FIRST) or not _has_one_directory(tail, size):
         raise DataError("is no archive of torch.save", where=str(path), why=_kind(head), do=SAFER)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -65,11 +75,31 @@ def require_plain(path: Path) -> None:
         raise DataError("is a damaged archive", where=str(path), why=str(error)) from error
 
 
+def _has_one_directory(tail: bytes, size: int) -> bool:
+    """Return whether an archive ends with its list of members and nothing else, so that no two readers find two lists.
+
+    Python looks for the list right before the end, PyTorch where the end says that it is.
+    """
+    if len(tail) < END.size:
+        return False
+    mark, n_bytes, begin, n_comment = END.unpack(tail[-END.size :])
+    at = size - END.size
+    before = tail[: -END.size]
+    if before[-LOCATOR.size :].startswith(b"PK\x06\x07") and len(before) == LOCATOR.size + END_64.size:
+        at -= len(before)
+        mark_64, n_bytes_64, begin_64 = END_64.unpack(before[: END_64.size])
+        short = all(told in (wide, 0xFFFFFFFF) for told, wide in ((n_bytes, n_bytes_64), (begin, begin_64)))
+        if mark_64 != b"PK\x06\x06" or LOCATOR.unpack(before[END_64.size :])[1] != at or not short:
+            return False
+        n_bytes, begin = n_bytes_64, begin_64
+    return bool(mark == b"PK\x05\x06" and n_comment == 0 and begin + n_bytes == at)
+
+
 def _kind(head: bytes) -> str:
     if head[257:262] == b"ustar" or head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
         return "it was written by a PyTorch before 1.6, and cannot be read without running what is in it"
-    if head.startswith(ZIP):
-        return "something follows the archive"
+    if head.startswith(FIRST):
+        return "it is no archive, or more than one"
     return "a bare pickle, or no weights at all"
 
 

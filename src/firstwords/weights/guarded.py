@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> NoReturn:
     except MemoryError:
         refuse("needs more memory than its size allows")
     except Exception as error:  # torch.load raises whatever a wrong file leads it to
-        refuse("cannot be read as plain tensors", f"{type(error).__name__}: {error}", archive.SAFER)
+        # PyTorch's own message first advises to load without this guard.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        refuse("cannot be read as plain tensors", f"{type(error).__name__}: {reason}", archive.SAFER)
     sys.stdout.flush()
     os._exit(0)
 
