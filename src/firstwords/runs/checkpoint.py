@@ -140,8 +140,8 @@ def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:
         DataError: There are checkpoints, and every one is damaged.
     """
     found = newest(parent, notice, aside=False)
-    best_step = None if found is None else found.json(STATE)["best_step"]
-    if found is None or best_step in (None, found.step):
+    best_step = None if found is None else found.json(STATE).get("best_step")
+    if found is None or best_step == found.step or not isinstance(best_step, int):
         return found
     try:
         return at_step(parent, best_step)
