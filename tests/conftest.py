@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
 from firstwords.config import ModelConfig
 from record import TECHNIQUES, Record
 
@@ -26,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("technique"):
             assert mark.args[0] in TECHNIQUES
             item.user_properties.append(("technique", mark.args[0]))
+            item.user_properties += [("row", number) for number in mark.args[1:]]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -126,7 +126,7 @@ def make_checkpoint(parent: Path, config: dict[str, Any] | None = None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     model = GPTModel(ModelConfig(**SHAPE))
     jsons = {"state.json": {"step": 1, "best_step": 1}, "config.json": config or {"model": SHAPE, "precision": "float32"}}
-    return checkpoint.save(parent, 1, model_tensors(model), {}, jsons, byte_tokenizer().json).folder
+    return checkpoint.save(parent, 1, model_tensors(model), {}, jsons, byte_tokenizer().json, run={}).folder
 
 
 def seal(folder: Path) -> Path:

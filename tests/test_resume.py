@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from conftest import STORY, TINY
-from firstwords import api, store
-from firstwords.errors import ConfigError, DataError, NoInputError, StorageError
+from firstwords import api, recorder, store
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.text.tokenizer import train_bpe
+from firstwords.training import loop
 from firstwords.training import state as states
 from firstwords.training.events import Notice, Sampled, SaveDue, Started, StepDone, Told
 
@@ -36,7 +37,7 @@ def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None,
     text = tmp_path / "story.txt"
     text.write_text(STORY)
     other = tmp_path / "other.txt"
-    other.write_text("".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300)))  # unlike the story: soon it gets worse
+    other.write_text(STORY[::-1][:900])  # first its letters are learnt, then that it is unlike the story
 
     def listener(told: Told) -> None:
         if stop_at is not None and isinstance(told, stop_at[0]) and getattr(told, "step", -1) == stop_at[1]:
@@ -181,6 +182,44 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert api.load(tmp_path / "run").step == run.best_step
 
 
+def seldom_saved(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> TrainResult:
+    """Train so that saves take far too long to follow each best evaluation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "SAVE_FACTOR", 1e12)
+        return train(tmp_path, name, save_every_s=1e9, **options)
+
+
+def test_a_best_that_came_between_two_saves_is_kept_with_the_next(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = seldom_saved(tmp_path, "seldom", monkeypatch)
+    assert same(tmp_path, whole, result)
+    assert 0 < result.best_step < STEPS
+    folders = checkpoint.existing(tmp_path / "seldom" / "checkpoints")
+    assert [checkpoint.step_of(folder) for folder in folders] == [0, result.best_step, STEPS]
+    files = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in folders]
+    assert files == [["model.safetensors", "optimizer.safetensors"], ["model.safetensors"], files[0]]
+    assert api.load(tmp_path / "seldom").step == result.best_step
+    assert api.verify(tmp_path / "seldom", replay=STEPS).ok  # not begun at the best, which has no optimizer
+
+
+@pytest.mark.parametrize("stop_at", [(StepDone, 7), (StepDone, STEPS - 1), (SaveDue, STEPS)])
+def test_a_run_killed_with_its_best_in_memory_only_finds_it_again(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[type, int]
+) -> None:
+    with pytest.raises(KilledError):
+        seldom_saved(tmp_path, "killed", monkeypatch, stop_at=stop_at)
+    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+
+
+def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seldom_saved(tmp_path, "killed", monkeypatch)
+    store.remove_folder(checkpoint.folder_of(tmp_path / "killed" / "checkpoints", STEPS))
+    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+
+
 def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path, "killed", stop_at=(StepDone, 13))
@@ -226,25 +265,29 @@ def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Pat
     assert same(tmp_path, whole, api.train(out=tmp_path / "killed", resume=True))
 
 
-def failing_saves(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
-    """Let the disk be full from the `first` to the `last` save."""
+def failing_saves(
+    monkeypatch: pytest.MonkeyPatch, first: int, last: int, error: type[FirstwordsError] = StorageError
+) -> None:
+    """Let the disk refuse from the `first` to the `last` save."""
     real, count = checkpoint.save, 0
 
     def save(*args: Any, **kwargs: Any) -> checkpoint.Checkpoint:
         nonlocal count
         count += 1
         if first <= count <= last:
-            raise StorageError("the disk is full")
+            raise error("refused")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save", save)
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
-    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [StorageError, PermissionDeniedError])
+def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, error: type[FirstwordsError]
 ) -> None:
-    failing_saves(monkeypatch, 5, 6)
-    assert train(tmp_path, "full").last["weights_sha256"] == whole.last["weights_sha256"]
+    failing_saves(monkeypatch, 6, 7, error)
+    assert whole.best_step == 5  # which could not be saved when it came
+    assert same(tmp_path, whole, train(tmp_path, "full"))
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
@@ -254,13 +297,31 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
     with pytest.raises(StorageError):
         train(tmp_path, "full")
     assert len(journal(tmp_path, "full", "step")) == 6  # steps 4, 5 and 6 could not be saved
-    assert checkpoint.newest(tmp_path / "full" / "checkpoints", print, aside=False).step == 3  # type: ignore[union-attr]
+    assert checkpoint.newest(tmp_path / "full" / "checkpoints", print).step == 3  # type: ignore[union-attr]
 
 
-def test_a_last_save_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_saves(monkeypatch, STEPS + 1, STEPS + 1)  # step 0 is the first save
+def test_a_last_save_that_fails_is_tried_again(tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "RETRY_S", 0.0)
+    failing_saves(monkeypatch, STEPS + 1, STEPS + 2)  # step 0 is the first save
+    assert same(tmp_path, whole, train(tmp_path, "full"))
+
+
+def test_a_last_save_that_goes_on_failing_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "RETRY_S", 0.0)
+    failing_saves(monkeypatch, STEPS + 1, 10**9)
     with pytest.raises(StorageError):
         train(tmp_path, "full")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionDeniedError("may not be removed", where=str(folder))
+
+    monkeypatch.setattr(store, "remove_folder", refuse)
+    assert same(tmp_path, whole, train(tmp_path, "kept"))
+    assert len(checkpoint.existing(tmp_path / "kept" / "checkpoints")) == STEPS + 1
 
 
 def test_a_journal_that_cannot_be_written_does_not_end_the_run(
@@ -284,12 +345,34 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
         train(tmp_path, "run", stop_at=(SaveDue, 13))
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
-    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"").folder
-    checkpoint.rotate(newest.parent, 2, None)
-    assert checkpoint.existing(newest.parent) == [before, newest, rest]
-    checkpoint.save(newest.parent, 15, {}, {}, {}, b"")
-    checkpoint.rotate(newest.parent, 2, None)
+    run, tokenizer = store.read_manifest(newest)["run"], (newest / "tokenizer.json").read_bytes()
+    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, tokenizer, run)
+    checkpoint.rotate(rest, 2, None)
+    assert checkpoint.existing(newest.parent) == [before, newest, rest.folder]
+    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, tokenizer, run), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
+
+
+def test_rotation_neither_counts_nor_removes_another_runs_checkpoints(tmp_path: Path) -> None:
+    theirs, ours = {"config_sha256": "theirs"}, {"config_sha256": "ours"}
+    for step, run in ((1, theirs), (2, ours), (3, ours), (4, theirs)):
+        checkpoint.save(tmp_path, step, {}, {}, {}, b"", run)
+    checkpoint.rotate(checkpoint.save(tmp_path, 5, {}, {}, {}, b"", ours), 2, None)
+    assert [checkpoint.step_of(path) for path in checkpoint.existing(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_a_damaged_folder_of_the_same_step_makes_room_for_the_save(tmp_path: Path) -> None:
+    saved = checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {})
+    (saved.folder / "state.json").write_text("{}!")
+    assert checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {}).json("state.json") == {}
+    assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["damaged-", "step-000"]
+
+
+def test_a_configuration_that_was_edited_by_hand_is_not_gone_on_with(tmp_path: Path, whole: TrainResult) -> None:
+    path = tmp_path / "whole" / "config.toml"
+    path.write_text(path.read_text().replace("peak_lr = 0.1", "peak_lr = 0.2"))
+    with pytest.raises(DataError, match="its config_sha256 is not this run's"):
+        train(tmp_path, "whole", resume=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,19 @@ sees it. What is refused is a DataError, never a RecursionError or MemoryError, 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
-from firstwords.errors import DataError
+from firstwords.errors import DataError, PermissionDeniedError, StorageError
 
 MOST_BYTES = 16 << 20  # of a JSON or configuration file
 MOST_TOKENIZER_BYTES = 256 << 20  # a vocabulary of 2^20 ids takes some 50 MB
@@ -32,16 +35,14 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the content of a regular file of at most `most_bytes`.
 
     Raises:
-        DataError: It is not there, no regular file, larger, or cannot be read.
+        DataError: It is not there, no regular file, larger, or damaged.
+        PermissionDeniedError, StorageError: The system does not let us read it now.
     """
     size = regular_size(path)
     if size > most_bytes:
         raise DataError(f"has {size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise DataError("cannot be read", where=str(path), why=str(error)) from error
+    with opening(path), path.open("rb") as file:
+        return file.read(size)
 
 
 def regular_size(path: Path) -> int:
@@ -50,13 +51,34 @@ def regular_size(path: Path) -> int:
     Raises:
         DataError: It is not there, or is a folder, a FIFO (which would be waited for without end), a device.
     """
-    try:
+    with opening(path):
         found = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError("cannot be read", where=str(path), why=str(error)) from error
     if not stat.S_ISREG(found.st_mode):
         raise DataError("is no regular file", where=str(path))
     return found.st_size
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Tell what is damaged (missing, or a bad place of the disk) from what the system does not let us read now.
+
+    Raises:
+        DataError: It is damaged, so that another copy is needed.
+        PermissionDeniedError, StorageError: It may be whole, so that nobody sets it aside.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        match error.errno:
+            case errno.EIO | errno.ENOENT | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.ENAMETOOLONG:
+                raise DataError("cannot be read", where=str(path), why=str(error)) from error
+            case errno.EACCES | errno.EPERM:
+                raise PermissionDeniedError("may not be read", where=str(path), why=why) from error
+            case _:
+                raise StorageError("reading failed", where=str(path), why=why) from error
+    except ValueError as error:  # a NUL in the name
+        raise DataError("cannot be read", where=str(path), why=str(error)) from error
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 Folders are *published*: written under a temporary name, made durable, renamed, read back. A reader therefore sees a whole
 folder or none, whenever the process or the machine stops. Nothing is overwritten in place; only logs are appended to.
+The calls that change a disk are spelled as the system's own (`os.rename`, not `Path.rename`), so that a test can fail,
+kill or record each of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +27,9 @@ Json = dict[str, Any]
 Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
+TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
 READ_BYTES = 1 << 20
+PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
 
 
@@ -49,37 +53,52 @@ def file_sha256(path: Path) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents; a folder that exists is fine.
+    """Create a folder with its parents, durably; a folder that exists is fine.
 
     Raises:
         CannotCreateError: A file stands where a folder is needed.
         PermissionDeniedError, StorageError: The system refuses.
     """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
     with _speaking_of(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        _sync_folder(path.parent)
 
 
 def write(path: Path, data: bytes) -> None:
     """Write a whole small file atomically: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f"tmp-{path.name}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     with _speaking_of(path):
         try:
             _write_durably(temporary, [data])
-            os.replace(temporary, path)  # noqa: PTH105  the calls that matter are spelled as the system's, for tests to fail them
+            os.replace(temporary, path)
             _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def append(path: Path, data: bytes) -> int:
-    """Append to a log and return its new length in bytes. Not synced: `sync` makes it durable."""
+    """Append to a log and return its new length in bytes. Not synced: `sync` makes what it says durable."""
+    is_new = not path.exists()
     with _speaking_of(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
             _write_all(descriptor, data)
-            return os.fstat(descriptor).st_size
+            size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
+        if is_new:
+            _sync_folder(path.parent)
+    return size
 
 
 def cut(path: Path, size_bytes: int) -> None:
@@ -118,19 +137,20 @@ def publish(
     """
     if folder.exists():
         raise CannotCreateError("is there already", where=str(folder))
-    temporary = folder.with_name(f"tmp-{folder.name}-{secrets.token_hex(4)}")
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
         try:
-            temporary.mkdir()
+            os.mkdir(temporary)
             records = {name: _write_durably(temporary / name, pieces) for name, pieces in files.items()}
             manifest = {"format": FORMAT, "files": records, **describe()}
             manifest["sha256"] = sha256(canonical_json(manifest))
             _write_durably(temporary / MANIFEST, [canonical_json(manifest)])
             _sync_folder(temporary)
-            os.rename(temporary, folder)  # noqa: PTH104
+            os.rename(temporary, folder)
             _sync_folder(folder.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _remove(temporary)
             raise
     return verify(folder)
 
@@ -163,17 +183,20 @@ def verify(folder: Path) -> Json:
     """Return the manifest after comparing every file's size and SHA-256 with it.
 
     Raises:
-        DataError: Names the first file that is missing, of another size, or changed.
+        DataError: Names the first file that is missing, of another size, changed, or unreadable on its disk.
+        PermissionDeniedError, StorageError: The system refuses to read; that says nothing about the files.
     """
     manifest = read_manifest(folder)
     for name, record in manifest["files"].items():
         path = folder / name
         if path.parent != folder or not path.is_file():
             raise DataError("a file is missing", where=str(path))
-        if path.stat().st_size != record["bytes"]:
-            raise DataError(f"has {path.stat().st_size} bytes, its manifest says {record['bytes']}", where=str(path))
-        if file_sha256(path) != record["sha256"]:
-            raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
+        with reading.opening(path):
+            size = path.stat().st_size
+            if size != record["bytes"]:
+                raise DataError(f"has {size} bytes, its manifest says {record['bytes']}", where=str(path))
+            if file_sha256(path) != record["sha256"]:
+                raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
     return manifest
 
 
@@ -181,36 +204,50 @@ def set_aside(folder: Path) -> Path:
     """Rename a damaged folder to `damaged-...` so that nothing takes it for a good one, and return its new place."""
     place = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
-        os.rename(folder, place)  # noqa: PTH104
+        os.rename(folder, place)
+        _sync_folder(folder.parent)
     return place
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder; its manifest goes first, so that a half-removed one is never taken for whole."""
+    """Remove a published folder: it loses its name first, so that a half-removed one is never taken for whole."""
+    doomed = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        os.rename(folder, doomed)
+        _remove(doomed)
 
 
 def remove_leftovers(parent: Path) -> None:
     """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock."""
+    for path in folders(parent, TEMPORARY):
+        with _speaking_of(path):
+            _remove(path)
+
+
+def folders(parent: Path, prefix: str) -> list[Path]:
+    """Return what stands in `parent` under a name that begins with `prefix`; nothing where there is no `parent`."""
     with _speaking_of(parent):
-        for path in parent.glob("tmp-*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        names = os.listdir(parent) if parent.is_dir() else []
+    return [parent / name for name in sorted(names) if name.startswith(prefix)]
 
 
 def require_space(folder: Path, size_bytes: int) -> None:
-    """Raise a StorageError where the disk of `folder` has not twice `size_bytes` free: the old and the new one."""
-    free = shutil.disk_usage(folder).free
+    """Raise a StorageError where the disk of `folder` has not twice `size_bytes` free, or refuses a probe (a quota)."""
+    with _speaking_of(folder):
+        free = shutil.disk_usage(folder).free
     if free < 2 * size_bytes:
         raise StorageError(
             f"the disk has {free / 1e9:.2f} GB free, two checkpoints need {2 * size_bytes / 1e9:.2f} GB",
             where=str(folder),
             do="free some space, or give --out on another disk",
         )
+    probe = folder / f"{TEMPORARY}probe-{secrets.token_hex(4)}"
+    with _speaking_of(folder):
+        try:
+            _write_durably(probe, [bytes(min(2 * size_bytes, PROBE_BYTES))])
+        finally:
+            with suppress(OSError):
+                os.unlink(probe)
 
 
 @contextmanager
@@ -282,6 +319,16 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder of files: firstwords makes no deeper ones."""
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
+    for name in os.listdir(path):
+        os.unlink(path / name)
+    os.rmdir(path)
 
 
 @contextmanager

@@ -36,6 +36,11 @@ class Checkpoint:
         """SHA-256 of the weights' file: equal for equal weights."""
         return str(self.manifest["files"][MODEL]["sha256"])
 
+    @property
+    def continuable(self) -> bool:
+        """Whether training can go on from here; a best one that was copied before it was saved has its weights only."""
+        return OPTIMIZER in self.manifest["files"]
+
     def json(self, name: str) -> store.Json:
         """Return one of its JSON files.
 
@@ -57,33 +62,46 @@ def save(
     parent: Path,
     step: int,
     model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     jsons: Mapping[str, Mapping[str, Any]],
     tokenizer_json: bytes,
+    run: Mapping[str, str],
 ) -> Checkpoint:
-    """Publish `parent/step-<step>` and return it, verified; one that is there already is returned as it is.
+    """Publish `parent/step-<step>` and return it, verified.
+
+    One of this run that is there already is returned as it is; a damaged one makes room, set aside, and so does one of
+    weights only.
 
     Args:
         parent: The run's folder of checkpoints.
         step: Updates done.
         model: The weights.
-        optimizer: The optimizers' tensors.
+        optimizer: The optimizers' tensors; None: only the weights are kept.
         jsons: File name to content, for `state.json` and `config.json`.
         tokenizer_json: The tokenizer's own file.
+        run: The hashes that tell this run from others.
 
     Raises:
-        StorageError: It could not be written; nothing appears.
+        StorageError, PermissionDeniedError: It could not be written; nothing appears.
+        DataError: What was read back is not what was written.
     """
     folder = folder_of(parent, step)
     if folder.exists():
-        return Checkpoint(folder, store.verify(folder))
+        try:
+            found = _of_run(folder, run)
+        except DataError:
+            store.set_aside(folder)
+        else:
+            if found.continuable or optimizer is None:
+                return found
+            store.remove_folder(folder)
     files = {
         MODEL: safetensors_bytes(model),
-        OPTIMIZER: safetensors_bytes(optimizer),
+        **({} if optimizer is None else {OPTIMIZER: safetensors_bytes(optimizer)}),
         TOKENIZER: [tokenizer_json],
         **{name: [store.canonical_json(value)] for name, value in jsons.items()},
     }
-    return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": step}))
+    return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": step, "run": run}))
 
 
 def folder_of(parent: Path, step: int) -> Path:
@@ -93,35 +111,59 @@ def folder_of(parent: Path, step: int) -> Path:
 
 def existing(parent: Path) -> list[Path]:
     """Return the folders of checkpoints, oldest first, by number."""
-    folders = [path for path in parent.glob(PREFIX + "*") if path.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(folders, key=step_of)
+    folders = store.folders(parent, PREFIX)
+    return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdecimal()), key=step_of)
 
 
-def newest(parent: Path, notice: Callable[[str], None], *, aside: bool) -> Checkpoint | None:
+def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] | None = None) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
 
     Args:
         parent: The run's folder of checkpoints.
-        notice: Told of each damaged one.
-        aside: Set damaged ones aside (only under the run's lock).
+        notice: Told of each one that is passed over.
+        run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run and
+            damaged ones are set aside, and newer ones of weights only removed. None: any one's weights will do, and
+            nothing is touched.
 
     Raises:
-        DataError: There are checkpoints, and every one is damaged.
+        DataError: There are checkpoints, and none is whole and of this run.
     """
-    refused: dict[Path, str] = {}
+    refused: dict[Path, DataError] = {}
     for folder in reversed(existing(parent)):
         try:
-            found = Checkpoint(folder, store.verify(folder))
+            found = _of_run(folder, run)
         except DataError as error:
-            refused[folder] = str(error)
+            refused[folder] = error
+            continue
+        if run is not None and not found.continuable:
+            store.remove_folder(folder)  # a kill came between it and the save that it belongs to; it will be made again
             continue
         for damaged, reason in refused.items():
-            notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if aside else "an older one is used"))
+            notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
         return found
     if refused:
-        why, do = "; ".join(refused.values()), "begin a new run with another --out"
-        raise DataError("every checkpoint is damaged", where=str(parent), why=why, do=do)
+        why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
+        do = newest_refused.do or "begin a new run with another --out"
+        raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
     return None
+
+
+def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
+    """Return a verified checkpoint.
+
+    Raises:
+        DataError: It is damaged, or was made by another run than `run`.
+    """
+    manifest = store.verify(folder)
+    if run is not None and manifest.get("run") != run:
+        theirs = manifest["run"] if isinstance(manifest.get("run"), dict) else {}
+        other = ", ".join(name for name, value in run.items() if theirs.get(name) != value)
+        raise DataError("was made by another run", where=str(folder), why=f"its {other} is not this run's")
+    kept = manifest["files"].get(TOKENIZER, {}).get("sha256")
+    if run is not None and kept != run.get("tokenizer_sha256", kept):
+        why = f"its SHA-256 is {kept}, the run's is {run['tokenizer_sha256']}"
+        raise DataError("is not the run's tokenizer", where=str(folder / TOKENIZER), why=why)
+    return Checkpoint(folder, manifest)
 
 
 def weights_sha256(parent: Path, step: int) -> str:
@@ -139,7 +181,7 @@ def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         DataError: There are checkpoints, and every one is damaged.
     """
-    found = newest(parent, notice, aside=False)
+    found = newest(parent, notice)
     best_step = None if found is None else found.json(STATE).get("best_step")
     if found is None or best_step == found.step or not isinstance(best_step, int):
         return found
@@ -163,30 +205,35 @@ def at_step(parent: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, store.verify(folder))
 
 
-def rotate(parent: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` whole checkpoints and the best. Call it only after the newest was read back.
+def rotate(saved: Checkpoint, keep: int, best_step: int | None) -> None:
+    """Remove all but `saved`, the newest `keep - 1` whole ones before it, and the best; only checkpoints of its run.
 
     What is kept is verified first, so that a damaged one does not count; nothing is removed while fewer are whole.
+    `saved` itself was read back when it was published.
     """
-    folders = existing(parent)
-    if len(folders) <= keep:
-        return
-    whole = 1  # the newest
-    for place, folder in reversed(list(enumerate(folders[:-1]))):
-        if whole >= keep:
-            for old in folders[: place + 1]:
-                if step_of(old) != best_step:
-                    store.remove_folder(old)
-            return
-        whole += _is_whole(folder)
+    others = [folder for folder in reversed(existing(saved.folder.parent)) if folder != saved.folder]
+    whole = 1
+    for folder in others:
+        if whole < keep:
+            whole += _is_whole(folder, saved.manifest["run"])
+        elif step_of(folder) != best_step and _run_of(folder) == saved.manifest["run"]:
+            store.remove_folder(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, run: Mapping[str, str]) -> bool:
     try:
-        store.verify(folder)
+        return _of_run(folder, run).continuable
     except DataError:
         return False
-    return True
+
+
+def _run_of(folder: Path) -> Mapping[str, str] | None:
+    """Return the hashes of the run that made a checkpoint; None where its manifest does not tell."""
+    try:
+        run: Mapping[str, str] | None = store.read_manifest(folder).get("run")
+    except DataError:
+        return None
+    return run
 
 
 def step_of(folder: Path) -> int:

@@ -128,16 +128,13 @@ def is_proper_name(name: str) -> bool:
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """Return the header and the number of bytes after it."""
     size = reading.regular_size(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            most = min(size - LENGTH_BYTES, reading.MOST_BYTES)
-            if not 2 <= length <= most:
-                why = f"its header would have {length} bytes; from 2 to {most} are possible"
-                raise DataError("is no safetensors file", where=str(path), why=why)
-            return file.read(length), size - LENGTH_BYTES - length
-    except OSError as error:
-        raise DataError("cannot be read", where=str(path), why=str(error)) from error
+    with reading.opening(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        most = min(size - LENGTH_BYTES, reading.MOST_BYTES)
+        if not 2 <= length <= most:
+            why = f"its header would have {length} bytes; from 2 to {most} are possible"
+            raise DataError("is no safetensors file", where=str(path), why=why)
+        return file.read(length), size - LENGTH_BYTES - length
 
 
 def _described(name: str, claim: Any, where: str) -> Described:
