@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def proved(request: pytest.FixtureRequest) -> Callable[..., None]:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether every case is wanted and not a sample."""
     return bool(request.config.option.full)
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where the system has one: for tests that write a folder some ten thousand times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

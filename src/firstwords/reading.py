@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from firstwords.errors import DataError, PermissionDeniedError, StorageError
 
 MOST_BYTES = 16 << 20  # of a JSON or configuration file
 MOST_TOKENIZER_BYTES = 256 << 20  # a vocabulary of 2^20 ids takes some 50 MB
+NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 BYTES_A_VALUE = 32  # a Python object takes over 60 bytes and `{},` only 3; so many values are allowed for the largest size
 MOST_DEPTH = 64
 MOST_DIGITS = 20  # of a whole number: 64 bits
@@ -35,27 +36,30 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the content of a regular file of at most `most_bytes`.
 
     Raises:
-        DataError: It is not there, no regular file, larger, or damaged.
+        DataError: It is larger, or as `regular`.
         PermissionDeniedError, StorageError: The system does not let us read it now.
     """
-    size = regular_size(path)
-    if size > most_bytes:
-        raise DataError(f"has {size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
-    with opening(path), path.open("rb") as file:
+    with regular(path) as (file, size):
+        if size > most_bytes:
+            raise DataError(f"has {size} bytes", where=str(path), why=f"at most {most_bytes} make sense here")
         return file.read(size)
 
 
-def regular_size(path: Path) -> int:
-    """Return the size of a regular file in bytes.
+@contextmanager
+def regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file, and give it with its size in bytes.
+
+    What was opened is looked at, not what stood there before. A FIFO, for which one waits without end, is not waited for.
 
     Raises:
-        DataError: It is not there, or is a folder, a FIFO (which would be waited for without end), a device.
+        DataError: It is not there, or is a folder, a FIFO, a device; or it is damaged.
+        PermissionDeniedError, StorageError: The system does not let us read it now.
     """
-    with opening(path):
-        found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError("is no regular file", where=str(path))
-    return found.st_size
+    with opening(path), open(path, "rb", opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError("is no regular file", where=str(path))
+        yield file, found.st_size
 
 
 @contextmanager
@@ -72,11 +76,13 @@ def opening(path: Path) -> Iterator[None]:
         why = os.strerror(error.errno) if error.errno else str(error)
         match error.errno:
             case errno.EIO | errno.ENOENT | errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.ENAMETOOLONG:
-                raise DataError("cannot be read", where=str(path), why=str(error)) from error
+                raise DataError("cannot be read", where=str(path), why=why, do="check the name and the disk") from error
             case errno.EACCES | errno.EPERM:
-                raise PermissionDeniedError("may not be read", where=str(path), why=why) from error
+                raise PermissionDeniedError("may not be read", where=str(path), why=why, do="allow it") from error
             case _:
-                raise StorageError("reading failed", where=str(path), why=why) from error
+                raise StorageError(
+                    "reading failed", where=str(path), why=why, do="check the disk, then try again"
+                ) from error
     except ValueError as error:  # a NUL in the name
         raise DataError("cannot be read", where=str(path), why=str(error)) from error
 
@@ -139,6 +145,10 @@ def require_plain_names(names: Iterable[str], where: str) -> None:
         if other := seen.get(name.casefold()):
             raise DataError(f"names {other!r} and {name!r}", where=where, why="some file systems take them for one")
         seen[name.casefold()] = name
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | NO_WAITING)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

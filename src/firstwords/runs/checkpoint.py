@@ -86,7 +86,7 @@ def save(
         DataError: What was read back is not what was written.
     """
     folder = folder_of(parent, step)
-    if folder.exists():
+    if store.exists(folder):
         try:
             found = _of_run(folder, run)
         except DataError:

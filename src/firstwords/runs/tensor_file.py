@@ -127,8 +127,7 @@ def is_proper_name(name: str) -> bool:
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """Return the header and the number of bytes after it."""
-    size = reading.regular_size(path)
-    with reading.opening(path), path.open("rb") as file:
+    with reading.regular(path) as (file, size):
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         most = min(size - LENGTH_BYTES, reading.MOST_BYTES)
         if not 2 <= length <= most:

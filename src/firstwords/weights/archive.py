@@ -57,8 +57,7 @@ def require_plain(path: Path) -> None:
     The format before PyTorch 1.6 is refused: its pickles lie in one stream with the tensors, so that nothing about them can
     be known before they are run.
     """
-    size = reading.regular_size(path)
-    with path.open("rb") as file:
+    with reading.regular(path) as (file, size):
         head = file.read(512)
         file.seek(-min(size, END.size + LOCATOR.size + END_64.size), os.SEEK_END)
         tail = file.read()

@@ -49,7 +49,8 @@ def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = Non
         DataError: It holds more than plain tensors and plain values, or its process had to be ended.
         CannotCreateError: `out` exists.
     """
-    size = reading.regular_size(path)
+    with reading.regular(path) as (_, size):
+        pass
     if out.exists():
         raise CannotCreateError("is there already", where=str(out))
     store.make_folder(out)
