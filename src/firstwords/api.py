@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import resolve, store
-from firstwords.config import ModelConfig, RunConfig, flatten, from_toml, run_config, to_toml
+from firstwords.config import RunConfig, flatten, from_toml, model_config, run_config, to_toml
 from firstwords.errors import DataError, DivergedError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
@@ -184,19 +184,16 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     """
     found = _checkpoint(Path(source), notice)
 
-    from firstwords.model.gpt import GPTModel
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning import machine
     from firstwords.runs import checkpoint
     from firstwords.text import tokenizer as tokenizers
-    from firstwords.training.state import load_model_tensors
+    from firstwords.training.state import restored_model
 
     saved = found.json(checkpoint.CONFIG)
-    model = GPTModel(ModelConfig(**saved["model"]))
-    load_model_tensors(model, found.tensors(checkpoint.MODEL), str(found.folder))
-    tokenizer_path = found.folder / checkpoint.TOKENIZER
-    tokenizer = tokenizers.from_json(tokenizer_path.read_bytes(), str(tokenizer_path))
-    return LanguageModel(model.eval(), tokenizer, found.step, machine.DTYPES[saved["precision"]])
+    model = restored_model(saved, found.tensors(checkpoint.MODEL), str(found.folder))
+    tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
+    return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
 
 
 def evaluate(
@@ -252,17 +249,17 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
     from firstwords.runs import checkpoint
 
     config, state = found.json(checkpoint.CONFIG), found.json(checkpoint.STATE)
-    model = ModelConfig(**config["model"])
+    model = model_config(config.get("model"), str(found.folder))
     run = RunFolder(Path(source))
     steps = checkpoint.step_of(checkpoint.existing(run.checkpoints)[-1]) if run.exists else found.step
     return {
         "run": str(source),
         "parameters": cost.parameters(model),
         "steps": steps,
-        "best_step": found.step if state["best_step"] is None else state["best_step"],
+        "best_step": found.step if state.get("best_step") is None else state["best_step"],
         "checkpoint": str(found.folder),
         "weights_sha256": found.weights_sha256,
-        "precision": config["precision"],
+        "precision": config.get("precision"),
         "config": config["model"],
         "text": run_config(from_toml(resolve.read(run.config), str(run.config))).text if run.exists else None,
     }

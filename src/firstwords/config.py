@@ -30,6 +30,8 @@ Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
+MOST_DOTS = 100  # in a line of TOML, outside strings
+TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'""")
 OnNan = Literal["stop", "rollback"]
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
@@ -249,6 +251,20 @@ def run_config(*layers: Overrides) -> RunConfig:
     return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
 
 
+def model_config(saved: Any, where: str) -> ModelConfig:
+    """Return the shape of a model as a file has it: what `dataclasses.asdict` made of it.
+
+    Raises:
+        ConfigError: No table, an unknown key, a value of the wrong type or out of its range.
+    """
+    if not isinstance(saved, Mapping):
+        raise ConfigError("has no table of the model's shape", where=where)
+    kinds = get_type_hints(ModelConfig)
+    if unknown := sorted(saved.keys() - kinds.keys()):
+        raise ConfigError(f"unknown key {unknown[0][:80]!r}", where=where, do=did_you_mean(unknown[0][:80], kinds))
+    return ModelConfig(**{name: converted(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
+
+
 def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str, Any]:
     """Return `given` with only the newest layer's word on how long to train: `--for` replaces a file's `steps`."""
     lengths = ("steps", "epochs", "for_s")
@@ -304,11 +320,14 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
     """Return the overrides in a TOML file.
 
     Raises:
-        ConfigError: It is no TOML; the line and column are in the message.
+        ConfigError: It is no TOML; the line and column are in the message. Or a line has over 100 dots outside strings.
     """
+    lines = (TOML_STRING.sub("", line) for line in text.splitlines())
+    if any(line.count(".") > MOST_DOTS for line in lines):  # the parser's time grows with their square
+        raise ConfigError("is no TOML", where=where, why=f"a line has over {MOST_DOTS} dots")
     try:
         return flatten(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of thousands of digits
         raise ConfigError("is no TOML", where=where, why=str(error)) from error
 
 

@@ -6,7 +6,6 @@ Needs torch only for the last; whatever can be refused before is refused before 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.config import ModelConfig, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
@@ -182,8 +181,10 @@ def recorded_corpus(run: RunFolder) -> Path | None:
     if not run.corpus.is_file():
         return None
     try:
-        return cache_folder() / str(json.loads(run.corpus.read_bytes())["folder"])
-    except (ValueError, KeyError, TypeError) as error:
+        name = str(reading.read_json(run.corpus)["folder"])
+        reading.require_plain_names([name], str(run.corpus))
+        return cache_folder() / name
+    except (DataError, KeyError) as error:
         raise DataError(
             "is damaged", where=str(run.corpus), why=str(error), do="remove it; the text is read again"
         ) from error
@@ -300,9 +301,9 @@ def read(path: Path) -> str:
     Raises:
         NoInputError, DataError: It is not there, or cannot be read.
     """
+    if not path.exists():
+        raise NoInputError("no such file", where=str(path), do="check the name")
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NoInputError("no such file", where=str(path), do="check the name") from error
-    except (OSError, UnicodeDecodeError) as error:
+        return reading.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise DataError("cannot be read", where=str(path), why=str(error)) from error

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from firstwords import reading
 from firstwords.errors import CannotCreateError, DataError, FirstwordsError, PermissionDeniedError, StorageError
 
 Json = dict[str, Any]
@@ -180,20 +181,21 @@ def read_manifest(folder: Path) -> Json:
         DataError: Missing, damaged, or made by a newer format.
     """
     path = folder / MANIFEST
-    try:
-        with _reading(path):
-            data = path.read_bytes()
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError("the manifest cannot be read", where=str(path), why=str(error)) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    data = reading.read_bytes(path)
+    manifest = reading.parse_json(data, str(path))
+    if not isinstance(manifest.get("files"), dict) or not all(map(_is_record, manifest["files"].values())):
         raise DataError("this is no manifest", where=str(path))
+    reading.require_plain_names(manifest["files"], str(path))
     if manifest.get("format") != FORMAT:
         raise DataError(f"made by format {manifest.get('format')}; this version reads format {FORMAT}", where=str(path))
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != sha256(canonical_json(rest)) or data != canonical_json(manifest):
         raise DataError("the manifest is damaged", where=str(path), why="its checksum does not match")
     return manifest
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)
 
 
 def verify(folder: Path) -> Json:
@@ -206,7 +208,7 @@ def verify(folder: Path) -> Json:
     manifest = read_manifest(folder)
     for name, record in manifest["files"].items():
         path = folder / name
-        with _reading(path):
+        with reading.opening(path):
             if path.parent != folder or not path.is_file():
                 raise DataError("a file is missing", where=str(path))
             size = path.stat().st_size
@@ -348,17 +350,6 @@ def _remove(path: Path) -> None:
     for name in os.listdir(path):
         os.unlink(path / name)
     os.rmdir(path)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Tell what is damaged (missing, or a bad place of the disk) from what the system does not let us read now."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-            raise DataError("cannot be read", where=str(path), why=str(error)) from error
-        raise as_firstwords_error(error, path) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from firstwords import resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
 from firstwords.planning import machine
-from firstwords.runs import checkpoint
+from firstwords.runs import checkpoint, tensor_file
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
@@ -81,9 +81,11 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
 def _checkpoint(folder: Path) -> Finding:
     step = checkpoint.step_of(folder)
     try:
-        store.verify(folder)
+        tensors = Checkpoint(folder, store.verify(folder)).tensors(checkpoint.MODEL)
     except DataError as error:
         return Finding(folder.name, step, ok=False, problem=str(error))
+    if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        return Finding(folder.name, step, ok=False, problem=f"{folder}: {wrong[0]!r} holds numbers that are not finite")
     return Finding(folder.name, step, ok=True)
 
 
@@ -161,6 +163,6 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
 
 def _weights_sha256(state: TrainState) -> str:
     digest = hashlib.sha256()
-    for piece in checkpoint.safetensors_bytes(states.model_tensors(state.model)):
+    for piece in tensor_file.safetensors_bytes(states.model_tensors(state.model)):
         digest.update(piece)
     return digest.hexdigest()

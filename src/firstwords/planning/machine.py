@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from firstwords.config import Precision
-from firstwords.errors import ConfigError
+from firstwords.errors import ConfigError, DataError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MUCH_FASTER = 1.5  # bfloat16 must win by this much to be worth its rounding
@@ -35,6 +35,17 @@ def device(name: str) -> torch.device:
     if not there.get(found.type, False) or (found.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(f"there is no {name} here", where="--device", do="use --device cpu")
     return found
+
+
+def dtype_of(precision: Any, where: str) -> torch.dtype:
+    """Return the dtype of the matrix products that a file names.
+
+    Raises:
+        DataError: An unknown one.
+    """
+    if precision not in list(DTYPES):
+        raise DataError(f"has no known precision but {str(precision)[:80]!r}", where=where)
+    return DTYPES[precision]
 
 
 @contextmanager

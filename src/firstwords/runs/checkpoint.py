@@ -1,30 +1,22 @@
-"""Named tensors and JSON <-> a published, verified folder; which of them stay.
-
-Tensors are written as safetensors, streamed through `store` because the package's own writer neither syncs nor can be
-made to fail at a chosen write; they are read back with the package.
-"""
+"""Named tensors and JSON <-> a published, verified folder; which of them stay."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.errors import DataError, FirstwordsError, NoInputError
+from firstwords.runs import tensor_file
+from firstwords.runs.tensor_file import safetensors_bytes
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
 PREFIX = "step-"
-# Names of the safetensors format (huggingface/safetensors, README).
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -50,20 +42,20 @@ class Checkpoint:
         return OPTIMIZER in self.manifest["files"]
 
     def json(self, name: str) -> store.Json:
-        """Return one of its JSON files."""
-        value: store.Json = json.loads((self.folder / name).read_bytes())
-        return value
+        """Return one of its JSON files.
+
+        Raises:
+            DataError: It is no JSON object, or one made to do harm.
+        """
+        return reading.read_json(self.folder / name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one of its files, memory-mapped.
 
         Raises:
-            DataError: It is no safetensors file.
+            DataError: It is no proper safetensors file.
         """
-        try:
-            return load_file(self.folder / name)
-        except SafetensorError as error:
-            raise DataError("is no safetensors file", where=str(self.folder / name), why=str(error)) from error
+        return tensor_file.load(self.folder / name)
 
 
 def save(
@@ -110,22 +102,6 @@ def save(
         **{name: [store.canonical_json(value)] for name, value in jsons.items()},
     }
     return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": step, "run": run}))
-
-
-def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[store.Bytes]:
-    """Yield a safetensors file: header length (8 bytes), JSON header padded to 8, the tensors in order of their names."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in sorted(tensors):
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
 
 
 def folder_of(parent: Path, step: int) -> Path:
@@ -206,8 +182,8 @@ def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:
         DataError: There are checkpoints, and every one is damaged.
     """
     found = newest(parent, notice)
-    best_step = None if found is None else found.json(STATE)["best_step"]
-    if found is None or best_step in (None, found.step):
+    best_step = None if found is None else found.json(STATE).get("best_step")
+    if found is None or best_step == found.step or not isinstance(best_step, int):
         return found
     try:
         return at_step(parent, best_step)

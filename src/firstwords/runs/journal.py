@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.errors import DataError, PermissionDeniedError, StorageError
 
 
@@ -42,15 +43,15 @@ class Journal:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:  # bytes end lines at \n alone; what a model says may hold U+2028
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
+            for number, line in enumerate(iter(partial(file.readline, reading.MOST_BYTES), b""), 1):
+                if line.endswith(b"\n") or len(line) == reading.MOST_BYTES:
                     yield self._read(line, number)
 
     def _read(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            value: dict[str, Any] = json.loads(line)
+            value = reading.parse_json(line, f"line {number}")
             return {**value, "event": value["event"]}
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (DataError, KeyError) as error:
             do = "remove the line" if number > 1 else "remove the file"
             raise DataError("is no event", where=f"{self.path}:{number}", why=str(error), do=do) from error
 

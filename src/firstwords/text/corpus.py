@@ -26,6 +26,7 @@ from firstwords.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
 LAYOUT = 1  # of the shards; part of the key under which they are cached
+DTYPES = ("<u2", "<u4")
 TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
 CHECKED_IDS = 1 << 20  # at once
@@ -159,7 +160,7 @@ def load(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise NoInputError("the prepared text is not there", where=str(folder), do="train on the text again")
     manifest = store.verify(folder)
-    tokenizer = tokenizers.from_json((folder / TOKENIZER_FILE).read_bytes(), str(folder / TOKENIZER_FILE))
+    tokenizer = tokenizers.read(folder / TOKENIZER_FILE)
     parts = [_open(folder / f"{name}.bin", manifest[name], tokenizer) for name in ("train", "val")]
     return Corpus(folder, tokenizer, parts[0], parts[1], manifest["text_sha256"])
 
@@ -205,7 +206,7 @@ def make_tokenizer(name: str | Tokenizer, training: Iterable[Document]) -> Token
         case "bpe":
             return tokenizers.train_bpe((piece for document in training for piece in document.pieces()), size)
         case _:
-            return tokenizers.from_json(Path(name).read_bytes(), name)
+            return tokenizers.read(Path(name))
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def _key(found: Survey, held_out: Survey | None, fraction: float, tokenizer: str
 
 
 def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: Tokenizer, text_sha256: str) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
     counts: dict[str, dict[str, int]] = {}
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
@@ -290,6 +291,8 @@ def _counted(pieces: Iterable[str], count: dict[str, int]) -> Iterator[str]:
 
 
 def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:
+    if record["dtype"] not in DTYPES:
+        raise DataError(f"does not hold ids but {record['dtype']!r}", where=str(path))
     dtype = np.dtype(record["dtype"])
     if path.stat().st_size != record["ids"] * dtype.itemsize:
         raise DataError(f"does not hold the {record['ids']} ids that its manifest names", where=str(path))

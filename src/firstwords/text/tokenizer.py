@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import regex
 import tiktoken
 
+from firstwords import reading
 from firstwords.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -189,6 +191,15 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def read(path: Path) -> Tokenizer:
+    """Return the tokenizer in a `tokenizer.json`.
+
+    Raises:
+        DataError: It cannot be read, or as `from_json`.
+    """
+    return from_json(reading.read_bytes(path, reading.MOST_TOKENIZER_BYTES), str(path))
+
+
 def from_json(data: bytes, where: str) -> Tokenizer:
     """Return the tokenizer of a `tokenizer.json` as `Tokenizer.json` has it.
 
@@ -196,14 +207,14 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         DataError: No JSON, not byte-level BPE, ids with gaps, or merges that do not follow from the ids.
     """
     try:
-        value = json.loads(data)
+        value = reading.parse_json(data, "", reading.MOST_TOKENIZER_BYTES)
         model, plain = value["model"], value["normalizer"] is None and value["pre_tokenizer"] == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
         words = {word: operator.index(rank) for word, rank in model["vocab"].items()}
         ranks = {bytes(letters[letter] for letter in word): rank for word, rank in words.items() if word != END_OF_TEXT}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         raise DataError("is no byte-level BPE tokenizer", where=where, why=why, do=_ANOTHER) from error
     if not plain:
         what = "the tokenizer changes or splits its text in another way than GPT-2's"

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstwords.config import ModelConfig, OptimConfig
+from firstwords.config import ModelConfig, OptimConfig, model_config
 from firstwords.errors import DataError
+from firstwords.model import cost
 from firstwords.model.gpt import GPTModel
 from firstwords.text.batches import Batch
 from firstwords.training.optim import optimizers
@@ -96,6 +97,25 @@ def load_model_tensors(model: GPTModel, tensors: Mapping[str, Tensor], where: st
         own[name].copy_(tensors[name])
 
 
+def restored_model(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> GPTModel:
+    """Return the model that a checkpoint's `config.json` describes, with its weights.
+
+    The shape is held against the size of the weights before a model of it is built: a file of a few bytes cannot ask for
+    a thousand million layers.
+
+    Raises:
+        ConfigError: An impossible shape.
+        DataError: Weights of another shape.
+    """
+    config = model_config(saved.get("model"), where)
+    wanted, there = cost.parameters(config), sum(tensor.numel() for tensor in tensors.values())
+    if wanted != there:
+        raise DataError(f"has {there} parameters, its configuration needs {wanted}", where=where)
+    model = GPTModel(config)
+    load_model_tensors(model, tensors, where)
+    return model
+
+
 def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     """Return the optimizers' tensors as `parameter/kind`: `tok_emb.weight/exp_avg`."""
     return {
@@ -106,12 +126,18 @@ def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizers back what `optimizer_tensors` returned, and nothing else."""
+    """Give the optimizers back what `optimizer_tensors` returned, and nothing else.
+
+    Raises:
+        DataError: A tensor of no parameter, or of another shape than its parameter.
+    """
     for optimizer in state.optimizers:
         optimizer.state.clear()
     by_name = {name: (parameter, optimizer) for name, parameter, optimizer in _owners(state)}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
+        if name not in by_name or value.shape not in (by_name[name][0].shape, torch.Size()):
+            raise DataError(f"tensor {key[:80]!r} belongs to no parameter", where="optimizer.safetensors")
         parameter, optimizer = by_name[name]
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
@@ -125,12 +151,18 @@ def load_scalars(state: TrainState, values: Mapping[str, Any]) -> None:
     """Set the registered scalars.
 
     Raises:
-        DataError: One is missing.
+        DataError: One is missing, or neither a number nor a list of numbers.
     """
     for name in SCALARS:
         if name not in values:
             raise DataError(f"the saved state has no {name!r}", where="state.json")
+        if not _is_of_numbers(values[name]):
+            raise DataError(f"the saved {name!r} is made of no numbers", where="state.json")
         setattr(state, name, values[name])
+
+
+def _is_of_numbers(value: Any) -> bool:
+    return all(map(_is_of_numbers, value)) if isinstance(value, list) else isinstance(value, int | float | None)
 
 
 def _owners(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
