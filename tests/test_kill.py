@@ -1,0 +1,78 @@
+"""A run may be killed at any moment: it goes on and ends as one that never stopped."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kill_farm
+from kill_farm import Kill, Pace
+
+SEED = 20_000
+Proved = Callable[..., None]
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def farm(request: pytest.FixtureRequest) -> Iterator[ProcessPoolExecutor]:
+    """Processes that fork and kill; see `kill_farm`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait in a loop take the cores from those that work
+        workers = 2 if request.config.option.full else 1
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=kill_farm.begin) as pool:
+            yield pool
+
+
+def killed(farm: ProcessPoolExecutor, wanted: int, at_once: int, folder: Path, pace: Pace, **how: Any) -> list[Kill]:
+    """Return what at least `wanted` kills left, half of them or more inside a save."""
+    print(f"seeds from {SEED}")
+    kills, running, numbers = list[Kill](), set[Future[list[Kill]]](), itertools.count(SEED)
+    while running or len(kills) < wanted or 2 * inside(kills) < wanted:
+        while len(running) < at_once and (len(kills) < wanted or 2 * inside(kills) < wanted):
+            saving = 2 * inside(kills) <= len(kills)
+            running.add(farm.submit(kill_farm.chain, folder, next(numbers), pace, saving=saving, **how))
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        kills += itertools.chain.from_iterable(future.result() for future in done)
+        print(f"{len(kills)} of {wanted} kills, {inside(kills)} inside a save", file=sys.stderr, flush=True)
+    return kills
+
+
+def inside(kills: list[Kill]) -> int:
+    return sum(kill.in_save for kill in kills)
+
+
+def told(kills: list[Kill], threads: int, what: str) -> str:
+    lost = max(kill.lost_steps for kill in kills)
+    return f"{len(kills)} {what}, threads {threads}: {inside(kills)} inside a save, at most {lost} steps lost"
+
+
+@pytest.mark.technique("K1")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(
+    farm: ProcessPoolExecutor, tmp_path: Path, proved: Proved, threads: int
+) -> None:
+    pace = farm.submit(kill_farm.reference, tmp_path, threads).result()
+    kills = killed(farm, 25, 1, tmp_path, pace)
+    proved(len(kills), told(kills, threads, "of forks"))
+
+
+@pytest.mark.technique("K1")
+def test_a_real_process_killed_at_random_moments_ends_as_one_that_never_stopped(
+    farm: ProcessPoolExecutor, tmp_path: Path, proved: Proved, full: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done, said = 0, []
+    for threads in (1, 2) if full else (2,):
+        folder = tmp_path / str(threads)
+        pace = farm.submit(kill_farm.reference, folder, threads).result()
+        with capfd.disabled() if full else nullcontext():
+            kills = killed(farm, 250 if full else 5, 2 if full else 1, folder, pace, real=True)
+        done, said = done + len(kills), [*said, told(kills, threads, "of real processes")]
+    proved(done, "; ".join(said))
