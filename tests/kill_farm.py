@@ -6,31 +6,40 @@ A farm computes with one thread itself, because libgomp cannot go on in the chil
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from conftest import OTHER, STORY, TINY, outcome
-from firstwords import api, store
-from firstwords.runs import checkpoint
+from firstwords import api, recorder, store
+from firstwords.errors import DataError
+from firstwords.recorder import Recorder
+from firstwords.runs import checkpoint, journal
+from firstwords.runs import folder as folder_module
 from firstwords.runs.folder import RunFolder
 from firstwords.training import loop
-from firstwords.training.events import Saved, StepDone, Told
+from firstwords.training.events import Saved, Started, StepDone, Told
 
 HANGS_S = 120.0  # a child that takes so long shows its stack and dies
 KILLS_A_RUN = 5
@@ -44,6 +53,7 @@ def begin() -> None:
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         first(Path(folder), steps=1)
+    gc.freeze()  # so that no collection in a child copies all memory
 
 
 # ---------------------------------------------------------------------------------------------------- children
@@ -237,11 +247,224 @@ def standing(run: Path, damaged: str = "") -> checkpoint.Checkpoint:
     """
     parent = run / "checkpoints"
     for folder in checkpoint.existing(parent):
-        if folder.name != damaged:
+        try:
             store.verify(folder)
+        except DataError as error:
+            if folder.name != damaged:
+                raise AssertionError(f"a checkpoint that has its name is not whole: {error}") from error
     found = checkpoint.newest(parent, lambda notice: None)
     assert found is not None, "there is no checkpoint"
     if not damaged:
         announced = [line["step"] for line in RunFolder(run).metrics.lines() if line["event"] == "save"]
         assert found.step >= max(announced, default=0), "a checkpoint that was announced is gone"
     return found
+
+
+# ------------------------------------------------------------------------------------ kills at every single place
+
+Act = Callable[[Path], object]  # what is killed, in a run's folder
+Killer = Callable[[Callable[[], object]], int]  # does something in a child, kills it somewhere; returns how it ended
+CALLS = (
+    "openat,mkdir,mkdirat,write,pwrite64,fsync,fdatasync,close,lseek,ftruncate,truncate,flock,rename,renameat,renameat2,"
+    "unlink,unlinkat,rmdir,newfstatat,getdents64"
+)
+SAVED_STEP = 6
+DAMAGED = f"step-{SAVED_STEP - 1:08d}"
+WRITERS = {module.__file__ for module in (store, checkpoint, folder_module, journal, recorder)}
+
+
+class HeldError(BaseException):
+    """Ends a training just before something, which is then still to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was killed everywhere."""
+
+    kills: int
+    states: int  # different folders that the kills left; a run was resumed from each
+    places: int  # different lines, or system calls, that were killed at
+
+
+def saving(folder: Path) -> tuple[Path, Act]:
+    """Return the folder of a run whose next save rotates too, and that save."""
+    held: list[Recorder] = []
+
+    def hold(recorder: Recorder) -> None:
+        if recorder.state.step == SAVED_STEP:
+            held.append(recorder)
+            raise HeldError
+        save(recorder)
+
+    save = Recorder._save
+    with patch.object(Recorder, "_save", hold), suppress(HeldError):
+        go_on(folder, folder / "scene", real=False, saving=True)
+
+    def act(run: Path) -> None:
+        held[0].run = RunFolder(run)
+        held[0]._save()
+
+    return folder / "scene", act
+
+
+def recovering(folder: Path) -> tuple[Path, Act]:
+    """Return the folder of a killed run with all that a resume has to clear up, and that resume up to its first step."""
+    scene, _ = saving(folder)
+    half = scene / "checkpoints" / "tmp-step-00000006-abcd"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (scene / "tmp-config.toml-abcd").write_bytes(b"half")
+    weights = scene / "checkpoints" / DAMAGED / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+
+    def act(run: Path) -> None:
+        with suppress(HeldError):
+            api.train(out=run, resume=True, listener=hold)
+
+    def hold(event: Told) -> None:
+        if isinstance(event, Started):
+            raise HeldError
+
+    return scene, act
+
+
+def everywhere(folder: Path, path: str, places: str, *, careless: bool = False) -> Report:
+    """Kill something at each of its places, and look at what is left; resume once from each different thing that is left.
+
+    Args:
+        folder: Empty.
+        path: `saving` or `recovering`.
+        places: `lines` or `calls`.
+        careless: Save without care, as a control.
+    """
+    small = {"context_length": 32, "emb_dim": 8, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "drop_rate": 0.1}
+    first(folder, steps=SAVED_STEP + 2, batch_size=2, eval_every=3, sample_every=4, model=small)
+    (scene, act), damaged = (saving(folder), "") if path == "saving" else (recovering(folder), DAMAGED)
+    run, states = folder / "run", set[Any]()
+    with patch.object(store, "publish", publish_without_care) if careless else nullcontext():
+        killers = lines(scene, run, act) if places == "lines" else calls(scene, run, act)
+        allowed = whole_ones(scene, damaged) | whole_ones(run, damaged)
+        for place, killer in killers:
+            anew(scene, run)
+            code = killer(lambda: act(run))
+            assert code == -signal.SIGKILL, f"killed at {place}, but it ended with {code}"
+            try:
+                nothing_lost(scene, run, damaged, allowed)
+                if (state := what_stands(run)) not in states:
+                    states.add(state)
+                    finish(lambda: go_on(folder, run, real=False, saving=True))
+                    equal(run, folder / "whole")
+            except AssertionError as error:
+                raise AssertionError(f"killed at {place}: {error}") from error
+    return Report(len(killers), len(states), len({place.partition(" ")[0] for place, _ in killers}))
+
+
+def anew(scene: Path, run: Path) -> None:
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(scene, run)
+
+
+def whole_ones(run: Path, damaged: str) -> set[tuple[int, str]]:
+    """Return step and weights of the newest checkpoint, which a kill may neither lose nor change."""
+    found = standing(run, damaged)
+    return {(found.step, found.weights_sha256)}
+
+
+def nothing_lost(scene: Path, run: Path, damaged: str, allowed: set[tuple[int, str]]) -> None:
+    """Raise where the newest checkpoint is none of those allowed, or the journals are not what it says they were."""
+    found = standing(run, damaged)
+    assert (found.step, found.weights_sha256) in allowed, f"the newest checkpoint is of step {found.step}"
+    for name, n_bytes in found.json(checkpoint.STATE)["journal_bytes"].items():
+        before, now = ((place / name).read_bytes()[:n_bytes] for place in (scene, run))
+        assert now == before, f"{name} lost what the checkpoint counts on"
+
+
+def what_stands(run: Path) -> tuple[tuple[str, int], ...]:
+    """Return the names and sizes in a run's folder, without the random parts of names."""
+    files = sorted(path for path in run.rglob("*"))
+    return tuple((re.sub(r"(tmp-|damaged-)([^/]*)-[0-9a-f]{8}", r"\1\2", str(p)), p.stat().st_size) for p in files)
+
+
+def publish_without_care(folder: Path, files: Any, describe: Callable[[], Any]) -> store.Json:
+    """Write a checkpoint where it will stand, for a control."""
+    folder.mkdir()
+    records = {name: store._write_durably(folder / name, pieces) for name, pieces in files.items()}
+    manifest = {"format": store.FORMAT, "files": records, **describe()}
+    manifest["sha256"] = store.sha256(store.canonical_json(manifest))
+    store._write_durably(folder / store.MANIFEST, [store.canonical_json(manifest)])
+    return store.verify(folder)
+
+
+def lines(scene: Path, run: Path, act: Act) -> list[tuple[str, Killer]]:
+    """Return each line of Python that an act runs in the modules that write, with what kills it there."""
+    log = run.with_suffix(".lines")
+
+    def note() -> None:
+        passed: list[str] = []
+        traced(lambda: act(run), passed, None)
+        log.write_text("\n".join(passed))
+
+    anew(scene, run)
+    finish(note)
+
+    def killer(number: int) -> Killer:
+        return lambda act: ended(forked(lambda: traced(act, [], number)))
+
+    return [(f"{place} (line {k} of its way)", killer(k)) for k, place in enumerate(log.read_text().split("\n"), 1)]
+
+
+def traced(act: Callable[[], object], passed: list[str], last: int | None) -> None:
+    """Do something and note each line of the modules that write; the process is killed before the `last`."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        name = frame.f_code.co_filename
+        if name not in WRITERS:
+            return None
+        if event == "line":
+            passed.append(f"{Path(name).name}:{frame.f_lineno}")
+            if len(passed) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    act()
+    sys.settrace(None)
+
+
+def calls(scene: Path, run: Path, act: Act) -> list[tuple[str, Killer]]:
+    """Return each system call of an act that concerns files, with what kills it there."""
+    log = run.with_suffix(".calls")
+    anew(scene, run)
+    code = under_strace(lambda: act(run), "-o", str(log), "-e", f"trace={CALLS}")
+    assert code == 0, f"the act ended with {code}"
+    names = re.findall(r"^(?:\d+ +)?(\w+)\(", log.read_text(), re.MULTILINE)
+    numbered = [(name, k) for name, n in Counter(names).items() for k in range(1, n + 1)]
+
+    def killer(name: str, k: int) -> Killer:
+        inject = f"inject={name}:signal=KILL:when={k}"
+        return lambda act: under_strace(act, "-o", os.devnull, "-e", f"trace={name}", "-e", inject)
+
+    return [(f"{name} (number {k})", killer(name, k)) for name, k in numbered]
+
+
+def under_strace(act: Callable[[], object], *options: str) -> int:
+    """Do something in a child that strace watches from the first moment on; return how it ended."""
+
+    def wait_for_strace() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        act()
+
+    pid = forked(wait_for_strace)
+    os.waitpid(pid, os.WUNTRACED)
+    with subprocess.Popen(["strace", "-f", "-qq", "-p", str(pid), *options]) as strace:
+        until(lambda: strace.poll() is not None or "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text(), pid)
+        os.kill(pid, signal.SIGCONT)
+        return ended(pid)
+
+
+def can_trace() -> bool:
+    """Whether strace is there and may watch a child: it sees one call and kills there."""
+    if shutil.which("strace") is None:
+        return False
+    inject = "inject=mkdir:signal=KILL:when=1"
+    return under_strace(Path("/").mkdir, "-o", os.devnull, "-e", "trace=mkdir", "-e", inject) == -signal.SIGKILL

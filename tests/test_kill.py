@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import kill_farm
 from kill_farm import Kill, Pace
 
 SEED = 20_000
+MEMORY = "/dev/shm"
 Proved = Callable[..., None]
 pytestmark = pytest.mark.system
 
@@ -76,3 +79,40 @@ def test_a_real_process_killed_at_random_moments_ends_as_one_that_never_stopped(
             kills = killed(farm, 250 if full else 5, 2 if full else 1, folder, pace, real=True)
         done, said = done + len(kills), [*said, told(kills, threads, "of real processes")]
     proved(done, "; ".join(said))
+
+
+PLACES = [
+    pytest.param("saving", "calls", marks=pytest.mark.technique("K2")),
+    pytest.param("saving", "lines", marks=pytest.mark.technique("K3")),
+    pytest.param("recovering", "calls", marks=pytest.mark.technique("K5")),
+    pytest.param("recovering", "lines", marks=pytest.mark.technique("K5")),
+]
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: what a kill leaves, unlike a power cut, does not depend on the disk."""
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as path:
+        yield Path(path)
+
+
+@pytest.mark.parametrize(("path", "places"), PLACES)
+def test_wherever_it_is_killed_nothing_is_lost(
+    farm: ProcessPoolExecutor, memory: Path, proved: Proved, path: str, places: str
+) -> None:
+    require_strace(farm, places)
+    report = farm.submit(kill_farm.everywhere, memory, path, places).result()
+    proved(report.kills, f"{path}: {report.kills} {places} ({report.places} different), {report.states} states resumed from")
+
+
+@pytest.mark.parametrize("places", ["calls", "lines"])
+def test_a_save_without_care_is_found_out(farm: ProcessPoolExecutor, memory: Path, places: str) -> None:
+    """The negative control."""
+    require_strace(farm, places)
+    with pytest.raises(AssertionError, match="has its name is not whole"):
+        farm.submit(kill_farm.everywhere, memory, "saving", places, careless=True).result()
+
+
+def require_strace(farm: ProcessPoolExecutor, places: str) -> None:
+    if places == "calls" and not farm.submit(kill_farm.can_trace).result():
+        pytest.skip("NOT RUN: strace is not here, or may not trace")
