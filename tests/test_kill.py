@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
@@ -14,8 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 
 import kill_farm
+from conftest import OTHER, STORY, TINY, outcome
+from firstwords import api, resolve, store
+from firstwords.planning.budget import Budget
+from firstwords.runs import checkpoint
+from firstwords.training import state as states
+from firstwords.training.events import Sampled, Told
 from kill_farm import Kill, Pace
 
 SEED = 20_000
@@ -116,3 +125,105 @@ def test_a_save_without_care_is_found_out(farm: ProcessPoolExecutor, memory: Pat
 def require_strace(farm: ProcessPoolExecutor, places: str) -> None:
     if places == "calls" and not farm.submit(kill_farm.can_trace).result():
         pytest.skip("NOT RUN: strace is not here, or may not trace")
+
+
+# ------------------------------------------------------------------------------------------- the negative control
+
+KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # of the optimizers' tensors: Muon's and AdamW's
+KILLED_AT = 15
+
+
+class KilledError(Exception):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+def train(folder: Path, name: str, **options: Any) -> None:
+    """Train `folder/name` for a time, which becomes 24 steps after step 10, with an evaluation after each fifth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIRSTWORDS_CACHE", str(folder / "cache"))
+        patch.setattr(Budget, "plan", lambda budget, done, eval_every: (24, 5))
+        api.train(out=folder / name, **options)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of a time budget, and one that was killed after a sample."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "story.txt").write_text(STORY)
+    (folder / "other.txt").write_text(OTHER)
+    options = {
+        **TINY,
+        "text": folder / "story.txt",
+        "val": str(folder / "other.txt"),
+        "for_s": 1e6,
+        "save_every_s": 0.0,
+        "optim": {"kind": "muon", "peak_lr": 0.1, "warmup_steps": 2},
+    }
+
+    def kill(event: Told) -> None:
+        if isinstance(event, Sampled) and event.step == KILLED_AT:
+            raise KilledError
+
+    begun_s = time.perf_counter() - 1000  # long ago, so that a clock which begins anew goes back for certain
+    train(folder, "whole", **options, started_s=begun_s)
+    with pytest.raises(KilledError):
+        train(folder, "killed", **options, started_s=begun_s, listener=kill)
+    return folder
+
+
+def leave_out(piece: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the next resume go on without a piece of what was saved, as if it had not been."""
+    match piece:
+        case "weights":
+            patch.setattr(states, "load_model_tensors", lambda model, tensors, where: None)
+        case "metrics.jsonl" | "samples.jsonl":
+            cut = store.cut
+            patch.setattr(store, "cut", lambda path, size: None if path.name == piece else cut(path, size))
+        case "position":  # of the data, which the step tells: begin with the first batch again
+            real = resolve.batches
+            patch.setattr(resolve, "batches", lambda *of: lambda step: real(*of)(step - KILLED_AT + 1))
+        case _ if piece.startswith("*/"):
+            load, kind = states.load_optimizer_tensors, piece[1:]
+            patch.setattr(
+                states,
+                "load_optimizer_tensors",
+                lambda state, tensors: load(
+                    state, {name: torch.zeros_like(t) if name.endswith(kind) else t for name, t in tensors.items()}
+                ),
+            )
+        case _:
+            load_scalars = states.load_scalars
+
+            def load_others(state: states.TrainState, values: dict[str, Any]) -> None:
+                before = getattr(state, piece)
+                load_scalars(state, values)
+                setattr(state, piece, before)
+
+            patch.setattr(states, "load_scalars", load_others)
+
+
+@pytest.mark.technique("K9")
+@pytest.mark.parametrize(
+    "piece", [*states.SCALARS, *(f"*/{kind}" for kind in KINDS), "weights", "metrics.jsonl", "samples.jsonl", "position"]
+)
+def test_a_piece_of_state_that_is_left_out_shows(
+    tmp_path: Path, planned: Path, proved: Proved, piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scalar that joins the registry is left out too, and must show: where it does not, this run needs to use it."""
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    leave_out(piece, monkeypatch)
+    train(tmp_path, "killed", resume=True)
+    assert outcome(tmp_path / "killed") != outcome(planned / "whole")
+    proved(1)
+
+
+def test_nothing_shows_where_nothing_is_left_out(tmp_path: Path, planned: Path) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    train(tmp_path, "killed", resume=True)
+    assert outcome(tmp_path / "killed") == outcome(planned / "whole")
+
+
+def test_each_kind_of_tensor_is_left_out_once(planned: Path) -> None:
+    found = checkpoint.newest(planned / "killed" / "checkpoints", print)
+    assert found is not None
+    assert {name.rpartition("/")[2] for name in found.tensors(checkpoint.OPTIMIZER)} == set(KINDS)
