@@ -78,8 +78,8 @@ def until(condition: Callable[[], object], pid: int, every_s: float = 0.001) -> 
     """Wait until something is so, or the child has ended; one that hangs shows its stack and dies."""
     deadline_s = time.monotonic() + HANGS_S
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and not condition():
-        if time.monotonic() > deadline_s:
-            os.kill(pid, signal.SIGABRT)
+        if (late_s := time.monotonic() - deadline_s) > 0:
+            os.kill(pid, signal.SIGABRT if late_s < 5 else signal.SIGKILL)
         time.sleep(every_s)
 
 

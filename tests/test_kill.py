@@ -63,7 +63,9 @@ def inside(kills: list[Kill]) -> int:
 
 def told(kills: list[Kill], threads: int, what: str) -> str:
     lost = max(kill.lost_steps for kill in kills)
-    return f"{len(kills)} {what}, threads {threads}: {inside(kills)} inside a save, at most {lost} steps lost"
+    folders = max(kill.folders for kill in kills)
+    many = f"at most {lost} steps lost and {folders} checkpoints on disk"
+    return f"{len(kills)} {what}, threads {threads}: {inside(kills)} inside a save, {many}"
 
 
 @pytest.mark.technique("K1")
