@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -44,7 +45,7 @@ from firstwords.training.events import Saved, Started, StepDone, Told
 HANGS_S = 120.0  # a child that takes so long shows its stack and dies
 KILLS_A_RUN = 5
 KEPT = 3  # checkpoints: the newest two, and the best
-TICKS = 15.0  # the loop looks at its clock three times a step, so that such an interval is five steps
+TICKS = 15.0  # between saves: the loop looks at its clock three times a step, so that such an interval is five steps
 
 
 def begin() -> None:
@@ -126,7 +127,7 @@ class Pace:
 
 
 def reference(folder: Path, threads: int) -> Pace:
-    """Train the run that every killed one must equal."""
+    """Train the run that every killed one must equal, and return how fast that went."""
     told: list[tuple[float, Told]] = []
 
     def train_and_time() -> None:
@@ -202,7 +203,8 @@ def chain(folder: Path, number: int, pace: Pace, *, saving: bool, real: bool = F
         assert code == -signal.SIGKILL, f"the run ended with {code}"
         kills.append(left(run))
         interval = 1 if saving else TICKS // 3
-        assert kills[-1].lost_steps <= interval or (real and not saving), f"{kills[-1]}, {interval} steps between saves"
+        timed = real and not saving  # where an interval is no number of steps
+        assert 0 <= kills[-1].lost_steps <= (math.inf if timed else interval), f"{kills[-1]}, saved every {interval} steps"
         most_folders = max(KEPT, kills[-2].folders if len(kills) > 1 else 0) + 1
         assert kills[-1].folders <= most_folders, f"{kills[-1]}, {most_folders} folders expected"
     finish(lambda: go_on(folder, run, real=real, saving=saving))
@@ -224,7 +226,8 @@ def trains(run: Path, since_ns: int) -> bool:
     if not path.exists() or path.stat().st_mtime_ns < since_ns:
         return False
     events = [line["event"] for line in RunFolder(run).metrics.lines()]
-    return "step" in events and events[::-1].index("step") < min(map(events[::-1].index, {"start", "resume"} & {*events}))
+    begun = max((number for number, event in enumerate(events) if event in ("start", "resume")), default=len(events))
+    return "step" in events[begun:]
 
 
 def half_written(run: Path) -> list[Path]:
