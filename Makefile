@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit check format clean
+.PHONY: demo test unit reliability check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR) --model.drop-rate 0.2
@@ -14,6 +14,9 @@ test: $(VENV)/installed-test  ## run the tests
 
 unit: $(VENV)/installed-test  ## only the tests that take a moment
 	$(BIN)/python -m pytest -n auto -m 'not system'
+
+reliability: $(VENV)/installed-test  ## every reliability test in full, 500 killed processes among them (about an hour); writes docs/reliability.md
+	$(BIN)/python -m pytest -n 2 -m technique --full --record docs/reliability.md
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .

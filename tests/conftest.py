@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
 from firstwords.config import ModelConfig
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -30,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("technique"):
             assert mark.args[0] in TECHNIQUES
             item.user_properties.append(("technique", mark.args[0]))
+            item.user_properties += [("row", number) for number in mark.args[1:]]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -60,6 +63,17 @@ def proved(request: pytest.FixtureRequest) -> Callable[..., None]:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether every case is wanted and not a sample."""
     return bool(request.config.option.full)
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where the system has one: for tests that write a folder some ten thousand times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +135,14 @@ def journal(run: Path, *events: str) -> list[dict[str, Any]]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return all that two runs must agree in to count as the same, whether they stopped on the way or not."""
-    folder, refused = RunFolder(run), list[str]()
-    last, best = checkpoint.newest(folder.checkpoints, refused.append), checkpoint.best(folder.checkpoints, refused.append)
+    folder, notices = RunFolder(run), list[str]()
+    last, best = checkpoint.newest(folder.checkpoints, notices.append), checkpoint.best(folder.checkpoints, notices.append)
     assert last is not None
     assert best is not None
     saved = last.json(checkpoint.STATE)
     elapsed_s = [line["elapsed_s"] for line in folder.metrics.lines() if line["event"] == "step"]
     return {
-        "refused": refused,
+        "notices": notices,
         "weights": (last.step, last.weights_sha256, best.step, best.weights_sha256),
         "state": {name: saved[name] for name in states.SCALARS if name != "elapsed_s"},
         "time goes on": elapsed_s == sorted(elapsed_s),

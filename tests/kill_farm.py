@@ -38,6 +38,7 @@ from firstwords.errors import DataError
 from firstwords.recorder import Recorder
 from firstwords.runs import checkpoint, journal
 from firstwords.runs import folder as folder_module
+from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.training import loop
 from firstwords.training.events import Saved, Started, StepDone, Told
@@ -173,7 +174,7 @@ class Kill:
 
     in_save: bool  # something was half-written, or half-removed
     lost_steps: int
-    folders: int  # of checkpoints: those kept, and one more for each life that was killed before its first rotation
+    folders: int  # of checkpoints: those kept, and those of a save before its rotation, which a kill leaves to the next
 
 
 def chain(folder: Path, number: int, pace: Pace, *, saving: bool, real: bool = False) -> list[Kill]:
@@ -205,7 +206,7 @@ def chain(folder: Path, number: int, pace: Pace, *, saving: bool, real: bool = F
         interval = 1 if saving else TICKS // 3
         timed = real and not saving  # where an interval is no number of steps
         assert 0 <= kills[-1].lost_steps <= (math.inf if timed else interval), f"{kills[-1]}, saved every {interval} steps"
-        most_folders = max(KEPT, kills[-2].folders if len(kills) > 1 else 0) + 1
+        most_folders = max(KEPT, kills[-2].folders if len(kills) > 1 else 0) + 2
         assert kills[-1].folders <= most_folders, f"{kills[-1]}, {most_folders} folders expected"
     finish(lambda: go_on(folder, run, real=real, saving=saving))
     equal(run, folder / "whole")
@@ -241,22 +242,23 @@ def left(run: Path) -> Kill:
     return Kill(bool(half_written(run)), max(steps, default=0) - found.step, len(checkpoint.existing(found.folder.parent)))
 
 
-def standing(run: Path, damaged: str = "") -> checkpoint.Checkpoint:
-    """Return the newest checkpoint: each one that has its name is whole, and none is older than what was announced.
+def standing(run: Path, damaged: str = "") -> Checkpoint:
+    """Return the newest checkpoint to go on from: all that have their names are whole, and it is as new as was announced.
 
     Args:
         run: Where no process trains.
         damaged: The name of a checkpoint that may be damaged.
     """
-    parent = run / "checkpoints"
-    for folder in checkpoint.existing(parent):
+    found: Checkpoint | None = None
+    for folder in checkpoint.existing(run / "checkpoints"):
         try:
-            store.verify(folder)
+            manifest = store.verify(folder)
         except DataError as error:
             if folder.name != damaged:
                 raise AssertionError(f"a checkpoint that has its name is not whole: {error}") from error
-    found = checkpoint.newest(parent, lambda notice: None)
-    assert found is not None, "there is no checkpoint"
+        else:
+            found = Checkpoint(folder, manifest) if checkpoint.OPTIMIZER in manifest["files"] else found
+    assert found is not None, "there is no checkpoint to go on from"
     if not damaged:
         announced = [line["step"] for line in RunFolder(run).metrics.lines() if line["event"] == "save"]
         assert found.step >= max(announced, default=0), "a checkpoint that was announced is gone"
@@ -271,8 +273,7 @@ CALLS = (
     "openat,mkdir,mkdirat,write,pwrite64,fsync,fdatasync,close,lseek,ftruncate,truncate,flock,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,newfstatat,getdents64"
 )
-SAVED_STEP = 6
-DAMAGED = f"step-{SAVED_STEP - 1:08d}"
+SAVED_STEP, DAMAGED = 9, "step-00000004"
 WRITERS = {module.__file__ for module in (store, checkpoint, folder_module, journal, recorder)}
 
 
@@ -290,7 +291,7 @@ class Report:
 
 
 def saving(folder: Path) -> tuple[Path, Act]:
-    """Return the folder of a run whose next save rotates too, and that save."""
+    """Return the folder of a run, and its next save: of the best weights, of the newest state, and a rotation."""
     held: list[Recorder] = []
 
     def hold(recorder: Recorder) -> None:
@@ -300,8 +301,9 @@ def saving(folder: Path) -> tuple[Path, Act]:
         save(recorder)
 
     save = Recorder._save
-    with patch.object(Recorder, "_save", hold), suppress(HeldError):
-        go_on(folder, folder / "scene", real=False, saving=True)
+    with patch.object(Recorder, "_save", hold), patch.object(loop, "time", loop.time), suppress(HeldError):
+        go_on(folder, folder / "scene", real=False, saving=False)
+    assert held[0].copy is not None, "there are no best weights to save"
 
     def act(run: Path) -> None:
         held[0].run = RunFolder(run)
@@ -312,8 +314,10 @@ def saving(folder: Path) -> tuple[Path, Act]:
 
 def recovering(folder: Path) -> tuple[Path, Act]:
     """Return the folder of a killed run with all that a resume has to clear up, and that resume up to its first step."""
-    scene, _ = saving(folder)
-    half = scene / "checkpoints" / "tmp-step-00000006-abcd"
+    scene, save = saving(folder)
+    with patch.object(checkpoint, "rotate"), patch.object(Recorder, "_scalars", side_effect=HeldError), suppress(HeldError):
+        save(scene)  # of the best weights alone
+    half = scene / "checkpoints" / "tmp-step-00000009-abcd"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (scene / "tmp-config.toml-abcd").write_bytes(b"half")
@@ -341,7 +345,7 @@ def everywhere(folder: Path, path: str, places: str, *, careless: bool = False) 
         careless: Save without care, as a control.
     """
     small = {"context_length": 32, "emb_dim": 8, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "drop_rate": 0.1}
-    first(folder, steps=SAVED_STEP + 2, batch_size=2, eval_every=3, sample_every=4, model=small)
+    first(folder, steps=12, batch_size=2, eval_every=4, sample_every=6, model=small, val=None)
     (scene, act), damaged = (saving(folder), "") if path == "saving" else (recovering(folder), DAMAGED)
     run, states = folder / "run", set[Any]()
     with patch.object(store, "publish", publish_without_care) if careless else nullcontext():
@@ -355,7 +359,7 @@ def everywhere(folder: Path, path: str, places: str, *, careless: bool = False) 
                 nothing_lost(scene, run, damaged, allowed)
                 if (state := what_stands(run)) not in states:
                     states.add(state)
-                    finish(lambda: go_on(folder, run, real=False, saving=True))
+                    finish(lambda: go_on(folder, run, real=False, saving=False))
                     equal(run, folder / "whole")
             except AssertionError as error:
                 raise AssertionError(f"killed at {place}: {error}") from error

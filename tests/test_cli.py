@@ -10,20 +10,15 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import firstwords
+from command import TEXT, TINY, Command, Ended
 from firstwords.app.cli import main
 from firstwords.runs.journal import Journal
-
-TINY = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
-TINY += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64", "--model.context-length=32"]
-TEXT = "".join(f"The {n}. word of the text is {n * n}.\n" for n in range(100)) + "Ende gut, alles süß.\n"
 
 FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
 TRAIN_KEYS = {
@@ -49,41 +44,17 @@ CHECKPOINT_FILES = [
 ]
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The one line of standard output."""
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIRSTWORDS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
+def _text(text: Path) -> None:
+    """Every test stands beside text.txt."""
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
+def command(command: Command) -> Command:
     """Run a command in this process; it must succeed."""
 
     def run(*arguments: str | Path) -> Ended:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        ended = Ended(code, *capsys.readouterr())
+        ended = command(*arguments)
         assert ended.code == 0, ended.err
         return ended
 

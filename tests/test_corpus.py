@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -120,6 +122,19 @@ def test_two_processes_may_prepare_one_text_at_once(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(store, "publish", overtaken)
     assert prepare(tmp_path, STORY).folder == first.folder
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day_and_not_before(tmp_path: Path) -> None:
+    yesterday = time.time() - corpora.ABANDONED_S - 60
+    for name, age in (("tmp-old", yesterday), ("tmp-young", None), ("tmp-at-work", None)):
+        folder = tmp_path / "cache" / name
+        folder.mkdir(parents=True)
+        (folder / "train.bin").write_bytes(b"ids")
+        if age is not None:
+            os.utime(folder / "train.bin", (age, age))
+        os.utime(folder, (yesterday, yesterday) if name != "tmp-young" else None)
+    corpus = prepare(tmp_path, STORY)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tmp-young", "tmp-at-work", corpus.folder.name}
 
 
 def test_text_that_is_only_white_space_is_refused(tmp_path: Path) -> None:

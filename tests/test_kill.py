@@ -23,6 +23,7 @@ from conftest import OTHER, STORY, TINY, outcome
 from firstwords import api, resolve, store
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
+from firstwords.training import loop
 from firstwords.training import state as states
 from firstwords.training.events import Sampled, Told
 from kill_farm import Kill, Pace
@@ -132,18 +133,29 @@ def require_strace(farm: ProcessPoolExecutor, places: str) -> None:
 # ------------------------------------------------------------------------------------------- the negative control
 
 KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # of the optimizers' tensors: Muon's and AdamW's
-KILLED_AT = 15
+KILLED_AT, POISONED = 15, 5
+train_step = loop.train_step
 
 
 class KilledError(Exception):
     """Stands for the end of the process: nothing after it runs."""
 
 
+def step_unless_poisoned(state: states.TrainState, *given: Any) -> Any:
+    if states.batch_index(state.step, state.skipped) == POISONED:
+        raise loop.diverged("poisoned", state.step + 1)
+    return train_step(state, *given)
+
+
 def train(folder: Path, name: str, **options: Any) -> None:
-    """Train `folder/name` for a time, which becomes 24 steps after step 10, with an evaluation after each fifth."""
+    """Train `folder/name` without a batch that makes it diverge.
+
+    It goes on for a time, which becomes 24 steps after step 10, with an evaluation after each fifth.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIRSTWORDS_CACHE", str(folder / "cache"))
         patch.setattr(Budget, "plan", lambda budget, done, eval_every: (24, 5))
+        patch.setattr(loop, "train_step", step_unless_poisoned)
         api.train(out=folder / name, **options)
 
 
@@ -158,6 +170,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text": folder / "story.txt",
         "val": str(folder / "other.txt"),
         "for_s": 1e6,
+        "on_nan": "rollback",
         "save_every_s": 0.0,
         "optim": {"kind": "muon", "peak_lr": 0.1, "warmup_steps": 2},
     }

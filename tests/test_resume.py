@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import OTHER, STORY, TINY, journal, outcome
+from conftest import STORY, TINY, journal, outcome
 from firstwords import api, recorder, store
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.text.tokenizer import train_bpe
+from firstwords.training import loop
 from firstwords.training import state as states
 from firstwords.training.events import Notice, Sampled, SaveDue, Started, StepDone, Told
 
@@ -36,7 +37,7 @@ def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None,
     text = tmp_path / "story.txt"
     text.write_text(STORY)
     other = tmp_path / "other.txt"
-    other.write_text(OTHER)
+    other.write_text(STORY[::-1][:900])  # first its letters are learnt, then that it is unlike the story
 
     def listener(told: Told) -> None:
         if stop_at is not None and isinstance(told, stop_at[0]) and getattr(told, "step", -1) == stop_at[1]:
@@ -158,6 +159,44 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert api.load(tmp_path / "run").step == run.best_step
 
 
+def seldom_saved(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> TrainResult:
+    """Train so that saves take far too long to follow each best evaluation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "SAVE_FACTOR", 1e12)
+        return train(tmp_path, name, save_every_s=1e9, **options)
+
+
+def test_a_best_that_came_between_two_saves_is_kept_with_the_next(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = seldom_saved(tmp_path, "seldom", monkeypatch)
+    assert same(tmp_path, whole, result)
+    assert 0 < result.best_step < STEPS
+    folders = checkpoint.existing(tmp_path / "seldom" / "checkpoints")
+    assert [checkpoint.step_of(folder) for folder in folders] == [0, result.best_step, STEPS]
+    files = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in folders]
+    assert files == [["model.safetensors", "optimizer.safetensors"], ["model.safetensors"], files[0]]
+    assert api.load(tmp_path / "seldom").step == result.best_step
+    assert api.verify(tmp_path / "seldom", replay=STEPS).ok  # not begun at the best, which has no optimizer
+
+
+@pytest.mark.parametrize("stop_at", [(StepDone, 7), (StepDone, STEPS - 1), (SaveDue, STEPS)])
+def test_a_run_killed_with_its_best_in_memory_only_finds_it_again(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[type, int]
+) -> None:
+    with pytest.raises(KilledError):
+        seldom_saved(tmp_path, "killed", monkeypatch, stop_at=stop_at)
+    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+
+
+def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seldom_saved(tmp_path, "killed", monkeypatch)
+    store.remove_folder(checkpoint.folder_of(tmp_path / "killed" / "checkpoints", STEPS))
+    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+
+
 def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path, "killed", stop_at=(StepDone, 13))
@@ -223,8 +262,9 @@ def failing_saves(
 def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(
     tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, error: type[FirstwordsError]
 ) -> None:
-    failing_saves(monkeypatch, 5, 6, error)
-    assert train(tmp_path, "full").last["weights_sha256"] == whole.last["weights_sha256"]
+    failing_saves(monkeypatch, 6, 7, error)
+    assert whole.best_step == 5  # which could not be saved when it came
+    assert same(tmp_path, whole, train(tmp_path, "full"))
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
@@ -282,11 +322,11 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
         train(tmp_path, "run", stop_at=(SaveDue, 13))
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
-    run = store.read_manifest(newest)["run"]
-    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, b"", run)
+    run, tokenizer = store.read_manifest(newest)["run"], (newest / "tokenizer.json").read_bytes()
+    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, tokenizer, run)
     checkpoint.rotate(rest, 2, None)
     assert checkpoint.existing(newest.parent) == [before, newest, rest.folder]
-    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, b"", run), 2, None)
+    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, tokenizer, run), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from faults import Failing
 from firstwords import store
 from firstwords.errors import CannotCreateError, DataError, StorageError
 
@@ -18,30 +18,6 @@ FILES = {"weights": [b"abc", b"", b"defg"], "words": [b"hello\n"]}
 def published(parent: Path, name: str = "one") -> Path:
     store.publish(parent / name, FILES, lambda: {"kind": "test"})
     return parent / name
-
-
-class Failing:
-    """The `os` module, but the n-th call of the writing operations fails."""
-
-    OPERATIONS = ("open", "write", "fsync", "rename", "replace", "truncate", "close")
-
-    def __init__(self, n: int, number: int) -> None:
-        self.left, self.number = n, number
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        if name not in self.OPERATIONS:
-            return real
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
-                if name == "close":
-                    real(*args)
-                raise OSError(self.number, os.strerror(self.number))
-            return real(*args, **kwargs)
-
-        return call
 
 
 def test_a_published_folder_reads_back_as_written(tmp_path: Path) -> None:
@@ -63,7 +39,7 @@ def test_whichever_write_fails_nothing_appears_and_what_was_there_stays(
 ) -> None:
     before = published(tmp_path, "before")
     for n in range(1, 100):
-        monkeypatch.setattr(store, "os", Failing(n, number))
+        Failing(n, number).install(monkeypatch)
         try:
             published(tmp_path, "after")
         except StorageError:
@@ -118,7 +94,7 @@ def test_an_atomic_write_leaves_the_old_file_where_it_fails(tmp_path: Path, monk
     path = tmp_path / "config"
     store.write(path, b"old")
     for n in range(1, 20):
-        monkeypatch.setattr(store, "os", Failing(n, errno.ENOSPC))
+        Failing(n, errno.ENOSPC).install(monkeypatch)
         try:
             store.write(path, b"new")
         except StorageError:

@@ -6,6 +6,7 @@ stand inside the functions.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import resolve, store
 from firstwords.config import ModelConfig, RunConfig, flatten, from_toml, run_config, to_toml
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import DataError, DivergedError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
 from firstwords.runs import folder as run_folder
@@ -72,6 +73,7 @@ def train(
 
     from firstwords.planning import machine
     from firstwords.training import loop
+    from firstwords.training.state import taken
 
     settled = resolve.settled(asked, prepared)
     with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
@@ -80,9 +82,10 @@ def train(
         store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))
         recorder = _begin(asked, settled, prepared, listener, started_s)
         evaluate, sample = _looks(recorder)
-        events = loop.fit(
+        fit = functools.partial(
+            loop.fit,
             recorder.state,
-            resolve.batches(settled, prepared),
+            taken(resolve.batches(settled, prepared), recorder.state),
             resolve.fit_config(settled),
             evaluate=evaluate,
             sample=sample,
@@ -90,8 +93,12 @@ def train(
             should_stop=stop,
         )
         with recorder.naming_the_last_good_checkpoint():
-            for event in events:
-                recorder.take(event)
+            while not recorder.stopped:
+                try:
+                    for event in fit():
+                        recorder.take(event)
+                except DivergedError as error:
+                    recorder.roll_back(error)
         return recorder.result()
 
 
@@ -133,10 +140,11 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     from firstwords.planning import machine
     from firstwords.training.evaluate import evaluate as evaluate_part
     from firstwords.training.evaluate import evaluate_training
+    from firstwords.training.state import taken
 
     config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
     dtype, sampling = machine.DTYPES[config.precision], Sampling(temperature=SAMPLE_TEMPERATURE)
-    lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), resolve.batches(config, corpus)
+    lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), taken(resolve.batches(config, corpus), recorder.state)
 
     def evaluate(step: int) -> tuple[float, Evaluation | None]:
         return evaluate_training(model, batches, step, dtype), evaluate_part(model, corpus.val, dtype)

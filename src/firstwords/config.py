@@ -30,6 +30,7 @@ Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
+OnNan = Literal["stop", "rollback"]
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
 
@@ -138,6 +139,7 @@ class RunConfig:
     save_every_s: float | None = option(
         None, "time between checkpoints; by default a minute, or 50 times what the last save took", least=0.0, most=1e9
     )
+    on_nan: OnNan = option("stop", "when training diverges: stop, or go back to a checkpoint and leave its batches out")
     keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6)
     seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from firstwords import store
 from firstwords.config import RunConfig
 from firstwords.errors import ConfigError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
@@ -23,11 +25,13 @@ from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
 from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import (
+    CopyDue,
     Evaluated,
     Event,
     Listener,
     Notice,
     Planned,
+    RolledBack,
     Sampled,
     Saved,
     SaveDue,
@@ -37,6 +41,7 @@ from firstwords.training.events import (
 from firstwords.training.state import TrainState
 
 MOST_FAILED_SAVES = 3  # in a row, before a run gives up
+MOST_ROLLBACKS = 3  # to one checkpoint
 RETRY_S = 1.0  # between two tries of the last save, which no later one makes good
 EVALUATION_KEYS = tuple(field.name for field in dataclasses.fields(Evaluation))
 
@@ -61,6 +66,15 @@ class TrainResult:
     stopped: str  # done, or the name of the signal
 
 
+@dataclass(frozen=True)
+class BestCopy:
+    """The best weights so far, from their evaluation to the next save."""
+
+    step: int
+    scalars: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
 @dataclass
 class Recorder:
     """The record of one run while it goes on. The caller holds the run's lock."""
@@ -74,9 +88,11 @@ class Recorder:
     listener: Listener
     budget: Budget | None = None
     newest: Checkpoint | None = None
+    copy: BestCopy | None = None  # newer than `newest`
     last_train: float | None = None  # nats per token of the last evaluation, on training text
     last_held_out: float | None = None  # and on held-out text
-    failed_saves: int = 0
+    failed_saves: int = 0  # in a row
+    rollbacks: int = 0  # since the newest save
     journal_failed: bool = False
     stopped: str = ""  # done, or the name of the signal
 
@@ -99,6 +115,8 @@ class Recorder:
                 self.note("sample", {"step": step})
             case SaveDue():
                 self._save()
+            case CopyDue():
+                self._copy()
             case Stopped(step, reason):
                 while self.newest is None or self.newest.step != step:
                     time.sleep(RETRY_S)
@@ -121,30 +139,48 @@ class Recorder:
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
         try:
-            self.newest = self._publish()
+            if self.copy is not None and self.copy.step == self.state.best_step:
+                self._publish(self.copy.step, self.copy.scalars, self.copy.weights, None)
+            weights, optimizer = states.model_tensors(self.state.model), states.optimizer_tensors(self.state)
+            saved = self._publish(self.state.step, self._scalars(), weights, optimizer)
         except FirstwordsError as error:
             self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
             self._notice(f"{error}; training goes on and the next save tries again")
+            if self.state.step == self.state.best_step:
+                self._copy()
             return
-        self.failed_saves = 0
-        self.note("save", {"step": self.newest.step})
+        if self.newest is None or saved.step > self.newest.step:
+            self.rollbacks = 0
+        self.newest, self.copy, self.failed_saves = saved, None, 0
+        self.note("save", {"step": saved.step})
         try:
-            checkpoint.rotate(self.newest, self.config.keep, self.state.best_step)
+            checkpoint.rotate(saved, self.config.keep, self.state.best_step)
         except FirstwordsError as error:
             self._notice(f"{error}; an old checkpoint stays until the next save")
-        self.listener(Saved(self.newest.step, self.newest.folder))
+        self.listener(Saved(saved.step, saved.folder))
 
-    def _publish(self) -> Checkpoint:
-        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
+    def _copy(self) -> None:
+        weights = states.model_tensors(self.state.model)
+        copied = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        scalars = {**states.scalars(self.state), "fingerprint": self.fingerprint}
+        self.copy = BestCopy(self.state.step, scalars, copied)
+
+    def _scalars(self) -> dict[str, Any]:
+        """Return what `state.json` says; the journals are made durable as far as it says."""
         journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
-        scalars = {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+        return {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+
+    def _publish(
+        self, step: int, scalars: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor] | None
+    ) -> Checkpoint:
+        model = {"model": dataclasses.asdict(self.config.model), "precision": self.config.precision}
         return checkpoint.save(
             self.run.checkpoints,
-            self.state.step,
-            states.model_tensors(self.state.model),
-            states.optimizer_tensors(self.state),
+            step,
+            weights,
+            optimizer,
             {checkpoint.STATE: scalars, checkpoint.CONFIG: model},
             self.corpus.tokenizer.json,
             self.identity,
@@ -221,22 +257,55 @@ class Recorder:
             ConfigError: The wanted number of steps is behind it already.
         """
         found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
-        saved = {} if found is None else found.json(checkpoint.STATE)
-        for journal in (self.run.metrics, self.run.samples):
-            store.cut(journal.path, int(saved["journal_bytes"][journal.path.name]) if saved else 0)
         if found is None:
+            for journal in (self.run.metrics, self.run.samples):
+                store.cut(journal.path, 0)
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
-        states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
-        states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
-        states.load_scalars(self.state, saved)
+        saved = self._load(found)
         self._extend(more_time=more_time)
-        self.newest = found
         for line in self.run.metrics.lines():
             if line["event"] == "evaluation":
                 self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         self._notice(f"not bit-exact because: {changed}" if changed else "bit-exact resume")
+
+    def _load(self, found: Checkpoint) -> store.Json:
+        """Make a checkpoint the state of the run, cut the journals back to it, and return its `state.json`."""
+        saved = found.json(checkpoint.STATE)
+        for journal in (self.run.metrics, self.run.samples):
+            store.cut(journal.path, int(saved["journal_bytes"][journal.path.name]))
+        states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
+        states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
+        states.load_scalars(self.state, saved)
+        self.newest, self.copy = found, None
+        return saved
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the newest checkpoint and leave out the batches from there to the one that was next.
+
+        What follows is a function of the checkpoint and the text, so a run that is killed and resumed before its next save
+        diverges and goes back in the same way. As people do by hand: Chowdhery et al. 2022 (arXiv:2204.02311, 5.1).
+
+        Raises:
+            DivergedError: `error` itself, where the run is to stop, has no checkpoint, or diverges whatever is left out.
+        """
+        if self.config.on_nan == "stop" or self.newest is None or self.rollbacks == MOST_ROLLBACKS:
+            raise error
+        state, from_step, elapsed_s = self.state, self.state.step, self.state.elapsed_s
+        last, plan = states.batch_index(from_step, state.skipped), (state.total_steps, state.eval_every)
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
+        assert found is not None  # it would have raised
+        self._load(found)
+        first = states.batch_index(state.step, state.skipped)
+        state.skipped = [*state.skipped, [first, last]]
+        state.elapsed_s, self.rollbacks = elapsed_s, self.rollbacks + 1
+        told = RolledBack(state.step, from_step, first, last, f"{error.where}: {error.what}")
+        self.note("rollback", dataclasses.asdict(told))
+        if plan != (state.total_steps, state.eval_every):  # made since the checkpoint; the time goes on
+            state.total_steps, state.eval_every = plan
+            self.note("plan", {"step": state.step, "total_steps": plan[0], "eval_every": plan[1]})
+        self.listener(told)
 
     def _extend(self, *, more_time: bool) -> None:
         """Take over a new length: the learning rate goes on as if it had been planned so."""

@@ -35,7 +35,19 @@ EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
-    ("steps", "epochs", "for_s", "device", "precision", "threads", "compile", "save_every_s", "keep", "sample_prompt")
+    (
+        "steps",
+        "epochs",
+        "for_s",
+        "device",
+        "precision",
+        "threads",
+        "compile",
+        "save_every_s",
+        "on_nan",
+        "keep",
+        "sample_prompt",
+    )
 )
 # What no weight depends on, or what the corpus's own hash tells better.
 UNTRAINED = frozenset(
@@ -63,6 +75,9 @@ def new(out: Path | None, config: str | Path | None, given: dict[str, Any], list
     layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
     asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
+    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
+        what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
+        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
     _require_utf8([*asked.text, asked.val or "", asked.tokenizer, asked.sample_prompt])
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
@@ -117,8 +132,12 @@ def prepare(asked: Asked, listener: Listener) -> Corpus:
             do="restore the text, or begin a new run",
         )
     corpora.require_context(prepared.train, config.model.context_length)
-    if not prepared.val.n_tokens:
+    n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
+    if not n_held_out:
         listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
+    elif n_held_out < context_length:
+        few = f"the held-out text has {n_held_out} tokens, less than one context of {context_length}"
+        listener(Notice(f"{few}: its figures are rough"))
     return prepared
 
 

@@ -27,6 +27,7 @@ Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
+PROBE = "probe"
 READ_BYTES = 1 << 20
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
@@ -40,6 +41,18 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there."""
+    with _speaking_of(path):
+        return path.exists()
+
+
+def size(path: Path) -> int:
+    """Return the length of a file in bytes; 0 where there is none."""
+    with _speaking_of(path):
+        return path.stat().st_size if path.exists() else 0
 
 
 def file_sha256(path: Path) -> str:
@@ -58,8 +71,9 @@ def make_folder(path: Path) -> None:
         CannotCreateError: A file stands where a folder is needed.
         PermissionDeniedError, StorageError: The system refuses.
     """
-    if path.is_dir():
-        return
+    with _speaking_of(path):
+        if path.is_dir():
+            return
     if path.parent != path:
         make_folder(path.parent)
     with _speaking_of(path):
@@ -86,12 +100,17 @@ def write(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes) -> int:
-    """Append to a log and return its new length in bytes. Not synced: `sync` makes what it says durable."""
-    is_new = not path.exists()
+    """Append to a log, all of it or nothing, and return its new length. Not synced: `sync` makes what it says durable."""
     with _speaking_of(path):
+        is_new = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
         try:
-            _write_all(descriptor, data)
+            size = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, data)
+            except OSError:
+                os.truncate(descriptor, size)  # half a line would spoil the next one too
+                raise
             size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
@@ -134,7 +153,7 @@ def publish(
         StorageError: Disk full or failing; nothing appears under `folder`.
         DataError: What was read back is not what was written.
     """
-    if folder.exists():
+    if exists(folder):
         raise CannotCreateError("is there already", where=str(folder))
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
@@ -187,9 +206,9 @@ def verify(folder: Path) -> Json:
     manifest = read_manifest(folder)
     for name, record in manifest["files"].items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise DataError("a file is missing", where=str(path))
         with _reading(path):
+            if path.parent != folder or not path.is_file():
+                raise DataError("a file is missing", where=str(path))
             size = path.stat().st_size
             if size != record["bytes"]:
                 raise DataError(f"has {size} bytes, its manifest says {record['bytes']}", where=str(path))
@@ -212,6 +231,7 @@ def remove_folder(folder: Path) -> None:
     doomed = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
         os.rename(folder, doomed)
+        _sync_folder(folder.parent)  # or a power loss could keep the old name and take some of the files
         _remove(doomed)
 
 
@@ -239,7 +259,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
             where=str(folder),
             do="free some space, or give --out on another disk",
         )
-    probe = folder / f"{TEMPORARY}probe-{secrets.token_hex(4)}"
+    probe = folder / f"{TEMPORARY}{PROBE}-{secrets.token_hex(4)}"
     with _speaking_of(folder):
         try:
             _write_durably(probe, [bytes(min(2 * size_bytes, PROBE_BYTES))])
@@ -270,7 +290,8 @@ def lock(path: Path) -> Iterator[None]:
             _write_all(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # the lock is free then too, and no content of ours depends on it
+            os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -351,12 +372,14 @@ def _speaking_of(path: Path) -> Iterator[None]:
 
 def as_firstwords_error(error: OSError, path: Path) -> FirstwordsError:
     """Return the error to show for a failed system call on `path`."""
+    where, why = str(path), os.strerror(error.errno or 0)
     match error.errno:
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDeniedError("may not be written", where=str(path), why=os.strerror(error.errno))
+            do = "allow it, or take another place: --out for runs, FIRSTWORDS_CACHE for texts"
+            return PermissionDeniedError("may not be written", where=where, why=why, do=do)
         case errno.EEXIST | errno.ENOTDIR | errno.EISDIR | errno.ENOTEMPTY | errno.ENAMETOOLONG:
-            return CannotCreateError("cannot be created", where=str(path), why=os.strerror(error.errno))
+            return CannotCreateError("cannot be created", where=where, why=why, do="take another place or name")
         case errno.ENOSPC | errno.EDQUOT:
-            return StorageError("the disk is full", where=str(path), why=str(error), do="free some space, then --resume")
+            return StorageError("the disk is full", where=where, why=str(error), do="free some space, then --resume")
         case _:
-            return StorageError("writing failed", where=str(path), why=str(error))
+            return StorageError("writing failed", where=where, why=str(error), do="check the disk, then --resume")

@@ -106,7 +106,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     config = run_config(from_toml(resolve.read(run.config), str(run.config)))
     lines = list(run.metrics.lines())
     last = max((line["step"] for line in lines if line["event"] == "step"), default=0)
-    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _checkpoint(folder).ok]
+    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
         most = last - min(map(checkpoint.step_of, whole), default=0)
@@ -114,6 +114,10 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     with machine.threads(config.threads):
         state = _state_at(starts[-1], config)
         return _compare(state, config, run, lines, state.step + n_steps)
+
+
+def _is_a_start(folder: Path) -> bool:
+    return _checkpoint(folder).ok and Checkpoint(folder, store.read_manifest(folder)).continuable
 
 
 def _state_at(folder: Path, config: RunConfig) -> TrainState:
@@ -129,17 +133,19 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
     """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
     recorded = {line["step"]: line for line in lines if line["event"] == "step"}
     plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
+    rollbacks = {line["step"]: [line["first_batch"], line["last_batch"]] for line in lines if line["event"] == "rollback"}
     later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
     folder = resolve.recorded_corpus(run)
     if folder is None:
         raise DataError("no prepared text is recorded", where=str(run.corpus))
     batches, fit_config = (
-        resolve.batches(config, corpora.load(folder)),
+        states.taken(resolve.batches(config, corpora.load(folder)), state),
         resolve.fit_config(config),
     )
     start = state.step
     while state.step < end:
         state.total_steps = plans.get(state.step, state.total_steps)
+        state.skipped += [rollbacks[state.step]] if state.step in rollbacks else []
         lr = learning_rate(state.step, config.optim, state.total_steps)
         figures = train_step(state, batches(state.step), fit_config, lr, state.model.features)
         state.step += 1

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   firstwords explain runs/notes "Every effort moves you"
 """
 LARGEST_SEED = 2**62  # leaves room for one seed a sample
+LARGEST_COUNT = 10**9  # of tokens or samples; more is a slip of the finger, and no machine could hold them
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 
 
@@ -51,9 +53,40 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         stopped = StoppedError("stopped", do="a run goes on from its last checkpoint: train --resume --out RUN")
         return _failed(stopped, as_json=as_json, debug=debug)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(_out_of_memory(error), as_json=as_json, debug=debug)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
+    except OSError as error:  # what no module foresaw is still the machine's word, not a fault of the program
+        return _failed(_refused_by_the_system(error), as_json=as_json, debug=debug)
+
+
+def _refused_by_the_system(error: OSError) -> FirstwordsError:
+    from firstwords import store
+
+    where = os.fsdecode(error.filename) if error.filename else "this machine"
+    kind = type(store.as_firstwords_error(error, Path(where)))
+    return kind(
+        "the system refused", where=where, why=error.strerror or str(error), do="check the name, the disk and the rights"
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; PyTorch says so with a RuntimeError, in these words."""
+    words = "out of memory|not enough memory|allocate memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def _out_of_memory(error: Exception) -> ConfigError:
+    return ConfigError(
+        "memory ran out",
+        where="this machine",
+        why=(str(error) or type(error).__name__).partition("\n")[0],
+        do="take a smaller preset, --micro-batch-size or --model.context-length, or end other programs",
+    )
 
 
 def _failed(error: FirstwordsError, *, as_json: bool, debug: bool) -> int:
@@ -209,16 +242,17 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     temperature = _number(options.temperature, float, "--temperature")
     top_k = None if options.top_k is None else _number(options.top_k, int, "--top-k")
     top_p = None if options.top_p is None else _number(options.top_p, float, "--top-p")
-    if count < 1:
-        raise ConfigError(f"cannot be {count}", where="--samples", do="allowed: from 1")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ConfigError(f"cannot be {seed}", where="--seed", do=f"allowed: from 0 to {LARGEST_SEED}")
+    _require_within(count, 1, LARGEST_COUNT, "--samples")
+    _require_within(seed, 0, LARGEST_SEED, "--seed")
+    _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
     from firstwords import api, resolve
     from firstwords.model.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
     with console.progress() as listener:
         lm = api.load(options.model, notice=resolve.noticed(listener))
+    if top_k is not None:
+        _require_within(top_k, 1, lm.tokenizer.vocab_size, "--top-k")
     streams = (
         lm.stream(options.prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + i, notice=console.notice)
         for i in range(count)
@@ -262,6 +296,11 @@ def verify(options: argparse.Namespace, console: Console, started_s: float) -> i
     found = api.verify(options.model, replay=replay)
     console.verified(found)
     return 0 if found.ok else DataError.exit_code
+
+
+def _require_within(value: int, least: int, most: int, name: str) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"cannot be {value}", where=name, do=f"allowed: from {least} to {most}")
 
 
 def _number(text: str, kind: type, name: str) -> Any:

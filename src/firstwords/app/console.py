@@ -32,6 +32,7 @@ from firstwords.training.events import (
     Notice,
     Planned,
     Preparing,
+    RolledBack,
     Sampled,
     Started,
     StepDone,
@@ -250,6 +251,10 @@ class PlainDisplay:
                 self.line(Text("\n".join(_introduction(told)), "bold"))
             case Planned(_, total_steps, _):
                 self.config_steps = total_steps
+            case RolledBack(step, _, first, last, reason):
+                self.first = None
+                self.recent.clear()
+                self.line(Text(f"{visible(reason)}; going on from step {step} without batches {first} to {last}", "yellow"))
             case StepDone():
                 self.first = self.first or told
                 self.recent.append(told)

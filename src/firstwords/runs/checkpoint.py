@@ -44,6 +44,11 @@ class Checkpoint:
         """SHA-256 of the weights' file: equal for equal weights."""
         return str(self.manifest["files"][MODEL]["sha256"])
 
+    @property
+    def continuable(self) -> bool:
+        """Whether training can go on from here; a best one that was copied before it was saved has its weights only."""
+        return OPTIMIZER in self.manifest["files"]
+
     def json(self, name: str) -> store.Json:
         """Return one of its JSON files."""
         value: store.Json = json.loads((self.folder / name).read_bytes())
@@ -65,20 +70,21 @@ def save(
     parent: Path,
     step: int,
     model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     jsons: Mapping[str, Mapping[str, Any]],
     tokenizer_json: bytes,
     run: Mapping[str, str],
 ) -> Checkpoint:
     """Publish `parent/step-<step>` and return it, verified.
 
-    One of this run that is there already is returned as it is; a damaged one makes room, set aside.
+    One of this run that is there already is returned as it is; a damaged one makes room, set aside, and so does one of
+    weights only.
 
     Args:
         parent: The run's folder of checkpoints.
         step: Updates done.
         model: The weights.
-        optimizer: The optimizers' tensors.
+        optimizer: The optimizers' tensors; None: only the weights are kept.
         jsons: File name to content, for `state.json` and `config.json`.
         tokenizer_json: The tokenizer's own file.
         run: The hashes that tell this run from others.
@@ -88,14 +94,18 @@ def save(
         DataError: What was read back is not what was written.
     """
     folder = folder_of(parent, step)
-    if folder.exists():
+    if store.exists(folder):
         try:
-            return _of_run(folder, run)
+            found = _of_run(folder, run)
         except DataError:
             store.set_aside(folder)
+        else:
+            if found.continuable or optimizer is None:
+                return found
+            store.remove_folder(folder)
     files = {
         MODEL: safetensors_bytes(model),
-        OPTIMIZER: safetensors_bytes(optimizer),
+        **({} if optimizer is None else {OPTIMIZER: safetensors_bytes(optimizer)}),
         TOKENIZER: [tokenizer_json],
         **{name: [store.canonical_json(value)] for name, value in jsons.items()},
     }
@@ -135,24 +145,29 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
     Args:
         parent: The run's folder of checkpoints.
         notice: Told of each one that is passed over.
-        run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run are
-            passed over, and what is passed over is set aside. None: any run's will do, and nothing is touched.
+        run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run and
+            damaged ones are set aside, and newer ones of weights only removed. None: any one's weights will do, and
+            nothing is touched.
 
     Raises:
         DataError: There are checkpoints, and none is whole and of this run.
     """
-    refused: dict[Path, str] = {}
+    refused: dict[Path, DataError] = {}
     for folder in reversed(existing(parent)):
         try:
             found = _of_run(folder, run)
         except DataError as error:
-            refused[folder] = str(error)
+            refused[folder] = error
+            continue
+        if run is not None and not found.continuable:
+            store.remove_folder(folder)  # a kill came between it and the save that it belongs to; it will be made again
             continue
         for damaged, reason in refused.items():
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
         return found
     if refused:
-        why, do = "; ".join(refused.values()), "begin a new run with another --out"
+        why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
+        do = newest_refused.do or "begin a new run with another --out"
         raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
     return None
 
@@ -168,6 +183,10 @@ def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
         theirs = manifest["run"] if isinstance(manifest.get("run"), dict) else {}
         other = ", ".join(name for name, value in run.items() if theirs.get(name) != value)
         raise DataError("was made by another run", where=str(folder), why=f"its {other} is not this run's")
+    kept = manifest["files"].get(TOKENIZER, {}).get("sha256")
+    if run is not None and kept != run.get("tokenizer_sha256", kept):
+        why = f"its SHA-256 is {kept}, the run's is {run['tokenizer_sha256']}"
+        raise DataError("is not the run's tokenizer", where=str(folder / TOKENIZER), why=why)
     return Checkpoint(folder, manifest)
 
 
@@ -227,10 +246,9 @@ def rotate(saved: Checkpoint, keep: int, best_step: int | None) -> None:
 
 def _is_whole(folder: Path, run: Mapping[str, str]) -> bool:
     try:
-        _of_run(folder, run)
+        return _of_run(folder, run).continuable
     except DataError:
         return False
-    return True
 
 
 def _run_of(folder: Path) -> Mapping[str, str] | None:

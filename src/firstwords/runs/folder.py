@@ -86,8 +86,16 @@ def new(out: Path | None, name: str) -> RunFolder:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is there but what a refused start leaves behind."""
-    return not path.exists() or (path.is_dir() and all(inside.name == LOCK for inside in path.iterdir()))
+    """Whether nothing is there but what a start leaves behind that was refused or killed before there was a run."""
+    return not path.exists() or (path.is_dir() and all(map(_is_of_no_run, path.iterdir())))
+
+
+def _is_of_no_run(path: Path) -> bool:
+    run = RunFolder(path.parent)
+    if path == run.checkpoints:
+        return path.is_dir() and not any(path.iterdir())
+    half_written = tuple(f"{store.TEMPORARY}{name}-" for name in (run.config.name, run.corpus.name, store.PROBE))
+    return path.name in (LOCK, run.corpus.name) or path.name.startswith(half_written)
 
 
 def require_new(run: RunFolder) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from firstwords import store
-from firstwords.errors import DataError
+from firstwords.errors import DataError, PermissionDeniedError, StorageError
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Journal:
         store.append(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
     def size_bytes(self) -> int:
-        """Return its length after making it durable: what a checkpoint records."""
-        if not self.path.exists():
-            return 0
-        store.sync(self.path)
-        return self.path.stat().st_size
+        """Return its length after making it durable, where the disk lets us: what a checkpoint records."""
+        size = store.size(self.path)
+        if size:
+            with suppress(StorageError, PermissionDeniedError):  # weights are worth more than lines about them
+                store.sync(self.path)
+        return size
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what was added, oldest first; a last line that was torn by a kill is left out.

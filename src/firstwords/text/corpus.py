@@ -9,7 +9,9 @@ from __future__ import annotations
 import array
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from firstwords import store
-from firstwords.errors import CannotCreateError, ConfigError, DataError, NoInputError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Document, Notice, Texts
 from firstwords.text.tokenizer import Tokenizer
@@ -25,6 +27,8 @@ from firstwords.text.tokenizer import Tokenizer
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
 LAYOUT = 1  # of the shards; part of the key under which they are cached
 TOKENIZER_FILE = "tokenizer.json"
+ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
+CHECKED_IDS = 1 << 20  # at once
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def prepare(
     fraction = 0.0 if val is not None else val_fraction
     folder = cache / _key(found, held_out, fraction, tokenizer)
     store.make_folder(cache)
+    _remove_abandoned(cache)
     if folder.exists():
         try:
             return load(folder)
@@ -269,6 +274,15 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
     )
 
 
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed preparations left half-written; one that goes on in another process is younger."""
+    for folder in cache.glob("tmp-*"):
+        with suppress(OSError, FirstwordsError):  # another process may remove it too, and nothing depends on it
+            newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest_s > ABANDONED_S:
+                store.remove_folder(folder)
+
+
 def _counted(pieces: Iterable[str], count: dict[str, int]) -> Iterator[str]:
     for piece in pieces:
         count["bytes"] += len(piece.encode())
@@ -279,12 +293,21 @@ def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:
     dtype = np.dtype(record["dtype"])
     if path.stat().st_size != record["ids"] * dtype.itemsize:
         raise DataError(f"does not hold the {record['ids']} ids that its manifest names", where=str(path))
+    _check_ids(path, dtype, tokenizer.vocab_size)
     ids = np.memmap(path, dtype, "r") if record["ids"] else np.empty(0, dtype)  # an empty file cannot be mapped
-    if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-        at = int(np.argmax(ids >= tokenizer.vocab_size))
-        raise DataError(
-            f"token id {int(ids[at])} is beyond the vocabulary of {tokenizer.vocab_size}",
-            where=f"{path}, token {at}",
-            do="remove the folder; the text will be prepared again",
-        )
     return Part(ids, record["bytes"], record["documents"])
+
+
+def _check_ids(path: Path, dtype: np.dtype[Any], vocab_size: int) -> None:
+    """Raise a DataError for the first id beyond the vocabulary. Read in pieces: a map would bring all ids into memory."""
+    with path.open("rb") as file:
+        at = 0
+        while len(ids := np.fromfile(file, dtype, CHECKED_IDS)):
+            if int(ids.max()) >= vocab_size:
+                first = int(np.argmax(ids >= vocab_size))
+                raise DataError(
+                    f"token id {int(ids[first])} is beyond the vocabulary of {vocab_size}",
+                    where=f"{path}, token {at + first}",
+                    do="remove the folder; the text will be prepared again",
+                )
+            at += len(ids)

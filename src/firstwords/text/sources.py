@@ -40,6 +40,7 @@ Notice = Callable[[str], None]  # told one line that a person should read
 SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, each also with .gz
 PIECE_BYTES = 2**20
 HEAD_BYTES = 2**16  # looked at before anything is read in full
+LONGEST_NAME = 60  # characters of a short name: with a number behind it, it must still be the name of a folder
 
 _STDIN = "standard input"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -366,8 +367,12 @@ def _check_head(source: _Source, notice: Notice) -> bool:
         raise _binary(head, source.name)
     if bom_bytes and source.encoding is None and encoding != "utf-8":
         notice(f"{source.name}: read as {encoding}, by its byte-order mark")
+    if "\0" in text:
+        notice(f"{source.name}: holds NUL characters; they are read as text")
     if text.lstrip().lower().startswith(("<!doctype html", "<html")):
         notice(f"{source.name}: looks like an HTML page; its tags are read as text")
+    if source.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        notice(f"{source.name}: a table; its separators and quotes are read as text")
     return True
 
 
@@ -465,7 +470,8 @@ def _short_name(path: str) -> str:
     if path == "-":
         return "stdin"
     named = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
-    return _shown(named.name if named.is_dir() else Path(named.name.removesuffix(".gz")).stem) or "text"
+    name = _shown(named.name if named.is_dir() else Path(named.name.removesuffix(".gz")).stem)
+    return name[:LONGEST_NAME] or "text"
 
 
 def _shown(name: str | Path) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ PIECE_CHARS = 1 << 16  # the longest text that is encoded at once
 GPT2_WORDS = 50256
 LONGEST_TRAINED = 1000  # characters; training a BPE is quadratic in its longest piece
 SMALLEST_BPE, LARGEST_BPE = 257, 1 << 20
+
+_ANOTHER = "name a tokenizer.json that firstwords wrote, or --tokenizer gpt2, bytes or bpe:N"
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
@@ -196,20 +199,45 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         value = json.loads(data)
         model, plain = value["model"], value["normalizer"] is None and value["pre_tokenizer"] == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
-        words: dict[str, int] = dict(model["vocab"])
-        end_of_text = words.pop(END_OF_TEXT)
-        ranks = {bytes(letters[letter] for letter in word): int(rank) for word, rank in words.items()}
+        words = {word: operator.index(rank) for word, rank in model["vocab"].items()}
+        ranks = {bytes(letters[letter] for letter in word): rank for word, rank in words.items() if word != END_OF_TEXT}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError("is no byte-level BPE tokenizer", where=where, why=f"{type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise DataError("is no byte-level BPE tokenizer", where=where, why=why, do=_ANOTHER) from error
     if not plain:
-        raise DataError("the tokenizer changes or splits its text in another way than GPT-2's", where=where)
-    if sorted(ranks.values()) != list(range(len(ranks))) or end_of_text != len(ranks):
-        raise DataError("the tokenizer's ids have gaps", where=where, why=f"{END_OF_TEXT} must be the last of dense ids")
-    spelled = _byte_letters()
-    if [(_spell(a, spelled), _spell(b, spelled)) for a, b in _merges(ranks)] != merges:
-        raise DataError("the tokenizer's merges are not in the order of its ids", where=where)
+        what = "the tokenizer changes or splits its text in another way than GPT-2's"
+        raise DataError(what, where=where, do=_ANOTHER)
+    if fault := _fault_of_ids(words):
+        raise DataError("the tokenizer's ids are not dense", where=where, why=fault, do=_ANOTHER)
+    if fault := _fault_of_merges(ranks, merges):
+        what = "the tokenizer's merges are not those of its ids, in their order"
+        raise DataError(what, where=where, why=fault, do=_ANOTHER)
     return Tokenizer(_name_of(ranks), ranks)
+
+
+def _fault_of_ids(words: dict[str, int]) -> str:
+    """Return the first id that is missing or stands for two words; empty where ids are dense and `<|endoftext|>` is last."""
+    ordered = sorted(words, key=lambda word: words[word])
+    for expected, word in enumerate(ordered):
+        if words[word] < expected:
+            return f"id {words[word]} stands for {ordered[expected - 1]!r} and for {word!r}"
+        if words[word] > expected:
+            return f"no word has id {expected}"
+    return "" if ordered and ordered[-1] == END_OF_TEXT else f"{END_OF_TEXT} must have the last id"
+
+
+def _fault_of_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]]) -> str:
+    """Return the first merge that is not the one that the ids make; empty where all are."""
+    spelled = _byte_letters()
+    try:
+        made = [(_spell(a, spelled), _spell(b, spelled)) for a, b in _merges(ranks)]
+    except ValueError as error:
+        return str(error)
+    for number, (expected, found) in enumerate(zip_longest(made, merges)):
+        if expected != found:
+            return f"merge {number} is {found}, by the ids it must be {expected}"
+    return ""
 
 
 def safe_pieces(pieces: Iterable[str]) -> Iterator[str]:
@@ -255,7 +283,11 @@ def _spell(word: bytes, letters: dict[int, str]) -> str:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the two parts of each merged word, in rank order: what is left of it when only lower ranks may merge."""
+    """Return the two parts of each merged word, in rank order: what is left of it when only lower ranks may merge.
+
+    Raises:
+        ValueError: A word that no merge makes.
+    """
     pairs = []
     for word, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(word) == 1:
@@ -265,7 +297,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             candidates = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
             lowest, i = min(candidates)
             if lowest >= rank:
-                raise DataError("the tokenizer has a word that no merge makes", where=repr(word))
+                raise ValueError(f"no merge makes the word {word!r} of id {rank}")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         pairs.append((parts[0], parts[1]))
     return pairs

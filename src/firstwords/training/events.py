@@ -55,6 +55,13 @@ class SaveDue:
 
 
 @dataclass(frozen=True)
+class CopyDue:
+    """The weights are the best so far, but a save would take too much of the time: copy them, for the next save."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Stopped:
     """No more steps: `done`, or the caller's reason."""
 
@@ -62,7 +69,7 @@ class Stopped:
     reason: str
 
 
-Event = StepDone | Evaluated | Sampled | SaveDue | Stopped  # what the loop yields
+Event = StepDone | Evaluated | Sampled | SaveDue | CopyDue | Stopped  # what the loop yields
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,18 @@ class Saved:
     folder: Path
 
 
-Told = Event | Notice | Preparing | Started | Planned | Saved
+@dataclass(frozen=True)
+class RolledBack:
+    """Training diverged and goes on from a checkpoint, without the batches from there to where it diverged."""
+
+    step: int  # of the checkpoint
+    from_step: int
+    first_batch: int
+    last_batch: int  # included
+    reason: str
+
+
+Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack
 Listener = Callable[[Told], None]
 
 

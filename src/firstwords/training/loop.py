@@ -16,9 +16,9 @@ from firstwords.errors import DivergedError
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
 from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
+from firstwords.training.events import CopyDue, Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.optim import learning_rate
-from firstwords.training.state import TrainState
+from firstwords.training.state import TrainState, all_finite, batch_index
 
 SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
@@ -49,12 +49,13 @@ def fit(
     """Train until `state.total_steps` and yield what happens. The state is consistent at every yield.
 
     A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
-    model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, after a
-    best evaluation, every `save_every_s`, at the last step, and before stopping.
+    model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, every
+    `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless the last save took more than
+    a fiftieth of the time since: then a copy is due.
 
     Args:
         state: Changed in place.
-        batches: The batch of the update after that many updates.
+        batches: The batch of the update after that many updates; see `state.taken`.
         config: Fixed for the run.
         evaluate: Nats per token on training text, and the held-out figures, of `state.model` now, at a step.
         sample: What `state.model` says now; its argument is the step.
@@ -62,14 +63,14 @@ def fit(
         should_stop: Asked after each step; a reason stops.
 
     Raises:
-        DivergedError: Loss or gradient is not finite, and the weights are those of the step before; or the model that
-            an update left gives no finite numbers.
+        DivergedError: A number is not finite, and the weights are those of the step before; or the last update left
+            a model that gives no finite numbers, and it is not saved.
     """
-    reason, saved_s = None, time.perf_counter()
-    save_every_s = _save_interval_s(config, 0.0)
+    reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
     if state.step == 0:
         yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
+        took_s, saved_s = time.perf_counter() - saved_s, time.perf_counter()
         yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
@@ -81,11 +82,16 @@ def fit(
         sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
         best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
         reason, now_s = should_stop(), time.perf_counter()
-        if best or last or reason or now_s - saved_s >= save_every_s:
+        since_s = now_s - saved_s
+        if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
+            if not all_finite(state):
+                raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
             state.elapsed_s = round(now_s - began_s, 3)
             yield SaveDue(state.step)
             saved_s = time.perf_counter()
-            save_every_s = _save_interval_s(config, saved_s - now_s)
+            took_s = saved_s - now_s
+        elif best:
+            yield CopyDue(state.step)
         if reason:
             break
     yield Stopped(state.step, reason or "done")
@@ -150,7 +156,7 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     gradient is that of the whole whatever the cut.
 
     Raises:
-        DivergedError: Loss or gradient is not finite. Nothing is updated.
+        DivergedError: The loss, a gradient, a weight or an optimizer's number is not finite. Nothing is updated.
     """
     model, device = state.model, state.model.tok_emb.weight.device
     model.train()
@@ -165,10 +171,13 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
             loss += nats.detach() / batch.n_targets
     grad_norm = _clip(model, config.optim.max_grad_norm)
     nats_per_token = float(loss)
-    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm)):
-        first, size = state.step * len(batch.tokens), len(batch.tokens)
-        what = f"the loss is {nats_per_token} and the gradient's norm {grad_norm}"
-        raise diverged(what, state.step + 1, f" on sequences {first} to {first + size - 1} of the shuffled text")
+    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm) and all_finite(state)):
+        model.zero_grad(set_to_none=True)
+        index, size = batch_index(state.step, state.skipped), len(batch.tokens)
+        what = f"the loss is {nats_per_token}, the gradient's norm {grad_norm}"
+        what += "" if all_finite(state) else ", and a weight or an optimizer's number is not finite"
+        place = f" on batch {index}, sequences {index * size} to {(index + 1) * size - 1} of the shuffled text"
+        raise diverged(what, state.step + 1, place)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -179,7 +188,7 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
 
 def diverged(what: str, step: int, on: str = "") -> DivergedError:
     """Return the error for a number that is not finite at a step, with the batch that it came from."""
-    do = "try a lower --optim.peak-lr or a longer --optim.warmup-steps"
+    do = "try a lower --optim.peak-lr, a longer --optim.warmup-steps, or --resume with --on-nan rollback"
     return DivergedError(what, where=f"step {step}", why=f"training diverged{on}", do=do)
 
 

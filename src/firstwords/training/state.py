@@ -5,8 +5,8 @@ What is a function of (seed, step) is not state: the batch, the learning rate, d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from firstwords.config import ModelConfig, OptimConfig
 from firstwords.errors import DataError
 from firstwords.model.gpt import GPTModel
+from firstwords.text.batches import Batch
 from firstwords.training.optim import optimizers
 
 # The registry: every scalar of TrainState that is saved. The tensors are the model's and the optimizers'.
-SCALARS = ("step", "tokens", "elapsed_s", "total_steps", "eval_every", "best_step", "best_nats")
+SCALARS = ("step", "tokens", "elapsed_s", "total_steps", "eval_every", "best_step", "best_nats", "skipped")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class TrainState:
     eval_every: int | None = None
     best_step: int | None = None
     best_nats: float | None = None  # held-out nats per token at best_step
+    skipped: list[list[int]] = field(default_factory=list)  # [first, last] batches that roll-backs left out, in order
 
 
 def initial(model_config: ModelConfig, optim_config: OptimConfig, seed: int, device: str, dtype: torch.dtype) -> TrainState:
@@ -50,6 +52,26 @@ def initial(model_config: ModelConfig, optim_config: OptimConfig, seed: int, dev
         torch.manual_seed(seed)
         model = GPTModel(model_config).to(device)
     return TrainState(model, optimizers(model, optim_config, dtype))
+
+
+def batch_index(step: int, skipped: list[list[int]]) -> int:
+    """Return which batch the update after `step` updates takes: the step itself, where none was left out."""
+    index = step
+    for first, last in skipped:
+        if index >= first:
+            index += last - first + 1
+    return index
+
+
+def taken(batches: Callable[[int], Batch], state: TrainState) -> Callable[[int], Batch]:
+    """Return the batch of each step as `state` has it at the time of the call, without those that were left out."""
+    return lambda step: batches(batch_index(step, state.skipped))
+
+
+def all_finite(state: TrainState) -> bool:
+    """Whether every weight and every number of the optimizers is finite. Reads each once: about a hundredth of a step."""
+    tensors = [*model_tensors(state.model).values(), *optimizer_tensors(state).values()]
+    return bool(torch.stack([tensor.sum().float() for tensor in tensors]).isfinite().all())
 
 
 def model_tensors(model: GPTModel) -> dict[str, Tensor]:
@@ -79,12 +101,14 @@ def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value
         for name, parameter, optimizer in _owners(state)
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizers back what `optimizer_tensors` returned."""
+    """Give the optimizers back what `optimizer_tensors` returned, and nothing else."""
+    for optimizer in state.optimizers:
+        optimizer.state.clear()
     by_name = {name: (parameter, optimizer) for name, parameter, optimizer in _owners(state)}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")

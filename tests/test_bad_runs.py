@@ -1,0 +1,227 @@
+"""What can be wrong with the place of a run, and with going on with one: nothing is lost, and nothing begun in silence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, tree, write
+from firstwords import resolve
+from rows import row
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+
+
+# The place of the run
+
+
+@row(43)
+def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, a_run: Path):
+    before = tree(a_run)
+    error = refused(73, "train", "text.txt", "--out", a_run, *TINY)
+    assert (error["where"], tree(a_run)) == (str(a_run), before)
+    assert "--resume" in error["do"]
+
+
+@row(44)
+@pytest.mark.parametrize("out", ["taken", "taken/run"])
+def test_a_file_where_the_run_should_be_is_left_alone(refused: Refused, text: Path, out: str):
+    write(Path("taken"), "precious")
+    error = refused(73, "train", text, "--out", out, *TINY)
+    assert "taken" in error["where"]
+    assert Path("taken").read_text() == "precious"
+
+
+@row(44)
+@pytest.mark.parametrize("place", ["runs", "runs/text"])
+def test_a_file_where_the_default_run_should_be_is_left_alone(command: Command, text: Path, place: str):
+    write(Path(place), "precious")
+    ended = command("train", text, *TINY, "--json")
+    if ended.code != 0:  # a free number is as good
+        error_of(ended, 73)
+    assert Path(place).read_text() == "precious"
+
+
+def test_a_folder_with_other_files_is_left_alone(refused: Refused, text: Path):
+    write(Path("photos/cat.png"), PNG)
+    error = refused(73, "train", text, "--out", "photos", *TINY)
+    assert error["where"] == "photos"
+    assert tree(Path("photos")) == ["cat.png"]
+
+
+@row(47)
+@pytest.mark.parametrize("arguments", [["--resume"], ["text.txt", *TINY]])
+def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, arguments: list[str]):
+    out = a_run if "--resume" in arguments else Path("fresh").absolute()
+    out.mkdir(exist_ok=True)
+    hold = "import sys; from pathlib import Path; from firstwords import store\n"
+    hold += "with store.lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(out / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        error = refused(73, "train", "--out", out, *arguments)
+        holder.stdin.close()
+        assert holder.wait() == 0
+    assert error["where"] == str(out)
+    assert f"pid {holder.pid} on {socket.gethostname()}" in error["why"]
+
+
+@row(45)
+def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    monkeypatch.setattr(os, "mkdir", fail)  # root, as tests often run, may write everywhere
+    assert refused(77, "train", text, "--out", "run", *TINY)["where"] == "run"
+
+
+@row(45)
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_file_system_that_takes_no_writing_is_told_before_any_work(
+    refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    monkeypatch.setattr(resolve, "prepare", None)  # the work
+    error = refused(77, "train", text, "--out", "run", *TINY)
+    assert os.strerror(code) in error["why"]
+
+
+@row(46)
+def test_a_disk_too_small_for_two_checkpoints_is_told_with_both_sizes(
+    command: Command, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    error = error_of(command("train", text, "--out", "run", *TINY, "--model.ff-dim=65536", "--json"), 74)
+    assert error["what"] == "the disk has 0.00 GB free, two checkpoints need 0.15 GB"
+    assert error["where"] == "run"
+    assert "--out" in error["do"]
+
+
+# Going on with a run
+
+
+def test_resume_needs_a_name(refused: Refused):
+    assert "--out" in refused(78, "train", "--resume")["do"]
+
+
+@row(62)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_resume_without_a_run_begins_none(refused: Refused, tmp_path: Path, is_folder: bool):
+    if is_folder:
+        Path("run").mkdir()
+    before = tree(tmp_path)
+    assert refused(66, "train", "--resume", "--out", "run")["where"] == "run"
+    assert tree(tmp_path) == before
+
+
+@row(51, 64)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("--model.emb-dim", "64"), ("--seed", "7"), ("--tokenizer", "gpt2"), ("--batch-size", "8"), ("--optim.peak-lr", "1")],
+)
+def test_resume_refuses_what_the_run_recorded_otherwise(refused: Refused, a_run: Path, name: str, value: str):
+    assert refused(78, "train", "--resume", "--out", a_run, name, value)["where"] == name
+
+
+@row(58)
+@pytest.mark.parametrize("length", ["16", "64"])
+def test_resume_with_another_context_is_refused(refused: Refused, a_run: Path, length: str):
+    error = refused(78, "train", "--resume", "--out", a_run, f"--model.context-length={length}")
+    assert error["where"] == "--model.context-length"
+    assert "--out" in error["do"]
+
+
+def test_resume_accepts_what_the_run_recorded(command: Command, a_run: Path):
+    assert command("train", "--resume", "--out", a_run, *TINY).code == 0
+
+
+@pytest.mark.parametrize("shown", [Path, Path.absolute])
+def test_resume_accepts_the_name_of_the_run_s_own_text(command: Command, a_run: Path, shown: Callable[[Path], Path]):
+    ended = command("train", shown(Path("text.txt")), "--resume", "--out", a_run)
+    assert ended.code == 0, ended.err
+
+
+def test_resume_with_another_text_is_refused(refused: Refused, a_run: Path):
+    write(Path("other.txt"), TEXT)
+    error = refused(78, "train", "other.txt", "--resume", "--out", a_run)
+    assert "text" in error["where"]
+
+
+def test_resume_does_not_pass_over_a_configuration_file_in_silence(command: Command, a_run: Path):
+    write(Path("my.toml"), "seed = 7")
+    assert command("train", "--resume", "--out", a_run, "--config", "my.toml").code == 78
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "codes"),
+    [
+        ("config.toml", b"seed = \xff", (65, 78)),
+        ("config.toml", b"seed = ", (78,)),
+        ("config.toml", b"stesp = 1", (78,)),
+        ("corpus.json", b"{", (65,)),
+        ("corpus.json", b"{}", (65,)),
+        ("metrics.jsonl", b'{"event": "st\xff\n{}\n', (65,)),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_damaged_file_of_a_run_is_named(command: Command, a_run: Path, verb: str, name: str, content: bytes, codes: Any):
+    write(a_run / name, content)
+    ended = command(*(("train", "--resume", "--out", a_run) if verb == "train" else ("eval", a_run)), "--json")
+    if verb == "eval" and ended.code == 0:  # it needs less of the run
+        return
+    assert ended.code in codes
+    error_of(ended, ended.code)
+
+
+@row(40)
+def test_resume_with_a_changed_text_says_so(refused: Refused, a_run: Path):
+    with Path("text.txt").open("a") as file:
+        file.write("one more line\n")
+    error = refused(65, "train", "--resume", "--out", a_run, "--steps", "3")
+    assert "changed since the run began" in error["what"]
+    assert "text.txt" in error["where"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(command: Command, a_run: Path, name: str):
+    older, newest = checkpoints(a_run)[-2:]
+    shutil.copytree(a_run, "whole")
+    flip_a_byte(newest / name)
+    ended = command("train", "--resume", "--out", a_run, "--json")
+    assert ended.code == 0
+    aside = list((a_run / "checkpoints").glob(f"damaged-{newest.name}-*"))
+    assert len(aside) == 1
+    assert aside[0].name in ended.err
+    assert newest.name in ended.err
+    assert ended.json["steps"] == 2
+    whole = command("train", "--resume", "--out", "whole", "--json").json
+    assert ended.json["weights_sha256"] == whole["weights_sha256"]
+    lines = [json.loads(line) for line in (a_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2]
+    assert int(older.name.removeprefix("step-")) == 1
+
+
+@row(62)
+def test_resume_with_only_damaged_checkpoints_is_bad_data_however_often(command: Command, a_run: Path):
+    for folder in checkpoints(a_run):
+        flip_a_byte(folder / "model.safetensors")
+    metrics = (a_run / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        error = error_of(command("train", "--resume", "--out", a_run, "--json"), 65)
+        assert "damaged" in error["what"]
+        assert "step-00000002" in error["why"]
+        assert (a_run / "metrics.jsonl").read_bytes() == metrics
