@@ -6,12 +6,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
 from firstwords.config import ModelConfig
+from firstwords.runs import checkpoint
+from firstwords.runs.folder import RunFolder
+from firstwords.training import state as states
 from record import TECHNIQUES, Record
 
 TEXTS = os.environ.get("FIRSTWORDS_TEXTS")
@@ -119,3 +123,30 @@ TINY = {
     "precision": "float32",
     "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "ff_dim": 64, "drop_rate": 0.1},
 }
+OTHER = "".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300))  # a held-out text unlike STORY: soon it gets worse
+TIMES = ("elapsed_s", "tokens_per_s", "took_s")
+
+
+def journal(run: Path, *events: str) -> list[dict[str, Any]]:
+    """Return what a run journaled of some events, without times, which no two runs share."""
+    lines = RunFolder(run).metrics.lines()
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in events]
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Return all that two runs must agree in to count as the same, whether they stopped on the way or not."""
+    folder, notices = RunFolder(run), list[str]()
+    last, best = checkpoint.newest(folder.checkpoints, notices.append), checkpoint.best(folder.checkpoints, notices.append)
+    assert last is not None
+    assert best is not None
+    saved = last.json(checkpoint.STATE)
+    elapsed_s = [line["elapsed_s"] for line in folder.metrics.lines() if line["event"] == "step"]
+    return {
+        "notices": notices,
+        "weights": (last.step, last.weights_sha256, best.step, best.weights_sha256),
+        "state": {name: saved[name] for name in states.SCALARS if name != "elapsed_s"},
+        "time goes on": elapsed_s == sorted(elapsed_s),
+        "losses, gradients, learning rates": [repr(line) for line in journal(run, "step")],
+        "evaluations": [repr(line) for line in journal(run, "evaluation", "sample")],
+        "samples": folder.samples.path.read_text(),
+    }
