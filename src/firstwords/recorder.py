@@ -14,7 +14,7 @@ from torch import Tensor
 
 from firstwords import store
 from firstwords.config import RunConfig
-from firstwords.errors import ConfigError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
+from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
@@ -273,8 +273,13 @@ class Recorder:
     def _load(self, found: Checkpoint) -> store.Json:
         """Make a checkpoint the state of the run, cut the journals back to it, and return its `state.json`."""
         saved = found.json(checkpoint.STATE)
-        for journal in (self.run.metrics, self.run.samples):
-            store.cut(journal.path, int(saved["journal_bytes"][journal.path.name]))
+        match saved:
+            case {"fingerprint": dict(), "journal_bytes": {"metrics.jsonl": int(metrics), "samples.jsonl": int(samples)}}:
+                pass
+            case _:
+                raise DataError("is no state of a run", where=str(found.folder / checkpoint.STATE))
+        store.cut(self.run.metrics.path, metrics)
+        store.cut(self.run.samples.path, samples)
         states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
