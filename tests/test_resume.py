@@ -170,7 +170,7 @@ def test_a_best_that_came_between_two_saves_is_kept_with_the_next(
     tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = seldom_saved(tmp_path, "seldom", monkeypatch)
-    assert same(tmp_path, whole, result)
+    assert same(whole, result)
     assert 0 < result.best_step < STEPS
     folders = checkpoint.existing(tmp_path / "seldom" / "checkpoints")
     assert [checkpoint.step_of(folder) for folder in folders] == [0, result.best_step, STEPS]
@@ -186,7 +186,7 @@ def test_a_run_killed_with_its_best_in_memory_only_finds_it_again(
 ) -> None:
     with pytest.raises(KilledError):
         seldom_saved(tmp_path, "killed", monkeypatch, stop_at=stop_at)
-    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+    assert same(whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
 
 
 def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again(
@@ -194,7 +194,7 @@ def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again
 ) -> None:
     seldom_saved(tmp_path, "killed", monkeypatch)
     store.remove_folder(checkpoint.folder_of(tmp_path / "killed" / "checkpoints", STEPS))
-    assert same(tmp_path, whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+    assert same(whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
 
 
 def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(
 ) -> None:
     failing_saves(monkeypatch, 6, 7, error)
     assert whole.best_step == 5  # which could not be saved when it came
-    assert same(tmp_path, whole, train(tmp_path, "full"))
+    assert same(whole, train(tmp_path, "full"))
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoints_before_intact(
