@@ -222,9 +222,9 @@ class Recorder:
         """Return what came of the run; at least one checkpoint must be saved."""
         assert self.newest is not None
         state, val, best = self.state, self.corpus.val, None
-        best_step = self.newest.step if state.best_step is None else state.best_step
-        if state.best_nats is not None:
-            best = Evaluation.of(state.best_nats * val.n_tokens, val.n_tokens, val.n_bytes)
+        best_step, nats, weights_sha256 = self._best()
+        if nats is not None:
+            best = Evaluation.of(nats * val.n_tokens, val.n_tokens, val.n_bytes)
         return TrainResult(
             run=str(self.run.path),
             steps=state.step,
@@ -232,7 +232,7 @@ class Recorder:
             elapsed_s=state.elapsed_s,
             tokens_per_s=round(state.tokens / max(state.elapsed_s, 1e-9), 1),
             best_step=best_step,
-            nats_per_token=state.best_nats,
+            nats_per_token=nats,
             perplexity=None if best is None else best.perplexity,
             bits_per_byte=None if best is None else best.bits_per_byte,
             last={
@@ -240,11 +240,22 @@ class Recorder:
                 "nats_per_token": self.last_held_out,
                 "weights_sha256": self.newest.weights_sha256,
             },
-            weights_sha256=checkpoint.weights_sha256(self.run.checkpoints, best_step),
+            weights_sha256=weights_sha256,
             precision=self.config.precision,
             seed=self.config.seed,
             stopped=self.stopped,
         )
+
+    def _best(self) -> tuple[int, float | None, str]:
+        """Return step, held-out nats per token and weights' hash of what speaks for the run: as `checkpoint.best` does."""
+        assert self.newest is not None
+        step = self.state.best_step
+        if step is not None:
+            try:
+                return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
+            except FirstwordsError as error:  # its save was refused
+                self._notice(f"{error}; using step {self.newest.step} instead of the best")
+        return self.newest.step, self.last_held_out, self.newest.weights_sha256
 
     def restore(self, *, more_time: bool = False) -> None:
         """Bring the run back to its newest valid checkpoint, and its journals with it.
