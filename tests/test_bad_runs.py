@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, tree, write
+from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import resolve
 from rows import row
 
@@ -213,6 +213,34 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(com
     lines = [json.loads(line) for line in (a_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2]
     assert int(older.name.removeprefix("step-")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "2"),
+        ("step", None),
+        ("best_step", [1]),
+        ("best_nats", {}),
+        ("skipped", 0),
+        ("skipped", [1]),
+        ("elapsed_s", []),
+    ],
+)
+def test_a_state_of_other_kinds_with_a_manifest_that_fits_is_refused(refused: Refused, a_run: Path, name: str, value: Any):
+    newest = checkpoints(a_run)[-1]
+    state = json.loads((newest / "state.json").read_bytes()) | {name: value}
+    write(newest / "state.json", json.dumps(state))
+    reseal(newest)
+    error = refused(65, "train", "--resume", "--out", a_run)
+    assert name in error["what"]
+    assert "state.json" in error["where"]
+
+
+def test_a_journal_that_is_a_folder_is_named(refused: Refused, a_run: Path):
+    (a_run / "metrics.jsonl").unlink()
+    (a_run / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl" in refused(65, "verify", a_run, "--replay", "1")["where"]
 
 
 @row(62)

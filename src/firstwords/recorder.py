@@ -214,7 +214,7 @@ class Recorder:
         """Return the best checkpoint, or the newest where no held-out figure tells; the newest may be bad already."""
         best_step = self.state.best_step
         best = None if best_step is None else checkpoint.folder_of(self.run.checkpoints, best_step)
-        if best is not None and best.is_dir():
+        if best is not None and store.exists(best):
             return best
         return None if self.newest is None else self.newest.folder
 

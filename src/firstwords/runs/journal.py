@@ -38,11 +38,12 @@ class Journal:
         """Yield what was added, oldest first; a last line that was torn by a kill is left out.
 
         Raises:
-            DataError: A line is no JSON object.
+            DataError: A line is no JSON object, or the file is damaged.
+            PermissionDeniedError, StorageError: The system does not let us read it now.
         """
-        if not self.path.exists():
+        if not store.exists(self.path):
             return
-        with self.path.open("rb") as file:  # bytes end lines at \n alone; what a model says may hold U+2028
+        with reading.regular(self.path) as (file, _):  # bytes end lines at \n alone; what a model says may hold U+2028
             for number, line in enumerate(iter(partial(file.readline, reading.MOST_BYTES), b""), 1):
                 if line.endswith(b"\n") or len(line) == reading.MOST_BYTES:
                     yield self._read(line, number)

@@ -19,8 +19,17 @@ from firstwords.model.gpt import GPTModel
 from firstwords.text.batches import Batch
 from firstwords.training.optim import optimizers
 
-# The registry: every scalar of TrainState that is saved. The tensors are the model's and the optimizers'.
-SCALARS = ("step", "tokens", "elapsed_s", "total_steps", "eval_every", "best_step", "best_nats", "skipped")
+# The registry: every scalar of TrainState that is saved, and its kind. The tensors are the model's and the optimizers'.
+SCALARS = {
+    "step": int,
+    "tokens": int,
+    "elapsed_s": int | float,
+    "total_steps": int | None,
+    "eval_every": int | None,
+    "best_step": int | None,
+    "best_nats": int | float | None,
+    "skipped": list,
+}
 
 
 @dataclass
@@ -151,18 +160,18 @@ def load_scalars(state: TrainState, values: Mapping[str, Any]) -> None:
     """Set the registered scalars.
 
     Raises:
-        DataError: One is missing, or neither a number nor a list of numbers.
+        DataError: One is missing or of another kind.
     """
-    for name in SCALARS:
+    for name, kind in SCALARS.items():
         if name not in values:
             raise DataError(f"the saved state has no {name!r}", where="state.json")
-        if not _is_of_numbers(values[name]):
-            raise DataError(f"the saved {name!r} is made of no numbers", where="state.json")
+        if not isinstance(values[name], kind) or (kind is list and not all(map(_is_range, values[name]))):
+            raise DataError(f"the saved {name!r} is none", where="state.json", why=f"it is {str(values[name])[:80]!r}")
         setattr(state, name, values[name])
 
 
-def _is_of_numbers(value: Any) -> bool:
-    return all(map(_is_of_numbers, value)) if isinstance(value, list) else isinstance(value, int | float | None)
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int) for number in value)
 
 
 def _owners(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
