@@ -28,7 +28,7 @@ FILES: dict[str, str | bytes] = {
     "overlong.txt": b"a\xc0\x80",
     "nul.txt": bytes(100),
     "image.txt": b"\x89PNG\r\n\x1a\n" + bytes(100),
-    "twice.txt": gzip.compress(gzip.compress(b"a")),
+    "twice.txt": gzip.compress(gzip.compress(b"a", mtime=0), mtime=0),
     "lfs.txt": "version https://git-lfs.github.com/spec/v1\n",
     "surrogate.jsonl": r'{"text": "\ud800"}',
     "bad.jsonl": "{bad}",
