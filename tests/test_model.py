@@ -11,7 +11,8 @@ from conftest import seeded
 from firstwords.config import ModelConfig, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
-from firstwords.model.gpt import GPTModel, KVCache, rotary_angles, rotate
+from firstwords.model.functional import rotate
+from firstwords.model.gpt import GPTModel, KVCache, rotary_angles
 
 
 def model_of(config: ModelConfig) -> GPTModel:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters and bytes. Formulas, no measurements."""
+"""What a model costs: parameters, operations, bytes. Formulas, no measurements."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def parameters(config: ModelConfig) -> int:
         block = 4 * C * C + 3 * config.qkv_bias * C + C + 2 * C * hidden + hidden + C + 4 * C
         rest = 2 * C + config.context_length * C
     return config.n_layers * block + rest + (1 if config.tied_head else 2) * V * C
+
+
+def training_flops(config: ModelConfig) -> int:
+    """Return the operations that learning from one token takes: 6 a weight of a matrix, 12 C T a layer for attention.
+
+    Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B, where attention counts without its mask. Tables of
+    embeddings are looked up, not multiplied; the head is multiplied.
+    """
+    C, hidden = config.emb_dim, config.hidden_dim
+    layer = 4 * C * C + (3 if config.block == "qwen3" else 2) * C * hidden
+    weights = config.n_layers * layer + C * config.vocab_size
+    return 6 * weights + 12 * config.n_layers * C * config.context_length
 
 
 def training_bytes(config: ModelConfig, micro_batch_size: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
 from firstwords.model.gpt import GPTModel, KVCache
@@ -32,6 +33,23 @@ def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities / probabilities.sum()
 
 
+def in_precision(model: GPTModel, dtype: torch.dtype) -> GPTModel:
+    """Return the model with the weights of its matrix products in `dtype`; all else is shared with it.
+
+    Speaking reads every weight once a token and is as fast as memory is, so weights of half the size speak at twice the
+    speed. Norms and the residual stream stay float32, as in training.
+    """
+    if dtype == model.final_norm.scale.dtype:
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    cast = {
+        id(module.weight): nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    }
+    return copy.deepcopy(model, {**shared, **cast})
+
+
 @torch.no_grad()
 def generate(
     model: GPTModel,
@@ -44,10 +62,10 @@ def generate(
     """Yield token ids without end; the caller stops.
 
     The model sees the last `context_length` tokens. While they fit, keys and values are cached; beyond, each token is
-    computed from the whole window, as the chapter does, so the cache never changes the text.
+    computed from the whole window, as the chapter does, so in float32 the cache never changes the text.
 
     Args:
-        model: In eval mode.
+        model: In eval mode; see `in_precision`.
         prompt_ids: At least one id.
         sampling: How the next token is drawn.
         generator: On the CPU, so that a seed means the same text on every device.
@@ -58,15 +76,18 @@ def generate(
         DivergedError: The model's numbers are not finite.
     """
     check_ids(prompt_ids, model.config.vocab_size)
-    device, limit = model.tok_emb.weight.device, model.config.context_length
+    weight, limit = model.out_head.weight, model.config.context_length
+    device, low = weight.device, weight.dtype != torch.float32
     ids = list(prompt_ids)
     cache = KVCache(model.config) if use_cache and len(ids) <= limit else None
     while True:
         if len(ids) > limit:
             cache = None
         seen = ids[cache.length :] if cache is not None else ids[-limit:]
-        features = model.features(torch.tensor([seen], device=device), cache)
-        probabilities = next_probabilities(model.out_head(features[0, -1]), sampling).cpu()
+        with torch.autocast(device.type, weight.dtype, enabled=low, cache_enabled=False):
+            features = model.features(torch.tensor([seen], device=device), cache)
+            logits = model.out_head(features[0, -1])
+        probabilities = next_probabilities(logits, sampling).cpu()
         if not torch.isfinite(probabilities).all():
             raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))

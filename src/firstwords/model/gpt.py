@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstwords.config import ModelConfig
+from firstwords.model.functional import causal_attention, linear_each, rms_norm, rotate
 
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 
@@ -60,7 +61,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * scale over the channels (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Scales the channels to a root mean square of about 1; see `functional.rms_norm`."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)
+        return rms_norm(x, self.scale, self.eps)
 
 
 class GELU(nn.Module):
@@ -114,7 +115,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = linear_each(x, (self.gate, self.up))
+        y: Tensor = self.down(F.silu(gate) * up)
         return y
 
 
@@ -125,15 +127,8 @@ def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of (B, H, T, D) by the angles of their positions, (T, D/2) each."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class MultiHeadAttention(nn.Module):
-    """Causal multi-head self-attention: softmax(QKᵀ/√D) V (Vaswani et al. 2017, eq. 1), masked to the past."""
+    """Causal multi-head self-attention (Vaswani et al. 2017)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -153,8 +148,8 @@ class MultiHeadAttention(nn.Module):
         """Return (B, T, C) for (B, T, C); `angles` turn queries and keys, `cache` holds the tokens before these."""
         B, T, C = x.shape
         q, k, v = (
-            W(x).view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # (B, H, T, D)
-            for W in (self.W_query, self.W_key, self.W_value)
+            y.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # (B, H, T, D)
+            for y in linear_each(x, (self.W_query, self.W_key, self.W_value))
         )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -162,21 +157,9 @@ class MultiHeadAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_past(T, k.shape[2], x.device), is_causal=k.shape[2] == T, dropout_p=self._dropout()
-        )
+        y = causal_attention(q, k, v, self.dropout.p if self.training else 0.0)
         z: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return z
-
-    def _dropout(self) -> float:
-        return self.dropout.p if self.training else 0.0
-
-
-def _past(T: int, S: int, device: torch.device) -> Tensor | None:
-    """Return the mask of T new tokens over S in all, (T, S); None where `is_causal` or nothing needs to be hidden."""
-    if T in (1, S):
-        return None
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class TransformerBlock(nn.Module):
@@ -217,7 +200,7 @@ class GPTModel(nn.Module):
         match config.block:
             case "gpt2":
                 self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-                final_norm: nn.Module = LayerNorm(config.emb_dim, config.norm_eps)
+                final_norm: LayerNorm | RMSNorm = LayerNorm(config.emb_dim, config.norm_eps)
             case "qwen3":
                 self.pos_emb = None
                 for name, table in zip(("rotary_cos", "rotary_sin"), rotary_angles(config), strict=True):
@@ -248,7 +231,7 @@ class GPTModel(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens, but the model sees at most {self.config.context_length}")
-        x = self.tok_emb(tokens)
+        x = self.tok_emb(tokens).to(self.final_norm.scale.dtype)
         angles = None
         if self.pos_emb is not None:
             x = x + self.pos_emb(torch.arange(start, end, device=tokens.device))

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from firstwords.errors import ConfigError
-from firstwords.model.generate import generate
+from firstwords.model.generate import generate, in_precision
 from firstwords.model.gpt import GPTModel
 from firstwords.model.sampling import Sampling
 from firstwords.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class LanguageModel:
     model: GPTModel
     tokenizer: Tokenizer
     step: int = 0  # updates that the weights have behind them
-    dtype: torch.dtype = torch.float32  # of the matrix products in training and evaluation
+    dtype: torch.dtype = torch.float32  # of the matrix products, in whatever it does
 
     def __post_init__(self) -> None:
         rows, ids = self.model.config.vocab_size, self.tokenizer.vocab_size
@@ -74,9 +74,9 @@ class LanguageModel:
         generator = torch.Generator().manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         was_training = self.model.training
-        self.model.eval()
+        model = in_precision(self.model.eval(), self.dtype)
         try:
-            for token in islice(generate(self.model, ids, sampling or Sampling(), generator), max_new_tokens):
+            for token in islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens):
                 if token == self.tokenizer.end_of_text:
                     break
                 if token < self.tokenizer.vocab_size:  # a table may have spare rows

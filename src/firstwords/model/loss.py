@@ -14,7 +14,8 @@ from torch import Tensor
 
 from firstwords.text.batches import IGNORE
 
-CHUNK_BYTES = 128 << 20  # of float32 logits: each chunk adds once to the gradient of the whole table, so few are better
+CHUNK_BYTES = 128 << 20  # of logits: each chunk adds once to the gradient of the whole table, so few are better
+PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache
 
 
 def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ def token_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
     with torch.no_grad():
         rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
         weight = head_weight.to(rows.dtype)
-        for start, end in _chunks(len(flat), len(weight)):
-            nats[start:end] = _nats(rows[start:end] @ weight.T, flat[start:end])[0]
+        for start, end in _chunks(len(flat), len(weight) * weight.element_size()):
+            nats[start:end] = _nats(rows[start:end] @ weight.T, flat[start:end], gradient=False)
     return nats.view(targets.shape)
 
 
@@ -65,42 +66,55 @@ def _dtype(features: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
-def _chunks(n: int, vocab_size: int) -> list[tuple[int, int]]:
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
-    return [(start, min(n, start + size)) for start in range(0, n, size)]
+def _chunks(n: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Return [start, end) of chunks of n rows, as equal as can be, of at most `CHUNK_BYTES` each where a row is not more."""
+    count = -(-n * row_bytes // CHUNK_BYTES)
+    size = -(-n // max(1, min(n, count)))
+    return [(start, min(n, start + size)) for start in range(0, n, max(1, size))]
 
 
-def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nats (N) of the targets and the float32 log-probabilities (N, V)."""
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    picked = log_probabilities.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return -picked * (targets != IGNORE), log_probabilities
+def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
+    """Return the nats (N) of the targets, float32; with `gradient`, `logits` (N, V) become d nats / d logits.
+
+    d nats / d logits = softmax(logits) - onehot(target), and 0 for a target that is not counted.
+    """
+    nats = torch.empty(len(targets), device=logits.device)
+    counted = (targets != IGNORE)[:, None]
+    picked = targets.clamp(min=0)[:, None]
+    rows = max(1, PIECE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(targets)
+    for start in range(0, len(targets), rows):
+        piece = slice(start, start + rows)
+        log_probabilities = torch.log_softmax(logits[piece].float(), dim=-1)
+        nats[piece] = -(log_probabilities.gather(1, picked[piece]) * counted[piece])[:, 0]
+        if gradient:
+            probabilities = log_probabilities.exp_()
+            probabilities.scatter_add_(1, picked[piece], probabilities.new_full((len(probabilities), 1), -1.0))
+            logits[piece] = probabilities
+    if gradient and not counted.all():
+        logits *= counted
+    return nats
 
 
 class _ChunkedNats(torch.autograd.Function):
-    """Head and cross-entropy in one: d nats / d logits = softmax(logits) - onehot(target)."""
+    """Head and cross-entropy in one."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         rows, table = features.to(dtype), weight.to(dtype)
         wanted = any(ctx.needs_input_grad)
         d_features = torch.empty_like(features) if wanted else None
-        d_weight = torch.zeros_like(weight) if wanted else None
+        d_weight: Tensor | None = None
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
-        for start, end in _chunks(len(targets), len(table)):
-            chunk, target = rows[start:end], targets[start:end]
-            losses, log_probabilities = _nats(chunk @ table.T, target)
-            nats += losses.sum()
-            if d_features is None or d_weight is None:
-                continue
-            d_logits = log_probabilities.exp_()
-            d_logits.scatter_add_(1, target.clamp(min=0)[:, None], d_logits.new_full((end - start, 1), -1.0))
-            d_logits *= (target != IGNORE)[:, None]
-            d_logits = d_logits.to(dtype)
-            d_features[start:end] = d_logits @ table
-            d_weight += d_logits.T @ chunk
+        for start, end in _chunks(len(targets), len(table) * table.element_size()):
+            chunk = rows[start:end]
+            logits = chunk @ table.T
+            nats += _nats(logits, targets[start:end], gradient=wanted).sum()
+            if d_features is not None:
+                d_features[start:end] = logits @ table
+                d_table = logits.T @ chunk
+                d_weight = d_table.to(weight.dtype) if d_weight is None else d_weight.add_(d_table)
         ctx.gradients = d_features, d_weight
         return nats.float()
 

@@ -1,7 +1,7 @@
 """Documents become token shards: two memory-mapped files and a manifest, shared by every run on the same text.
 
 A part (training or held-out) is one stream of ids: `<|endoftext|>`, document, `<|endoftext|>`, document, ... so that a
-document's first token is predicted from `<|endoftext|>`. Whatever the size of the text, memory stays constant.
+document's first token is predicted from `<|endoftext|>`. All cores encode, in constant memory.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import array
 import functools
 import hashlib
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +27,8 @@ from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Document, Notice, Texts
 from firstwords.text.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
 LAYOUT = 1  # of the shards; part of the key under which they are cached
 DTYPES = ("<u2", "<u4")
@@ -250,13 +255,16 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
         count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
-        for document in documents:
-            count["documents"] += 1
-            count["ids"] += 1
-            yield np.array([tokenizer.end_of_text], dtype).tobytes()
-            for ids in tokenizer.stream(_counted(document.pieces(), count)):
-                count["ids"] += len(ids)
-                yield ids.astype(dtype).tobytes()
+        for n_bytes, ids in _in_order(encoded, _pieces(documents)):
+            count["documents"] += n_bytes is None
+            count["bytes"] += n_bytes or 0
+            count["ids"] += len(ids)
+            yield ids.tobytes()
+
+    def encoded(piece: str | None) -> tuple[int | None, np.ndarray[Any, Any]]:
+        if piece is None:
+            return None, np.array([tokenizer.end_of_text], dtype)
+        return len(piece.encode()), tokenizer.piece_ids(piece).astype(dtype)
 
     store.publish(
         folder,
@@ -284,10 +292,24 @@ def _remove_abandoned(cache: Path) -> None:
                 store.remove_folder(folder)
 
 
-def _counted(pieces: Iterable[str], count: dict[str, int]) -> Iterator[str]:
-    for piece in pieces:
-        count["bytes"] += len(piece.encode())
-        yield piece
+def _pieces(documents: Iterable[Document]) -> Iterator[str | None]:
+    """Yield the pieces of every document, that can be encoded each by itself, with None before each document."""
+    for document in documents:
+        yield None
+        yield from tokenizers.safe_pieces(document.pieces())
+
+
+def _in_order(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """Yield what the function makes of each item, in their order; all cores work, and few items wait."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[Made]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:

@@ -1,0 +1,88 @@
+"""What every benchmark shares: contenders in processes of their own, interleaved; the tables of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/benchmarks.md"
+MARK = "RESULT "
+
+
+def measured(figures: dict[str, float]) -> None:
+    """Print what this process measured, for `interleaved`."""
+    print(MARK + json.dumps(figures), flush=True)
+
+
+def interleaved(names: Sequence[str], rounds: int, script: str, arguments: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the medians of what each contender measured: A B C, A B C, ... One that fails is left out and named."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for number in range(1, rounds + 1):
+        for name in names:
+            command = [sys.executable, script, *arguments, "--run", name]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            results = [line.removeprefix(MARK) for line in ended.stdout.splitlines() if line.startswith(MARK)]
+            if results:
+                found.setdefault(name, []).append(json.loads(results[-1]))
+            said = results[-1] if results else "failed: " + (ended.stderr.strip().splitlines() or ["?"])[-1]
+            print(f"round {number} of {rounds}: {name}: {said}", file=sys.stderr, flush=True)
+    return {name: {key: statistics.median(line[key] for line in lines) for key in lines[0]} for name, lines in found.items()}
+
+
+def report(key: str, title: str, head: list[str], rows: list[list[str]], *, write: bool) -> None:
+    """Print a table, and put it into docs/benchmarks.md in the place of the one of that key."""
+    lines = [f"## {title}", "", f"`python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`", ""]
+    lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    text = "\n".join([*lines, "", place()])
+    print(text)
+    if not write:
+        return
+    before = (
+        PAGE.read_text()
+        if PAGE.is_file()
+        else "# Benchmarks\n\nWritten by the scripts in `benchmarks/`; no figure typed by hand.\n"
+    )
+    begin, end = f"<!-- {key} -->", f"<!-- end of {key} -->"
+    section = f"{begin}\n{text}\n{end}"
+    if begin in before:
+        PAGE.write_text(before[: before.index(begin)] + section + before[before.index(end) + len(end) :])
+    else:
+        PAGE.write_text(f"{before.rstrip()}\n\n{section}\n")
+
+
+def place() -> str:
+    """Return where and when the figures were measured."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"{package} not installed"
+
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = ", ".join(map(of, ("torch", "transformers", "litgpt", "bantamtrain", "llms-from-scratch")))
+    return (
+        f"Commit {commit.stdout.strip()}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {processor()}, "
+        f"Python {platform.python_version()}, {packages}."
+    )
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,123 @@
+"""What is written out by hand equals PyTorch's own composition, value and gradient, in each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import seeded
+from firstwords.model import functional
+from firstwords.model.functional import causal_attention, linear_each, rms_norm, rotate
+
+B, H, T, D = 2, 3, 12, 8
+Operation = Callable[..., Tensor]
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype, requires_grad=True)
+
+
+def with_gradients(operation: Operation, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    y = operation(*inputs)
+    upstream = torch.randn(y.shape, generator=seeded(9)).to(y.dtype)
+    return y.detach(), *torch.autograd.grad(y, inputs, upstream)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("queries_at_once", [5, 12, 100], ids=["three parts", "one part", "fewer tokens than a part"])
+def test_attention_by_products_is_as_near_to_the_exact_one_as_the_fused_kernel(
+    queries_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "QUERIES_AT_ONCE", queries_at_once)
+    inputs = tuple(drawn(B, H, T, D, dtype=torch.float64, seed=seed) for seed in range(3))
+    rough = tuple(x.detach().bfloat16().requires_grad_() for x in inputs)
+    exact = with_gradients(plain_attention, tuple(x.detach().double().requires_grad_() for x in rough))
+    ours, fused = with_gradients(causal_attention, rough), with_gradients(plain_attention, rough)
+    for a, b, c in zip(ours, fused, exact, strict=True):
+        assert error(a, c) < 0.01  # bfloat16 has 8 bits, 0.4 % of a number
+        assert error(a, c) < 2 * error(b, c)
+
+
+def test_no_token_sees_a_later_one_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "QUERIES_AT_ONCE", 5)
+    q, k, v = (drawn(B, H, T, D, seed=seed).detach().bfloat16() for seed in range(3))
+    before = causal_attention(q, k, v)
+    for x in (k, v):
+        x[:, :, 7:] = 100.0
+    after = causal_attention(q, k, v)
+    assert torch.equal(before[:, :, :7], after[:, :, :7])
+    assert not torch.equal(before[:, :, 7:], after[:, :, 7:])
+
+
+def test_new_tokens_see_those_before_and_themselves() -> None:
+    q, k, v = (drawn(B, H, T, D, seed=seed) for seed in range(3))
+    whole = causal_attention(q, k, v)
+    torch.testing.assert_close(causal_attention(q[:, :, 9:], k, v), whole[:, :, 9:])
+
+
+def test_attention_drops_as_many_probabilities_as_asked() -> None:
+    q, k = torch.zeros(2, B, H, 200, D).bfloat16()
+    v = torch.eye(200).expand(B, H, 200, 200).bfloat16()  # so that what comes out is the probabilities
+    dropped = causal_attention(q, k, v, dropout=0.25)
+    share = float((dropped[:, :, -1] == 0).float().mean())
+    assert share == pytest.approx(0.25, abs=0.06)  # of 1,200 draws: five standard deviations
+    assert not (causal_attention(q, k, v)[:, :, -1] == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)], ids=str
+)  # a few times what the type can tell apart
+def test_rms_norm_equals_pytorch_s(dtype: torch.dtype, tolerance: float) -> None:
+    x, scale = drawn(4, 5, 24, dtype=torch.float64), drawn(24, dtype=torch.float64, seed=1)
+    exact = with_gradients(lambda x, scale: F.rms_norm(x, (24,), scale, 1e-6), (x, scale))
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = x.detach().to(dtype).requires_grad_(), scale.detach().to(wide).requires_grad_()
+    for a, b in zip(with_gradients(lambda x, scale: rms_norm(x, scale, 1e-6), inputs), exact, strict=True):
+        assert error(a, b) < tolerance
+
+
+def test_the_gradient_of_rms_norm_holds_for_parts_of_a_tensor() -> None:
+    """A query is a part of a product, not contiguous."""
+    x, scale = drawn(4, 5, 3, 8, dtype=torch.float64), drawn(8, dtype=torch.float64, seed=1)
+    assert torch.autograd.gradcheck(lambda x, scale: rms_norm(x[:, :, 1:].transpose(1, 2), scale, 1e-6), (x, scale))
+
+
+def test_the_gradient_of_a_rotation_is_the_rotation_back() -> None:
+    angles = drawn(T, D // 2, dtype=torch.float64).detach()
+    x = drawn(B, H, T, D, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), (x,))
+    turned = rotate(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(turned[..., 0], x[..., 0] * angles[:, 0].cos() - x[..., D // 2] * angles[:, 0].sin())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [2, functional.FEW_ROWS])
+def test_layers_together_give_what_each_gives(rows: int, *, bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, width, bias=bias) for width in (4, 3, 5)]
+    x = drawn(rows, 6)
+    for together, layer in zip(linear_each(x, layers), layers, strict=True):
+        torch.testing.assert_close(together, layer(x))
+
+
+def test_a_compiled_block_uses_pytorch_s_own_operations() -> None:
+    """What a compiler fuses is faster than what is written by hand; both must say the same."""
+    x, scale = drawn(4, 5, 24), drawn(24, seed=1)
+    compiled = torch.compile(rms_norm, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, scale, 1e-6), rms_norm(x, scale, 1e-6))
+    angles = drawn(T, D // 2).detach()
+    q = drawn(B, H, T, D)
+    turned = torch.compile(rotate, backend="eager", fullgraph=True)(q, angles.cos(), angles.sin())
+    torch.testing.assert_close(turned, rotate(q, angles.cos(), angles.sin()))
