@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from conftest import seeded
 from firstwords.model import functional
-from firstwords.model.functional import causal_attention, linear_each, rms_norm, rotate
+from firstwords.model.functional import causal_attention, linear, rms_norm, rotate
 
 B, H, T, D = 2, 3, 12, 8
 Operation = Callable[..., Tensor]
@@ -102,14 +103,43 @@ def test_the_gradient_of_a_rotation_is_the_rotation_back() -> None:
     torch.testing.assert_close(turned[..., 0], x[..., 0] * angles[:, 0].cos() - x[..., D // 2] * angles[:, 0].sin())
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [2, functional.FEW_ROWS])
-def test_layers_together_give_what_each_gives(rows: int, *, bias: bool) -> None:
+def test_layers_together_give_what_each_gives(rows: int, dtype: torch.dtype, activation: Any, *, bias: bool) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(6, width, bias=bias) for width in (4, 3, 5)]
-    x = drawn(rows, 6)
-    for together, layer in zip(linear_each(x, layers), layers, strict=True):
-        torch.testing.assert_close(together, layer(x))
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    inputs = [drawn(2, rows // 2, 6, seed=seed) for seed in range(1 + (activation == "swiglu"))]
+
+    def each(*inputs: Tensor) -> Tensor:
+        act = {"none": lambda x: x, "gelu": lambda x: F.gelu(x, approximate="tanh"), "swiglu": lambda x, y: F.silu(x) * y}
+        activated = act[activation](*inputs)
+        return torch.cat([layer(activated) for layer in layers], dim=-1)
+
+    def together(*_: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return torch.cat(list(linear(inputs, layers, activation)), dim=-1)
+
+    everything = (*inputs, *parameters)
+    exact = with_gradients(lambda *x: each(*x[: len(inputs)]), everything)
+    for a, b in zip(with_gradients(lambda *_: together(), everything), exact, strict=True):
+        assert error(a, b) < (1e-6 if dtype == torch.float32 else 0.012)  # 8 bits in each of a few roundings
+
+
+def test_what_is_kept_for_the_gradient_is_only_what_a_layer_was_given() -> None:
+    """No copy of the weights in low precision, and not what the activation gave."""
+    layer, kept = nn.Linear(64, 64), set[int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = drawn(128, 64).detach().bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        linear([x], [layer], "gelu")
+    assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, layer.weight, layer.bias)}
 
 
 def test_a_compiled_block_uses_pytorch_s_own_operations() -> None:

@@ -76,7 +76,7 @@ def train(
     from firstwords.training.state import taken
 
     settled = resolve.settled(asked, prepared)
-    with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
+    with machine.threads(settled.threads), machine.memory_kept(), asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
         store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))

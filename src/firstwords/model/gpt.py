@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstwords.config import ModelConfig
-from firstwords.model.functional import causal_attention, linear_each, rms_norm, rotate
+from firstwords.model.functional import causal_attention, linear, rms_norm, rotate
 
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 
@@ -100,8 +100,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        y: Tensor = self.layers(x)
-        return y
+        widen, gelu, narrow = self.layers
+        assert isinstance(widen, nn.Linear) and isinstance(gelu, GELU) and isinstance(narrow, nn.Linear)  # noqa: PT018
+        if gelu.cubic != GELU_CUBIC:
+            y: Tensor = self.layers(x)
+            return y
+        return linear(linear([x], [widen]), [narrow], "gelu")[0]
 
 
 class SwiGLU(nn.Module):
@@ -115,9 +119,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        gate, up = linear_each(x, (self.gate, self.up))
-        y: Tensor = self.down(F.silu(gate) * up)
-        return y
+        return linear(linear([x], [self.gate, self.up]), [self.down], "swiglu")[0]
 
 
 def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (
             y.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # (B, H, T, D)
-            for y in linear_each(x, (self.W_query, self.W_key, self.W_value))
+            for y in linear([x], [self.W_query, self.W_key, self.W_value])
         )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -158,8 +160,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = causal_attention(q, k, v, self.dropout.p if self.training else 0.0)
-        z: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
-        return z
+        return linear([y.transpose(1, 2).reshape(B, T, C)], [self.out_proj])[0]
 
 
 class TransformerBlock(nn.Module):
@@ -231,7 +232,9 @@ class GPTModel(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens, but the model sees at most {self.config.context_length}")
-        x = self.tok_emb(tokens).to(self.final_norm.scale.dtype)
+        x = F.embedding(tokens, self.tok_emb.weight, sparse=self.config.tied_head and self.training).to(
+            self.final_norm.scale.dtype
+        )
         angles = None
         if self.pos_emb is not None:
             x = x + self.pos_emb(torch.arange(start, end, device=tokens.device))

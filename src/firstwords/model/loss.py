@@ -15,6 +15,8 @@ from torch import Tensor
 from firstwords.text.batches import IGNORE
 
 CHUNK_BYTES = 128 << 20  # of logits: each chunk adds once to the gradient of the whole table, so few are better
+WORDS_AT_ONCE = 8192  # rows of the table whose gradient is formed together: products of that size are the fastest
+TINY = 1e-30  # far above the smallest float32
 PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache
 
 
@@ -31,6 +33,7 @@ def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
 
     Raises:
         ValueError: `features` and `targets` disagree on their leading shape.
+        RuntimeError: In a second backward through the same loss.
     """
     if features.shape[:-1] != targets.shape:
         raise ValueError(f"features {tuple(features.shape)} do not fit targets {tuple(targets.shape)}")
@@ -84,14 +87,18 @@ def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
     rows = max(1, PIECE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(targets)
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
-        log_probabilities = torch.log_softmax(logits[piece].float(), dim=-1)
-        nats[piece] = -(log_probabilities.gather(1, picked[piece]) * counted[piece])[:, 0]
+        wide, word = logits[piece].float(), picked[piece]
+        probabilities = torch.softmax(wide, dim=-1)
+        probability = probabilities.gather(1, word)
+        nats[piece] = -probability.log()[:, 0]
+        if bool((probability < TINY).any()):  # where a probability is no more than rounding, its logarithm is not
+            nats[piece] = -torch.log_softmax(wide, dim=-1).gather(1, word)[:, 0]
         if gradient:
-            probabilities = log_probabilities.exp_()
-            probabilities.scatter_add_(1, picked[piece], probabilities.new_full((len(probabilities), 1), -1.0))
-            logits[piece] = probabilities
-    if gradient and not counted.all():
-        logits *= counted
+            logits[piece] = probabilities.scatter_(1, word, probability - 1)
+    if not counted.all():
+        nats *= counted[:, 0]
+        if gradient:
+            logits *= counted
     return nats
 
 
@@ -102,23 +109,33 @@ class _ChunkedNats(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         rows, table = features.to(dtype), weight.to(dtype)
         wanted = any(ctx.needs_input_grad)
-        d_features = torch.empty_like(features) if wanted else None
-        d_weight: Tensor | None = None
+        ctx.gradients = (torch.zeros_like(features), torch.empty_like(weight)) if wanted else ()
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
         for start, end in _chunks(len(targets), len(table) * table.element_size()):
-            chunk = rows[start:end]
-            logits = chunk @ table.T
+            logits = rows[start:end] @ table.T
             nats += _nats(logits, targets[start:end], gradient=wanted).sum()
-            if d_features is not None:
-                d_features[start:end] = logits @ table
-                d_table = logits.T @ chunk
-                d_weight = d_table.to(weight.dtype) if d_weight is None else d_weight.add_(d_table)
-        ctx.gradients = d_features, d_weight
+            if wanted:
+                d_features, d_weight = ctx.gradients
+                _add_gradients(d_features[start:end], rows[start:end], d_weight, table, logits, first=start == 0)
         return nats.float()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        d_features, d_weight = ctx.gradients
+        if not ctx.gradients:
+            raise RuntimeError("the gradient of target_nats was taken already; it is formed once and scaled in place")
+        (d_features, d_weight), ctx.gradients = ctx.gradients, ()  # nobody else holds them: autograd need not copy
         return d_features.mul_(upstream[0]), d_weight.mul_(upstream[0]), None, None
+
+
+def _add_gradients(d_rows: Tensor, rows: Tensor, d_weight: Tensor, table: Tensor, d_logits: Tensor, *, first: bool) -> None:
+    """Add what d nats / d logits (N, V) means for the rows (N, C) and the table (V, C), set by the first chunk."""
+    for start in range(0, len(table), WORDS_AT_ONCE):
+        words = slice(start, start + WORDS_AT_ONCE)
+        d_rows += d_logits[:, words] @ table[words]
+        d_words = d_logits[:, words].T @ rows
+        if first:
+            d_weight[words] = d_words
+        else:
+            d_weight[words] += d_words
