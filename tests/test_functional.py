@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conftest import seeded
 from firstwords.model import functional
-from firstwords.model.functional import causal_attention, linear, rms_norm, rotate
+from firstwords.model.functional import causal_attention, drop, linear, rms_norm, rotate
 
 B, H, T, D = 2, 3, 12, 8
 Operation = Callable[..., Tensor]
@@ -74,6 +74,22 @@ def test_attention_drops_as_many_probabilities_as_asked() -> None:
     share = float((dropped[:, :, -1] == 0).float().mean())
     assert share == pytest.approx(0.25, abs=0.06)  # of 1,200 draws: five standard deviations
     assert not (causal_attention(q, k, v)[:, :, -1] == 0).any()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_as_many_as_asked_and_keeps_the_mean(rate: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001, requires_grad=True)
+    y = drop(x, rate)
+    assert float((y == 0).float().mean()) == pytest.approx(rate, abs=0.003)  # of a million draws: six standard deviations
+    assert y.max().item() == pytest.approx(1 / (1 - rate))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(drop(x, rate), y)
+    assert not torch.equal(drop(x, rate), y)
+    lag_1 = torch.corrcoef((y.detach() == 0).float().flatten().unfold(0, 2, 1).T)[0, 1]
+    assert abs(float(lag_1)) < 0.006  # neighbours come from the bits of one number and must not know of each other
 
 
 @pytest.mark.parametrize(

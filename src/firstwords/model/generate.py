@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
@@ -33,21 +35,43 @@ def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities / probabilities.sum()
 
 
+class RoundedLinear(nn.Module):
+    """A linear layer for speaking: a copy of its weights in low precision, in the order in which a processor reads them."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = layer.weight.detach().to(dtype)
+        self.dtype, self.bias = dtype, None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.packed = dtype == torch.bfloat16 and weight.device.type == "cpu" and _can_pack()
+        self.weights = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C') for (..., C)."""
+        if not self.packed:
+            return F.linear(x.to(self.dtype), self.weights, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weights, self.bias, "none", [], "")
+        return y
+
+
+def _can_pack() -> bool:
+    """Whether this PyTorch and this processor have oneDNN's products of bfloat16, as its own compiler uses them."""
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    there = there and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def in_precision(model: GPTModel, dtype: torch.dtype) -> GPTModel:
-    """Return the model with the weights of its matrix products in `dtype`; all else is shared with it.
+    """Return the model with its matrix products in `dtype`, without gradients; all but their weights is shared with it.
 
     Speaking reads every weight once a token and is as fast as memory is, so weights of half the size speak at twice the
     speed. Norms and the residual stream stay float32, as in training.
     """
-    if dtype == model.final_norm.scale.dtype:
+    if dtype == model.tok_emb.weight.dtype:
         return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    cast = {
-        id(module.weight): nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    }
-    return copy.deepcopy(model, {**shared, **cast})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(layer): RoundedLinear(layer, dtype) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
@@ -76,22 +100,25 @@ def generate(
         DivergedError: The model's numbers are not finite.
     """
     check_ids(prompt_ids, model.config.vocab_size)
-    weight, limit = model.out_head.weight, model.config.context_length
-    device, low = weight.device, weight.dtype != torch.float32
+    device, limit = model.tok_emb.weight.device, model.config.context_length
     ids = list(prompt_ids)
     cache = KVCache(model.config) if use_cache and len(ids) <= limit else None
     while True:
         if len(ids) > limit:
             cache = None
         seen = ids[cache.length :] if cache is not None else ids[-limit:]
-        with torch.autocast(device.type, weight.dtype, enabled=low, cache_enabled=False):
-            features = model.features(torch.tensor([seen], device=device), cache)
-            logits = model.out_head(features[0, -1])
-        probabilities = next_probabilities(logits, sampling).cpu()
+        features = model.features(torch.tensor([seen], device=device), cache)
+        probabilities = next_probabilities(model.out_head(features[0, -1:])[0], sampling).cpu()
         if not torch.isfinite(probabilities).all():
             raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
-        ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        ids.append(int(_drawn(probabilities, sampling, generator)))
         yield ids[-1]
+
+
+def _drawn(probabilities: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    if sampling.temperature == 0:  # what a draw gives too, for a number drawn for each word
+        return probabilities.argmax()
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

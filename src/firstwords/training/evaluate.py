@@ -100,16 +100,16 @@ def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: in
     first = batches(max(0, step - 1))
     count = max(1, TOKENS_AT_ONCE // first.tokens.numel())
     start, device, was_training = max(0, step - count), model.tok_emb.weight.device, model.training
-    nats, n_targets = 0.0, 0
+    seen = [batches(step) for step in range(start, start + count)]
+    rows = max(1, TOKENS_AT_ONCE // first.tokens.shape[1])
+    inputs, wanted = torch.cat([batch.tokens for batch in seen]), torch.cat([batch.targets for batch in seen])
+    groups = zip(torch.split(inputs, rows), torch.split(wanted, rows), strict=True)
     model.eval()
     try:
-        for batch in map(batches, range(start, start + count)):
-            for tokens, targets in zip(torch.split(batch.tokens, 8), torch.split(batch.targets, 8), strict=True):
-                nats += _group_nats(model, tokens.to(device), targets.to(device), dtype)
-            n_targets += batch.n_targets
+        nats = sum(_group_nats(model, tokens.to(device), targets.to(device), dtype) for tokens, targets in groups)
     finally:
         model.train(was_training)
-    return nats / n_targets
+    return nats / sum(batch.n_targets for batch in seen)
 
 
 def separator(part: Part) -> int:
