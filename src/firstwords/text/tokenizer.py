@@ -135,8 +135,9 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     return gpt2().encoding
 
 
+@functools.cache
 def gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer: 50,257 ids.
+    """Return GPT-2's tokenizer: 50,257 ids. Its tokenizer.json takes a second to make, so there is one in a process.
 
     Raises:
         DataError: The vocabulary file of this installation is damaged.

@@ -15,6 +15,7 @@ from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
 TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
+TRAINING_TOKENS = 2048  # that the training figure of an evaluation is made from, at least
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: in
         dtype: Of the matrix products.
     """
     first = batches(max(0, step - 1))
-    count = max(1, TOKENS_AT_ONCE // first.tokens.numel())
+    count = max(1, TRAINING_TOKENS // first.tokens.numel())
     start, device, was_training = max(0, step - count), model.tok_emb.weight.device, model.training
     seen = [batches(step) for step in range(start, start + count)]
     rows = max(1, TOKENS_AT_ONCE // first.tokens.shape[1])
