@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from record import measured, report
 V, T, B = 50257, 256, 8
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 Step = Callable[[], object]
+KEPT = ExitStack()  # what holds until the process ends
 
 
 def ids() -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,7 @@ def adamw(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def firstwords(dtype: str, *, tied: bool, compiled: bool) -> Step:
     from firstwords.config import run_config
+    from firstwords.planning import machine
     from firstwords.text.batches import Batch
     from firstwords.training import loop, state
 
@@ -66,6 +68,7 @@ def firstwords(dtype: str, *, tied: bool, compiled: bool) -> Step:
     fit = loop.FitConfig(config.optim, 1, B, None, None, getattr(torch, dtype))
     features = learned.model.features
     forward = torch.compile(features) if compiled else features
+    KEPT.enter_context(machine.memory_kept())  # as in every run
     return lambda: loop.train_step(learned, Batch(*ids(), B * T), fit, LR, forward)
 
 

@@ -83,6 +83,7 @@ def test_training_gives_exactly_the_size_asked_for_or_what_the_text_has() -> Non
 
 def test_gpt2s_vocabulary_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers, "VOCAB_BPE_SHA256", "0" * 64)
+    monkeypatch.setattr(tokenizers, "gpt2", tokenizers.gpt2.__wrapped__)  # not the one that was read before
     with pytest.raises(DataError, match="damaged"):
         tokenizers.gpt2_tokenizer()
 

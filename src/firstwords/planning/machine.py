@@ -17,8 +17,9 @@ from firstwords.errors import ConfigError, DataError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MUCH_FASTER = 1.5  # bfloat16 must win by this much to be worth its rounding
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-GLIBC_TRIM_THRESHOLD, GLIBC_MMAP_MAX = 128 << 10, 65536  # its own values
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+# What glibc itself comes to in a process that frees large blocks; set once, it adapts no more.
+GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 PROBE_SIZE, PROBE_TIMES = 512, 5
 
 
@@ -84,8 +85,8 @@ def memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, GLIBC_MMAP_MAX)
-        libc.mallopt(M_TRIM_THRESHOLD, GLIBC_TRIM_THRESHOLD)
+        for parameter, value in GLIBC_VALUES.items():
+            libc.mallopt(parameter, value)
         libc.malloc_trim(0)
 
 
