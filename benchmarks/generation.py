@@ -10,7 +10,6 @@ is how often this machine can read weights of that size.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from record import interleaved, measured, report
 PROMPT = "Every effort moves you"
 Speak = Callable[[int], object]
 READING = "the machine's memory"
-READ_BYTES = 1 << 30
 
 
 def firstwords(dtype: torch.dtype) -> Speak:
@@ -66,21 +64,14 @@ def run(name: str, tokens: int) -> dict[str, float]:
     """Return the seconds that so many tokens take, after a few that are not counted."""
     torch.manual_seed(1)
     if name == READING:
+        from firstwords.planning.measure import reading_rate
+
         return {"bytes_per_s": reading_rate()}
     speak = CONTENDERS[name]()
     speak(4)
     started_s = time.perf_counter()
     speak(tokens)
     return {"took_s": time.perf_counter() - started_s}
-
-
-def reading_rate() -> float:
-    numbers, times_s = torch.ones(READ_BYTES // 4), []
-    for _ in range(5):
-        started_s = time.perf_counter()
-        numbers.sum()
-        times_s.append(time.perf_counter() - started_s)
-    return READ_BYTES / statistics.median(times_s)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """So many seconds, all in, from the start of the process: how good is the model then on the held-out tenth of a text?
 
-    python benchmarks/race.py TEXT ... [--seconds 75] [--nanogpt CHECKOUT] [--write]
+    python benchmarks/race.py TEXT ... [--seconds 75] [--nanogpt CHECKOUT] [--peers bantamtrain chapter] [--write]
 
 Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT is its own data preparation by characters and
-its README's flags for a laptop, run for its 2,000 steps however long they take. The compressors are given the training text
+its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain and the chapter's package have
+as many seconds as we (`race_peers.py`). The compressors are given the training text
 first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out text.
 """
 
@@ -73,6 +74,14 @@ def nanogpt(path: Path, checkout: Path, folder: Path) -> tuple[float, float]:
     return nats / math.log(2) * len(parts[1]) / len(parts[1].encode()), took_s
 
 
+def peer(name: str, path: Path, seconds: float) -> tuple[float, float]:
+    """Return bits per byte of one of `race_peers.py`, and the seconds that its process took."""
+    command = [sys.executable, Path(__file__).with_name("race_peers.py"), name, path, str(seconds)]
+    started_s = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(ended.stdout.split()[-1]), time.perf_counter() - started_s
+
+
 def compressed(path: Path, pack: Callable[[bytes], bytes]) -> float:
     """Return the bits per byte that a compressor needs for the held-out part after the training part."""
     training, held_out = (part.encode() for part in split(path.read_text()))
@@ -89,6 +98,7 @@ def main() -> None:
     options.add_argument("text", type=Path, nargs="+")
     options.add_argument("--seconds", type=float, default=75)
     options.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
+    options.add_argument("--peers", nargs="*", default=[], help="bantamtrain, chapter: installed packages")
     options.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = options.parse_args()
     rows = []
@@ -99,10 +109,14 @@ def main() -> None:
             if given.nanogpt:
                 theirs, their_s = nanogpt(path, given.nanogpt.resolve(), Path(name))
                 row += [f"{theirs:.2f}", f"{their_s:.1f} s"]
+            for package in given.peers:
+                theirs, their_s = peer(package, path, given.seconds)
+                row += [f"{theirs:.2f}", f"{their_s:.1f} s"]
             row += [f"{compressed(path, pack):.2f}" for pack in (xz, lambda data: bz2.compress(data, 9))]
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     peers = ["nanoGPT, characters", "took"] if given.nanogpt else []
+    peers += [word for package in given.peers for word in (package, "took")]
     head = ["text", "size", "firstwords", "took", *peers, "xz given the rest", "bz2 given the rest"]
     report("race", f"Held-out bits per byte after {given.seconds:g} seconds", head, rows, write=given.write)
 

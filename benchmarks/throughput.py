@@ -58,18 +58,12 @@ def adamw(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def firstwords(dtype: str, *, tied: bool, compiled: bool) -> Step:
     from firstwords.config import run_config
-    from firstwords.planning import machine
-    from firstwords.text.batches import Batch
-    from firstwords.training import loop, state
+    from firstwords.planning import machine, measure
 
     shape = {"model.context_length": T, "model.drop_rate": 0.0, "model.tied_head": tied}
-    config = run_config({"preset": "gpt2-124m", **shape})
-    learned = state.initial(config.model, config.optim, 1, "cpu", getattr(torch, dtype))
-    fit = loop.FitConfig(config.optim, 1, B, None, None, getattr(torch, dtype))
-    features = learned.model.features
-    forward = torch.compile(features) if compiled else features
+    config = run_config({"preset": "gpt2-124m", "precision": dtype, **shape})
     KEPT.enter_context(machine.memory_kept())  # as in every run
-    return lambda: loop.train_step(learned, Batch(*ids(), B * T), fit, LR, forward)
+    return measure.training_step(config, B, torch.compile if compiled else lambda features: features)
 
 
 def nanogpt(dtype: str, *, compiled: bool, checkout: Path) -> Step:
@@ -130,7 +124,9 @@ def run(name: str, checkout: Path | None, steps: int) -> dict[str, float]:
     """Return the median seconds of a step and the peak memory of this process, which does nothing else."""
     torch.manual_seed(1)
     if name == MACHINE:
-        return {"rate": machine_rate()}
+        from firstwords.planning.measure import product_rate
+
+        return {"rate": product_rate(torch.bfloat16)}
     step = contenders(checkout)[name]()
     times_s = []
     for _ in range(steps + 1):
@@ -142,20 +138,6 @@ def run(name: str, checkout: Path | None, steps: int) -> dict[str, float]:
 
 
 MACHINE = "the machine's matrix products"
-SIDES = (1024, 2048, 4096)
-
-
-def machine_rate() -> float:
-    """Return the operations a second of square bfloat16 products, of the size that is fastest."""
-    rates = []
-    for side in SIDES:
-        a, times_s = torch.randn(side, side).bfloat16(), []
-        for _ in range(max(3, 40 * 1024**3 // side**3)):
-            started_s = time.perf_counter()
-            a @ a
-            times_s.append(time.perf_counter() - started_s)
-        rates.append(2 * side**3 / statistics.median(times_s))
-    return max(rates)
 
 
 def main() -> None:

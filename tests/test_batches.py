@@ -16,7 +16,7 @@ T = 8
 
 def batches(n: int, batch_size: int = 1, seed: int = 1, *, shift: bool = True) -> Batches:
     """Batches over a ring of ids that are all different, so that each names its place."""
-    return Batches(Part(np.arange(n, dtype="<u2"), n_bytes=n, n_documents=1), T, batch_size, seed, shift)
+    return Batches(Part(np.arange(n, dtype="<u2"), np.ones(n), n_documents=1), T, batch_size, seed, shift)
 
 
 @pytest.mark.parametrize("n", [T + 2, 3 * T, 3 * T + 1, 10 * T - 1])

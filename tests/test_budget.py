@@ -14,9 +14,8 @@ from firstwords.planning.budget import PROBE_STEPS, Budget
 
 def simulate(budget_s: float, step_s: float, look_s: float, slower: float = 1.0) -> tuple[float, int, int]:
     """Play a run on a simulated clock; the steps become `slower` half-way. Returns (seconds, steps, evaluations)."""
-    now_s, step, looks = look_s, 0, 1
-    budget = Budget(deadline_s=budget_s, total_s=budget_s, now_s=0.0)
-    budget.look()
+    now_s, step, looks = 0.1, 0, 0  # the first save and sample
+    budget = Budget(deadline_s=budget_s, total_s=budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s)
     total: int | None = None
     every: int | None = None
     while total is None or step < total:
@@ -37,7 +36,7 @@ def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: f
     took_s, _, looks = simulate(budget_s, step_s, look_s)
     # within 3 % or the few steps that come before the first plan
     assert took_s == pytest.approx(budget_s, abs=max(0.03 * budget_s, PROBE_STEPS * step_s))
-    assert looks >= 2
+    assert looks >= 1
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.5])

@@ -51,7 +51,6 @@ def test_the_chapters_dict_is_a_model_config() -> None:
         ("preset", "labtop", "laptop"),
         ("for_s", "3 weeks", "3m"),
         ("model.emb_dim", 100, "99 and 102"),
-        ("micro_batch_size", 5, "4 and 8"),
         ("model.tied_head", "maybe", "true or false"),
         ("text", 3, "list"),
     ],
@@ -59,6 +58,11 @@ def test_the_chapters_dict_is_a_model_config() -> None:
 def test_an_unknown_key_or_impossible_value_is_refused_with_what_would_do(key: str, value: object, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run_config({key: value})
+
+
+def test_micro_batches_must_divide_the_batch() -> None:
+    with pytest.raises(ConfigError, match="4 and 8"):
+        run_config({"batch_size": 16, "micro_batch_size": 5})
 
 
 def test_times_are_read_as_people_write_them() -> None:

@@ -40,8 +40,21 @@ def test_each_document_is_split_by_characters_and_its_end_held_out(tmp_path: Pat
     cuts = [int(0.9 * len(text)) for text in texts]
     assert documents(corpus.train, corpus) == [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     assert documents(corpus.val, corpus) == [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
-    assert corpus.val.n_bytes == sum(len(text[cut:].encode()) for text, cut in zip(texts, cuts, strict=True))
+    held_out = sum(len(text[cut:].encode()) for text, cut in zip(texts, cuts, strict=True))
+    assert corpus.val.id_bytes[corpus.val.ids].sum() == held_out
     assert corpus.train.n_tokens == len(corpus.train.ids) - 3
+
+
+def test_a_tokenizer_without_a_size_gets_the_one_that_fits_the_training_text(tmp_path: Path) -> None:
+    sizes = [corpora.fitting_vocab_size(10**n) for n in range(12)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (corpora.SMALLEST_FITTING, corpora.LARGEST_FITTING)
+    random = np.random.default_rng(0)  # words enough that no tokenizer runs out of pairs
+    text = " ".join("".join(map(chr, random.integers(97, 123, 5))) for _ in range(80_000))
+    size = corpora.fitting_vocab_size(int(0.9 * len(text)))
+    assert corpora.SMALLEST_FITTING < size < corpora.LARGEST_FITTING
+    fitting, named = (prepare(tmp_path, text, tokenizer=name).tokenizer for name in ("bpe", f"bpe:{size}"))
+    assert fitting.ranks == named.ranks
 
 
 def test_a_trained_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:

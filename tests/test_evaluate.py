@@ -21,7 +21,7 @@ def part_of(lengths: list[int], vocab_size: int = 61) -> Part:
     """Documents of so many tokens; `<|endoftext|>` is the last id."""
     random = np.random.default_rng(0)
     ids = [np.concatenate(([vocab_size - 1], random.integers(0, vocab_size - 1, n))) for n in lengths]
-    return Part(np.concatenate(ids).astype("<u2"), n_bytes=3 * sum(lengths), n_documents=len(lengths))
+    return Part(np.concatenate(ids).astype("<u2"), np.full(vocab_size, 3), n_documents=len(lengths))
 
 
 @pytest.mark.parametrize("context", [1, 2, 5, 16, 100])
@@ -68,6 +68,21 @@ def test_the_figures_do_not_depend_on_how_many_windows_go_together(
     assert evaluate(model, part) == seen[2]  # and the same again is the same to the last bit
 
 
+def test_a_part_that_is_too_long_is_judged_by_an_even_spread_of_it(small: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model, part = GPTModel(small).eval(), part_of([4000, 3, 6000])
+    whole, some = evaluate(model, part), evaluate(model, part, most_tokens=2000)
+    assert whole is not None
+    assert some is not None
+    stride = small.context_length // 2
+    assert 2000 - stride <= some.n_tokens <= 2000 + stride
+    assert some.n_bytes == 3 * some.n_tokens
+    assert some.nats_per_token == pytest.approx(whole.nats_per_token, rel=0.05)  # 2,000 random ids of 10,003
+    assert some.nats_per_token != whole.nats_per_token
+    assert some == evaluation.of_mean(some.nats_per_token, part, small.context_length, 2000)
+    assert evaluate(model, part, most_tokens=10**6) == whole
+
+
 def test_evaluating_leaves_the_model_in_its_mode_and_without_gradients(small: ModelConfig) -> None:
     model = GPTModel(small).train()
     evaluate(model, part_of([20]))
@@ -76,7 +91,7 @@ def test_evaluating_leaves_the_model_in_its_mode_and_without_gradients(small: Mo
 
 
 def test_a_part_without_tokens_has_no_figures(small: ModelConfig) -> None:
-    assert evaluate(GPTModel(small), Part(np.empty(0, "<u2"), 0, 0)) is None
+    assert evaluate(GPTModel(small), Part(np.empty(0, "<u2"), np.ones(61), 0)) is None
 
 
 def test_held_out_documents_do_not_see_each_other(small: ModelConfig) -> None:
@@ -85,7 +100,7 @@ def test_held_out_documents_do_not_see_each_other(small: ModelConfig) -> None:
     alone = [evaluate(model, part_of([n])) for n in (9,)]
     assert alone[0] is not None
     ids = np.concatenate((part_of([9]).ids, part_of([9]).ids))
-    twice = evaluate(model, Part(ids, n_bytes=54, n_documents=2))
+    twice = evaluate(model, Part(ids, np.full(61, 3), n_documents=2))
     assert twice is not None
     assert twice.nats_per_token == pytest.approx(alone[0].nats_per_token, rel=1e-6)
 

@@ -40,7 +40,7 @@ def new_state(small: ModelConfig, kind: str = "adamw", **changes: object) -> Tra
 def new_batches(small: ModelConfig) -> Batches:
     ids = np.random.default_rng(0).integers(0, small.vocab_size - 1, 200).astype("<u2")
     ids[0] = small.vocab_size - 1
-    return Batches(Part(ids, n_bytes=199, n_documents=1), small.context_length, batch_size=6, seed=1)
+    return Batches(Part(ids, np.ones(small.vocab_size), n_documents=1), small.context_length, batch_size=6, seed=1)
 
 
 def weights(state: TrainState) -> dict[str, torch.Tensor]:

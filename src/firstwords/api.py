@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, explain, info, verify.
+"""The verbs as functions: train, load, evaluate, explain, info, verify, bench.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from firstwords.training.events import Listener, Preparing, Started, ignore
 if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation
     from firstwords.model.language_model import LanguageModel
+    from firstwords.planning.measure import Mark
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
     from firstwords.runs.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from firstwords.training.loop import Forward
     from firstwords.verify import Verdict
 
+BENCH_PRESETS = ("laptop", "gpt2-124m")
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 
 
@@ -108,6 +110,7 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
 
     from firstwords.planning import machine
     from firstwords.recorder import Recorder
+    from firstwords.training.evaluate import cost_in_tokens
     from firstwords.training.state import initial
 
     run, resume, device = asked.run, asked.texts is None, torch.device(config.device)
@@ -126,7 +129,8 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     now_s = time.perf_counter()
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
-        recorder.budget = Budget(started_s + config.for_s - used_s, config.for_s, now_s)
+        evaluation_steps = cost_in_tokens(prepared.val) / ((config.batch_size or 1) * config.model.context_length)
+        recorder.budget = Budget(started_s + config.for_s - used_s, config.for_s, now_s, evaluation_steps)
     state.elapsed_s += now_s - started_s
     recorder.note("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
     listener(Started(run.path, config, prepared, state.step))
@@ -139,7 +143,7 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
     from firstwords.training.evaluate import evaluate as evaluate_part
-    from firstwords.training.evaluate import evaluate_training
+    from firstwords.training.evaluate import evaluate_training, held_out_tokens
     from firstwords.training.state import taken
 
     config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
@@ -147,7 +151,8 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), taken(resolve.batches(config, corpus), recorder.state)
 
     def evaluate(step: int) -> tuple[float, Evaluation | None]:
-        return evaluate_training(model, batches, step, dtype), evaluate_part(model, corpus.val, dtype)
+        held_out = evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step))
+        return evaluate_training(model, batches, step, dtype), held_out
 
     def sample(step: int) -> str:
         seed = config.seed + step
@@ -281,6 +286,24 @@ def verify(source: str | Path, *, replay: int | None = None) -> Verdict:
     from firstwords.verify import verify as verify_run
 
     return verify_run(run, replay)
+
+
+def bench(presets: Sequence[str] = BENCH_PRESETS) -> Iterator[Mark]:
+    """Yield how fast this machine is and where firstwords stands on it, as it is measured: about a minute in all.
+
+    Args:
+        presets: The models that learn and speak.
+
+    Raises:
+        ConfigError: No such preset.
+    """
+    for preset in presets:
+        run_config({"preset": preset})
+
+    from firstwords.planning import machine, measure
+
+    with machine.threads(None):
+        yield from measure.marks(presets)
 
 
 def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:

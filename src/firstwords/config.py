@@ -127,13 +127,15 @@ class RunConfig:
     encoding: str | None = option(None, "encoding of the text files; by default recognised")
     val: str | None = option(None, "a held-out text; by default a part of each document")
     val_fraction: float = option(0.1, "share of each document's end that is held out", least=0.0, most=0.9)
-    tokenizer: str = option("bpe:1024", "gpt2, bytes, bpe:N (trained on the text), or a run's tokenizer.json")
+    tokenizer: str = option(
+        "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
+    )
     preset: str = option("laptop", "a named recipe; the other keys override it")
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
     for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
-    batch_size: int = option(32, "sequences an update", least=1, most=2**20)
+    batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
     eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
     sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1)
@@ -157,7 +159,7 @@ class RunConfig:
         if len(lengths) > 1:
             names = " and ".join(flag(name) for name in lengths)
             raise ConfigError(f"{names} both say how long to train", where=flag(lengths[1]), do="give one of them")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size and self.batch_size and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"a batch of {self.batch_size} does not divide into micro-batches of {self.micro_batch_size}",
                 where="--micro-batch-size",
@@ -169,8 +171,7 @@ PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig),
 PART_NAMES = ("model", "optim")
 
 LAPTOP: Overrides = {
-    "tokenizer": "bpe:1024",
-    "batch_size": 16,
+    "tokenizer": "bpe",
     "model.block": "qwen3",
     "model.context_length": 256,
     "model.emb_dim": 192,
@@ -184,6 +185,7 @@ LAPTOP: Overrides = {
     "optim.kind": "muon",
     "optim.peak_lr": 6e-3,
     "optim.warmup_steps": 20,
+    "optim.weight_decay": 1.0,
     "optim.decay": "linear",
 }
 GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
@@ -200,7 +202,6 @@ def presets() -> dict[str, Overrides]:
         "laptop-small": {**LAPTOP, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
         "laptop-large": {
             **LAPTOP,
-            "tokenizer": "bpe:4096",
             "model.emb_dim": 384,
             "model.n_heads": 6,
             "model.n_layers": 6,

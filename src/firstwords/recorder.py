@@ -23,7 +23,7 @@ from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
 from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
-from firstwords.training.evaluate import Evaluation
+from firstwords.training.evaluate import Evaluation, held_out_tokens, of_mean
 from firstwords.training.events import (
     CopyDue,
     Evaluated,
@@ -221,10 +221,10 @@ class Recorder:
     def result(self) -> TrainResult:
         """Return what came of the run; at least one checkpoint must be saved."""
         assert self.newest is not None
-        state, val, best = self.state, self.corpus.val, None
+        state, context_length, best = self.state, self.config.model.context_length, None
         best_step, nats, weights_sha256 = self._best()
         if nats is not None:
-            best = Evaluation.of(nats * val.n_tokens, val.n_tokens, val.n_bytes)
+            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step))
         return TrainResult(
             run=str(self.run.path),
             steps=state.step,

@@ -198,7 +198,7 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
     """
     import torch
 
-    from firstwords.planning import machine
+    from firstwords.planning import machine, recipe
 
     config = asked.config
     model = config.model if asked.fixed_vocab else _with_vocab(config.model, prepared.tokenizer.vocab_size)
@@ -209,11 +209,17 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
             do="leave it out, or give at least that",
         )
     device = machine.device(config.device)
-    steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
+    for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
     with machine.threads(config.threads):
         precision = machine.precision(config.precision, device)
+        flops_per_s = machine.flops_per_s(device, machine.DTYPES[precision])
+    tokens = None if config.epochs is None else config.epochs * len(prepared.train.ids)
+    tokens = tokens if for_s is None else recipe.expected_tokens(model, for_s, flops_per_s)
+    batch_size = config.batch_size or recipe.batch_size(model.context_length, tokens)
+    config = dataclasses.replace(config, batch_size=batch_size)
+    steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
-    micro = config.micro_batch_size or cost.micro_batch_size(model, config.batch_size)
+    micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
     needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
     if device.type == "cpu" and there is not None and needed > there:
         raise ConfigError(
@@ -229,7 +235,7 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         text_sha256=prepared.text_sha256,
         steps=steps,
         epochs=None,
-        for_s=DEFAULT_FOR_S if steps is None and config.for_s is None else config.for_s,
+        for_s=for_s,
         micro_batch_size=micro,
         eval_every=config.eval_every or (max(1, steps // EVALUATIONS) if steps else None),
         device=str(device),
@@ -260,6 +266,7 @@ def batches(config: RunConfig, prepared: Corpus) -> Batches:
     """Return the batches of a run."""
     from firstwords.text.batches import Batches
 
+    assert config.batch_size is not None
     return Batches(prepared.train, config.model.context_length, config.batch_size, config.seed, shift=config.shift_windows)
 
 

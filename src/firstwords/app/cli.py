@@ -155,6 +155,8 @@ def parser() -> Parser:
         made = verb(name, run, meaning)
         made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
         _flags_of(name, made)
+    made = verb("bench", bench, "how fast this machine is, and where firstwords stands on it")
+    made.add_argument("presets", nargs="*", metavar="PRESET", help="the models that learn and speak; default: two sizes")
     return top
 
 
@@ -299,6 +301,14 @@ def verify(options: argparse.Namespace, console: Console, started_s: float) -> i
     found = api.verify(options.model, replay=replay)
     console.verified(found)
     return 0 if found.ok else DataError.exit_code
+
+
+def bench(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say how fast this machine is."""
+    from firstwords import api
+
+    console.benched(api.bench(options.presets or api.BENCH_PRESETS))
+    return 0
 
 
 def _require_within(value: int, least: int, most: int, name: str) -> None:

@@ -41,11 +41,13 @@ from firstwords.training.events import (
 
 if TYPE_CHECKING:
     from firstwords.insight.explain import Explanation, TokenExplained
+    from firstwords.planning.measure import Mark
     from firstwords.recorder import TrainResult
     from firstwords.training.evaluate import Evaluation
     from firstwords.verify import Verdict
 
 PLAIN_LINE_EVERY_S = 10.0
+SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
 SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
@@ -184,6 +186,18 @@ class Console:
         if found.replay is not None:
             said = "the same to the last bit" if found.replay.ok else visible(found.replay.problem)
             self.out.print(f"replay of steps {found.replay.from_step + 1} to {found.replay.to_step}: {said}")
+
+    def benched(self, marks: Iterator[Mark]) -> None:
+        """Show what this machine does, as it is measured."""
+        found = []
+        with self.err.status("measuring"):
+            for mark in marks:
+                found.append(mark)
+                of = "" if mark.limit is None else f"  {mark.rate / mark.limit:4.0%} of this machine's limit"
+                rate = f"{mark.rate:,.0f}" if mark.rate >= SHOWN_WHOLE else f"{mark.rate:.1f}"
+                (self.err if self.as_json else self.out).print(f"{mark.what:32} {rate:>8} {mark.unit:9}{of}")
+        if self.as_json:
+            self._json({"marks": [mark.as_dict() for mark in found]})
 
     def _figures(self, found: Evaluation) -> None:
         self.out.print(f"bits per byte         {found.bits_per_byte:.4f}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 WARM_STEPS = 2  # the first steps allocate memory and are left out
 PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or this share of the budget
 LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
-MOST_LOOKS, FEWEST_LOOKS = 20, 2
+MOST_LOOKS, FEWEST_LOOKS = 20, 1
 RECENT = 50  # steps that the speed is measured on
 
 
@@ -21,15 +21,18 @@ class Budget:
         deadline_s: When the process should be done.
         total_s: The whole budget.
         now_s: When training begins.
+        evaluation_steps: How many steps take as long as an evaluation, about; believed until one was measured.
     """
 
     deadline_s: float
     total_s: float
     now_s: float
+    evaluation_steps: float
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
-    _between_s: float = 0.0  # spent between steps
-    _looks: int = 0
+    _between_s: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
+    _looks: int = 0  # since the first plan
+    _look_s: float = 0.0
     _planned_looks: int = -1
 
     def look(self) -> None:
@@ -55,9 +58,13 @@ class Budget:
             done: Updates done.
             eval_every: Where it is fixed already.
         """
-        self._planned_looks = self._looks
         step_s = statistics.mean(self._steps_s)
-        look_s = self._between_s / max(1, self._looks)
+        if self._planned_looks < 0:
+            self._look_s = self._between_s + self.evaluation_steps * step_s
+            self._between_s, self._looks = 0.0, 0
+        if self._looks:
+            self._look_s = self._between_s / self._looks
+        self._planned_looks, look_s = self._looks, self._look_s
         left_s = max(0.0, self.deadline_s - self.now_s)
         if eval_every is None:
             looks = min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * self.total_s / max(look_s, 1e-3))))

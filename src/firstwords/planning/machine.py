@@ -94,18 +94,19 @@ def precision(name: Precision, where: torch.device) -> Precision:
     """Return `float32` or `bfloat16`; for `auto`, bfloat16 if its matrix products are much faster on this device."""
     if name != "auto":
         return name
-    return "bfloat16" if _product_s(where, torch.float32) > MUCH_FASTER * _product_s(where, torch.bfloat16) else "float32"
+    faster = flops_per_s(where, torch.bfloat16) > MUCH_FASTER * flops_per_s(where, torch.float32)
+    return "bfloat16" if faster else "float32"
 
 
-def _product_s(where: torch.device, dtype: torch.dtype) -> float:
-    """Return the median seconds of one square matrix product."""
+def flops_per_s(where: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second of square matrix products, measured in some milliseconds."""
     a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
-    times = []
+    times_s = []
     for _ in range(PROBE_TIMES):
         started_s = time.perf_counter()
         float((a @ a)[0, 0])  # reading a value waits for the device
-        times.append(time.perf_counter() - started_s)
-    return statistics.median(times)
+        times_s.append(time.perf_counter() - started_s)
+    return 2 * PROBE_SIZE**3 / statistics.median(times_s)
 
 
 def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import functools
 import hashlib
+import math
 import os
 import time
 from collections import deque
@@ -34,6 +35,7 @@ LAYOUT = 1  # of the shards; part of the key under which they are cached
 DTYPES = ("<u2", "<u4")
 TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
+SMALLEST_FITTING, LARGEST_FITTING = 512, 8192  # ids of a `bpe` whose size nobody named
 CHECKED_IDS = 1 << 20  # at once
 
 
@@ -42,7 +44,7 @@ class Part:
     """One stream of token ids, as memory-mapped uint16 or uint32."""
 
     ids: np.ndarray[Any, Any]
-    n_bytes: int  # UTF-8 bytes of its text
+    id_bytes: np.ndarray[Any, Any]  # (V,) UTF-8 bytes that each id stands for
     n_documents: int
 
     @property
@@ -115,7 +117,8 @@ def prepare(
 
     Args:
         texts: The documents; read two to four times.
-        tokenizer: `gpt2`, `bytes`, `bpe:N`, the path of a `tokenizer.json`, or one that is there already.
+        tokenizer: `gpt2`, `bytes`, `bpe` (`fitting_vocab_size`), `bpe:N`, the path of a `tokenizer.json`, or one that is
+            there already.
         cache: Folder of prepared corpora, named by content hash.
         val_fraction: The share of each document's end that is held out, in characters; 0 with `val`.
         val: Texts that are held out as a whole.
@@ -148,7 +151,7 @@ def prepare(
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
     try:
-        _publish(folder, training, validation, make_tokenizer(tokenizer, training), found.sha256)
+        _publish(folder, training, validation, make_tokenizer(tokenizer, training, sum(cuts)), found.sha256)
     except CannotCreateError:  # another process was faster with the same text
         if not folder.is_dir():
             raise
@@ -182,7 +185,7 @@ def require_context(part: Part, context_length: int) -> None:
 
 
 def parse_tokenizer(name: str) -> tuple[str, int]:
-    """Return (kind, size) of a tokenizer's name; kind is gpt2, bytes, bpe or file, size is 0 but for bpe.
+    """Return (kind, size) of a tokenizer's name; kind is gpt2, bytes, bpe or file, size is 0 but for `bpe:N`.
 
     Raises:
         ConfigError: Neither a known name nor an existing file.
@@ -191,15 +194,23 @@ def parse_tokenizer(name: str) -> tuple[str, int]:
     if kind == "bpe" and size.isdecimal() and len(size) < 10:
         tokenizers.check_vocab_size(int(size))
         return "bpe", int(size)
-    if name in ("gpt2", "bytes"):
+    if name in ("gpt2", "bytes", "bpe"):
         return name, 0
     if Path(name).is_file():
         return "file", 0
-    raise ConfigError(f"no tokenizer {name!r}", where="--tokenizer", do="known: gpt2, bytes, bpe:N, a tokenizer.json")
+    raise ConfigError(f"no tokenizer {name!r}", where="--tokenizer", do="known: gpt2, bytes, bpe, bpe:N, a tokenizer.json")
 
 
-def make_tokenizer(name: str | Tokenizer, training: Iterable[Document]) -> Tokenizer:
-    """Return the tokenizer of that name; a `bpe:N` is trained on the training part only."""
+def fitting_vocab_size(n_chars: int) -> int:
+    """Return how many ids a tokenizer trained on so many characters should have: the power of two next to 2 √characters.
+
+    Source: docs/recipe.md.
+    """
+    return min(LARGEST_FITTING, max(SMALLEST_FITTING, 1 << round(math.log2(2 * math.sqrt(max(1, n_chars))))))
+
+
+def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars: int) -> Tokenizer:
+    """Return the tokenizer of that name; a `bpe` is trained on the training part only, which has `n_chars` characters."""
     if isinstance(name, Tokenizer):
         return name
     kind, size = parse_tokenizer(name)
@@ -209,7 +220,8 @@ def make_tokenizer(name: str | Tokenizer, training: Iterable[Document]) -> Token
         case "bytes":
             return tokenizers.byte_tokenizer()
         case "bpe":
-            return tokenizers.train_bpe((piece for document in training for piece in document.pieces()), size)
+            pieces = (piece for document in training for piece in document.pieces())
+            return tokenizers.train_bpe(pieces, size or fitting_vocab_size(n_chars))
         case _:
             return tokenizers.read(Path(name))
 
@@ -320,7 +332,7 @@ def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:
         raise DataError(f"does not hold the {record['ids']} ids that its manifest names", where=str(path))
     _check_ids(path, dtype, tokenizer.vocab_size)
     ids = np.memmap(path, dtype, "r") if record["ids"] else np.empty(0, dtype)  # an empty file cannot be mapped
-    return Part(ids, record["bytes"], record["documents"])
+    return Part(ids, tokenizer.id_bytes, record["documents"])
 
 
 def _check_ids(path: Path, dtype: np.dtype[Any], vocab_size: int) -> None:

@@ -96,6 +96,13 @@ class Tokenizer:
         return self.encoding.decode_single_token_bytes(token)
 
     @functools.cached_property
+    def id_bytes(self) -> np.ndarray[Any, Any]:
+        """(V,) int64: how many bytes each id stands for; `<|endoftext|>` for none."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        lengths[list(self.ranks.values())] = [len(word) for word in self.ranks]
+        return lengths
+
+    @functools.cached_property
     def json(self) -> bytes:
         """The tokenizer as the `tokenizers` library's own file."""
         spelled = _byte_letters()

@@ -1,4 +1,7 @@
-"""A model on held-out text: every token counted once, seen from at least half a context where its document allows."""
+"""A model on held-out text: every token counted once, seen from at least half a context where its document allows.
+
+What is judged while a run goes on is a spread of the held-out text that costs little; `firstwords eval` judges all of it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
 TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
+HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
+FIRST_TOKENS = 4096  # and at step 0, when nothing is learnt that would be worth more time
 TRAINING_TOKENS = 2048  # that the training figure of an evaluation is made from, at least
 
 
@@ -47,6 +52,11 @@ class Window:
     length: int
     skip: int
 
+    @property
+    def counted(self) -> slice:
+        """Where the counted targets stand in the stream."""
+        return slice(self.start + self.skip + 1, self.start + self.length + 1)
+
 
 def windows(starts: np.ndarray, ends: np.ndarray, context_length: int) -> Iterator[Window]:
     """Yield the windows over documents [start, end) of a stream, `<|endoftext|>` at each start.
@@ -65,19 +75,20 @@ def windows(starts: np.ndarray, ends: np.ndarray, context_length: int) -> Iterat
 
 
 @torch.no_grad()
-def evaluate(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) -> Evaluation | None:
+def evaluate(
+    model: GPTModel, part: Part, dtype: torch.dtype = torch.float32, *, most_tokens: int | None = None
+) -> Evaluation | None:
     """Return the model's figures on a part, or None where it has no token. Deterministic.
 
     Args:
         model: Evaluated without dropout; left in the mode it came in.
-        part: Its bytes are those of all its counted targets.
+        part: Every token of it is counted, or about `most_tokens`, evenly spread.
         dtype: Of the matrix products.
+        most_tokens: The same ones in every call.
     """
     if not part.n_tokens:
         return None
-    starts = np.flatnonzero(part.ids == separator(part))
-    ends = np.append(starts[1:], len(part.ids))
-    plan = sorted(windows(starts, ends, model.config.context_length), key=lambda window: -window.length)
+    plan = _plan(part, model.config.context_length, most_tokens)
     rows = max(1, TOKENS_AT_ONCE // model.config.context_length)
     was_training = model.training
     model.eval()
@@ -85,7 +96,46 @@ def evaluate(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) ->
         nats = sum(_nats(model, part, plan[i : i + rows], dtype) for i in range(0, len(plan), rows))
     finally:
         model.train(was_training)
-    return Evaluation.of(nats, part.n_tokens, part.n_bytes)
+    return Evaluation.of(nats, *_counts(part, plan))
+
+
+def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens: int | None) -> Evaluation:
+    """Return the figures that belong to a mean that `evaluate` gave."""
+    n_tokens, n_bytes = _counts(part, _plan(part, context_length, most_tokens))
+    return Evaluation.of(nats_per_token * n_tokens, n_tokens, n_bytes)
+
+
+def held_out_tokens(step: int) -> int:
+    """Return by how many held-out tokens, at most, a run judges itself at a step."""
+    return HELD_OUT_TOKENS if step else FIRST_TOKENS
+
+
+def cost_in_tokens(part: Part) -> float:
+    """Return from how many tokens a run could learn while it judges itself on a part, about.
+
+    The windows overlap by half, and a forward pass takes a third of a step.
+    """
+    return (2 * min(part.n_tokens, HELD_OUT_TOKENS) + TRAINING_TOKENS) / 3
+
+
+def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:
+    """Return the windows that are looked at, the longest first."""
+    starts = np.flatnonzero(part.ids == separator(part))
+    plan = list(windows(starts, np.append(starts[1:], len(part.ids)), context_length))
+    if most_tokens is not None and part.n_tokens > most_tokens:
+        plan = _spread(plan, most_tokens / part.n_tokens)
+    return sorted(plan, key=lambda window: -window.length)
+
+
+def _counts(part: Part, plan: list[Window]) -> tuple[int, int]:
+    """Return the number of counted targets and of the bytes that they stand for."""
+    n_bytes = sum(int(part.id_bytes[part.ids[window.counted]].sum()) for window in plan)
+    return sum(window.length - window.skip for window in plan), n_bytes
+
+
+def _spread(plan: list[Window], share: float) -> list[Window]:
+    """Return about that share of the windows, at even distances."""
+    return [plan[int((i + 0.5) / share)] for i in range(int(len(plan) * share))]
 
 
 @torch.no_grad()

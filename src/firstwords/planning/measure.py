@@ -1,0 +1,157 @@
+"""How fast this machine is, and how fast firstwords is on it: measured on the real thing, as rates.
+
+The limits are what the machine does at best: its matrix products while learning, its memory while speaking.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firstwords import store
+from firstwords.config import RunConfig, run_config
+from firstwords.model import cost
+from firstwords.model.gpt import GPTModel
+from firstwords.model.language_model import LanguageModel
+from firstwords.model.sampling import Sampling
+from firstwords.planning import machine
+from firstwords.text import corpus, sources
+from firstwords.text.batches import Batch
+from firstwords.text.tokenizer import byte_tokenizer, gpt2
+from firstwords.training import loop, state
+
+ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
+BPE_WORDS = 2048  # in a tokenizer that is trained on the text
+STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
+SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
+READ_BYTES = 1 << 30
+WARM_STEPS = 1  # allocate memory, and are not counted
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One thing that this machine did, how fast, and how fast it could be."""
+
+    what: str
+    rate: float
+    unit: str
+    limit: float | None = None  # in the same unit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mark as JSON has it; `share` is of the limit."""
+        return {**asdict(self), "share": None if self.limit is None else self.rate / self.limit}
+
+
+def bench_config(preset: str) -> RunConfig:
+    """Return the configuration that a preset is measured with: its shape, with a short context and a small batch."""
+    config = run_config({"preset": preset})
+    vocab_size = BPE_WORDS if config.tokenizer == "bpe" else gpt2().vocab_size
+    shape = {"model.vocab_size": vocab_size, "model.context_length": min(CONTEXT, config.model.context_length)}
+    precision = machine.precision("auto", torch.device("cpu"))
+    return run_config({"preset": preset, "precision": precision, **shape})
+
+
+def marks(presets: Sequence[str]) -> Iterator[Mark]:
+    """Yield where firstwords stands on this machine's CPU: its limits, then what is done with a model of each preset.
+
+    Learning is bounded by the matrix products that it must do, speaking by reading every weight once for each token.
+    """
+    configs = {name: bench_config(name) for name in presets}
+    products = {name: product_rate(dtype) for name, dtype in machine.DTYPES.items()}
+    for name, rate in products.items():
+        yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
+    reading = reading_rate()
+    yield Mark("reading memory", reading / 1e9, "GB/s")
+    for name, config in configs.items():
+        tokens, model = ROWS * config.model.context_length, config.model
+        limit = products[config.precision] / cost.training_flops(model)
+        yield Mark(f"learning, {name}", tokens / step_s(config, ROWS, STEPS), "tokens/s", limit)
+        weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
+        yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", reading / weight_bytes)
+    yield Mark("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")
+
+
+def seconds(work: Callable[[], object], times: int) -> float:
+    """Return the median seconds of so many calls."""
+    took_s = []
+    for _ in range(times):
+        started_s = time.perf_counter()
+        work()
+        took_s.append(time.perf_counter() - started_s)
+    return statistics.median(took_s)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Return the operations a second of square matrix products on the CPU, of the size that is fastest."""
+    rates = []
+    for side in SIDES:
+        a = torch.randn(side, side).to(dtype)
+        rates.append(2 * side**3 / seconds(lambda: a @ a, max(3, 20 * SIDES[0] ** 3 // side**3)))  # noqa: B023
+    return max(rates)
+
+
+def reading_rate() -> float:
+    """Return the bytes a second at which all threads together read memory."""
+    numbers = torch.ones(READ_BYTES // 4)
+    return READ_BYTES / seconds(numbers.sum, 5)
+
+
+def step_s(config: RunConfig, rows: int, steps: int) -> float:
+    """Return the median seconds of whole training steps, on random ids.
+
+    Args:
+        config: Settled as far as shape, optimizer and precision go.
+        rows: Sequences of a batch.
+        steps: So many are measured, after one that is not counted.
+    """
+    step = training_step(config, rows)
+    with machine.memory_kept():
+        for _ in range(WARM_STEPS):
+            step()
+        return seconds(step, steps)
+
+
+def training_step(
+    config: RunConfig, rows: int, forward: Callable[[loop.Forward], loop.Forward] = lambda features: features
+) -> Callable[[], tuple[float, float]]:
+    """Return what does one training step of a new model on the CPU, on the same random ids, each time it is called.
+
+    Args:
+        config: As for `step_s`.
+        rows: As for `step_s`.
+        forward: Makes of the model's `features` what is called instead, such as a compiled one.
+    """
+    model, dtype, shape = config.model, machine.DTYPES[config.precision], (rows, config.model.context_length)
+    learned = state.initial(model, config.optim, config.seed, "cpu", dtype)
+    ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
+    batch = Batch(ids, ids.roll(-1, 1), ids.numel())
+    fit = loop.FitConfig(config.optim, config.seed, rows, None, None, dtype)
+    features = forward(learned.model.features)
+    return lambda: loop.train_step(learned, batch, fit, config.optim.peak_lr, features)
+
+
+def speaking_rate(config: RunConfig, tokens: int) -> float:
+    """Return the tokens a second of one text from a new model, the likeliest token each time."""
+    tokenizer = gpt2() if config.model.vocab_size >= gpt2().vocab_size else byte_tokenizer()
+    lm = LanguageModel(GPTModel(config.model), tokenizer, dtype=machine.DTYPES[config.precision])
+    greedy = Sampling(temperature=0)
+    lm.generate("", max_new_tokens=2, sampling=greedy)
+    return tokens / seconds(lambda: lm.generate("", max_new_tokens=tokens, sampling=greedy), 1)
+
+
+def preparing_rate(n_bytes: int) -> float:
+    """Return the bytes a second at which the built-in text, repeated, becomes GPT-2's tokens."""
+    gpt2()
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        once = "".join(piece for document in sources.read([]) for piece in document.pieces()).encode()
+        store.write(text, once * max(1, n_bytes // len(once)))
+        prepare = lambda: corpus.prepare(sources.read([str(text)]), "gpt2", cache=Path(folder) / "cache")  # noqa: E731
+        return text.stat().st_size / seconds(prepare, 1)

@@ -1,0 +1,37 @@
+"""The part of the recipe that depends on how long a run is. Where its numbers come from: docs/recipe.md."""
+
+from __future__ import annotations
+
+import math
+
+from firstwords.config import ModelConfig
+from firstwords.model import cost
+
+LEARNING_SHARE = 0.85  # of a time budget; the rest starts, prepares, evaluates and saves
+PRODUCT_SHARE = 0.4  # of the machine's matrix products, about, that a small model's training step reaches
+BATCH_TOKENS, RUN_TOKENS = 4096, 1.6e6  # an update of the first suits a run of the second
+FEWEST_TOKENS = 1024  # an update
+
+
+def expected_tokens(model: ModelConfig, for_s: float, flops_per_s: float) -> float:
+    """Return from how many tokens a run of so many seconds will learn, about.
+
+    Args:
+        model: Its shape.
+        for_s: The time budget, all in.
+        flops_per_s: Of this machine's matrix products, in the run's precision.
+    """
+    return LEARNING_SHARE * for_s * PRODUCT_SHARE * flops_per_s / cost.training_flops(model)
+
+
+def batch_size(context_length: int, run_tokens: float | None) -> int:
+    """Return how many sequences an update should have: a power of two.
+
+    The noise of a gradient matters less the further a run gets, so an update's tokens grow as the square root of the run's.
+
+    Args:
+        context_length: Tokens of a sequence.
+        run_tokens: From which the run learns in all; None: not known.
+    """
+    tokens = BATCH_TOKENS * math.sqrt((run_tokens or RUN_TOKENS) / RUN_TOKENS)
+    return 1 << max(0, round(math.log2(max(FEWEST_TOKENS, tokens) / context_length)))

@@ -1,0 +1,39 @@
+"""What `firstwords bench` says is measured on the real thing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from command import Command, Refused
+from firstwords.planning import measure
+
+
+def test_bench_measures_the_machine_and_each_preset_against_its_limit(command: Command) -> None:
+    ended = command("bench", "laptop-small", "--json")
+    marks = {mark["what"]: mark for mark in ended.json["marks"]}
+    assert all(mark["rate"] > 0 for mark in marks.values())
+    limited = {what for what, mark in marks.items() if mark["limit"] is not None}
+    assert limited == {"learning, laptop-small", "speaking, laptop-small"}
+    for what in limited:
+        assert 0 < marks[what]["share"] < 1  # a limit is what cannot be passed
+        assert marks[what]["share"] == pytest.approx(marks[what]["rate"] / marks[what]["limit"])
+    assert all(what in ended.err for what in marks)
+
+
+def test_bench_refuses_an_unknown_preset(refused: Refused) -> None:
+    assert "laptop" in refused(78, "bench", "lapptop")["do"]
+
+
+def test_a_measured_step_is_a_training_step() -> None:
+    config = measure.bench_config("laptop-small")
+    step = measure.training_step(config, rows=2)
+    first = step()
+    for _ in range(5):
+        last = step()
+    assert last[0] < first[0]  # the same batch again and again is learnt
+
+
+def test_more_work_takes_longer() -> None:
+    a = torch.ones(256, 256)
+    assert measure.seconds(lambda: [a @ a for _ in range(200)], 3) > measure.seconds(lambda: a @ a, 3)

@@ -1,0 +1,44 @@
+"""What a run is made of when nobody says."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from conftest import STORY
+from firstwords import api
+from firstwords.config import run_config
+from firstwords.planning import recipe
+
+
+def test_longer_runs_take_larger_batches() -> None:
+    sizes = [recipe.batch_size(256, 10.0**n) for n in range(1, 12)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] * 256 == recipe.FEWEST_TOKENS
+    assert sizes[-1] * 256 > 100 * recipe.BATCH_TOKENS
+
+
+@pytest.mark.parametrize("context_length", [1, 32, 256, 1000, 2**20])
+def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(context_length: int) -> None:
+    rows = recipe.batch_size(context_length, None)
+    assert rows >= 1
+    assert rows & (rows - 1) == 0  # a power of two divides into micro-batches
+    assert rows == 1 or recipe.BATCH_TOKENS / 1.5 < rows * context_length < recipe.BATCH_TOKENS * 1.5
+
+
+def test_twice_the_time_is_twice_the_tokens_and_a_larger_model_learns_from_fewer() -> None:
+    small, large = (run_config({"preset": name}).model for name in ("laptop", "laptop-large"))
+    once, twice = (recipe.expected_tokens(small, seconds, 1e11) for seconds in (60, 120))
+    assert twice == pytest.approx(2 * once)
+    assert recipe.expected_tokens(large, 60, 1e11) < once
+
+
+def test_a_run_records_the_batch_that_was_decided_and_one_that_was_given_stays(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    shape = {"tokenizer": "bytes", "model": {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 8}}
+    for name, given in (("decided", {"steps": 1}), ("epochs", {"epochs": 0.2}), ("given", {"steps": 1, "batch_size": 3})):
+        api.train(tmp_path / "story.txt", out=tmp_path / name, **given, **shape)  # type: ignore[arg-type]
+    found = {path.parent.name: tomllib.loads(path.read_text())["batch_size"] for path in tmp_path.glob("*/config.toml")}
+    assert found == {"decided": recipe.batch_size(8, None), "epochs": recipe.batch_size(8, 1.0), "given": 3}
