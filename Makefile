@@ -7,7 +7,7 @@ FOR ?= 2m
 .PHONY: demo test unit reliability check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
-	$(BIN)/firstwords train --for $(FOR) --model.drop-rate 0.2
+	$(BIN)/firstwords train --for $(FOR)
 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest -n auto

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,11 @@ from conftest import STORY
 from firstwords import api
 from firstwords.config import run_config
 from firstwords.planning import recipe
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the runs in a folder recorded, by their names."""
+    return {path.parent.name: tomllib.loads(path.read_text()) for path in folder.glob("*/config.toml")}
 
 
 def test_longer_runs_take_larger_batches() -> None:
@@ -35,10 +41,34 @@ def test_twice_the_time_is_twice_the_tokens_and_a_larger_model_learns_from_fewer
     assert recipe.expected_tokens(large, 60, 1e11) < once
 
 
+def test_a_text_that_is_read_often_is_learnt_with_more_dropout() -> None:
+    rates = [recipe.drop_rate(epochs) for epochs in (0.1, 1, 5, 10, 100, 10_000)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[1]) == (0, 0)
+    assert rates[-1] > rates[2]
+
+
+def test_dropout_follows_the_epochs_where_nobody_named_it(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 64}
+    named = {**shape, "drop_rate": 0.05}
+    for name, epochs, model in (("once", 1.0, shape), ("often", 40.0, shape), ("named", 40.0, named)):
+        api.train(
+            tmp_path / "story.txt", out=tmp_path / name, tokenizer="bpe:300", epochs=epochs, batch_size=32, model=model
+        )
+    found = {
+        path.parent.name: tomllib.loads(path.read_text())["model"]["drop_rate"] for path in tmp_path.glob("*/config.toml")
+    }
+    assert found == {"once": 0.0, "often": recipe.drop_rate(40), "named": 0.05}
+
+
 def test_a_run_records_the_batch_that_was_decided_and_one_that_was_given_stays(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     shape = {"tokenizer": "bytes", "model": {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 8}}
     for name, given in (("decided", {"steps": 1}), ("epochs", {"epochs": 0.2}), ("given", {"steps": 1, "batch_size": 3})):
         api.train(tmp_path / "story.txt", out=tmp_path / name, **given, **shape)  # type: ignore[arg-type]
-    found = {path.parent.name: tomllib.loads(path.read_text())["batch_size"] for path in tmp_path.glob("*/config.toml")}
-    assert found == {"decided": recipe.batch_size(8, None), "epochs": recipe.batch_size(8, 1.0), "given": 3}
+    assert {name: config["batch_size"] for name, config in configs(tmp_path).items()} == {
+        "decided": recipe.batch_size(8, None),
+        "epochs": recipe.batch_size(8, 1.0),
+        "given": 3,
+    }

@@ -183,7 +183,7 @@ LAPTOP: Overrides = {
     "model.norm_eps": 1e-6,
     "model.init_std": 0.02,
     "optim.kind": "muon",
-    "optim.peak_lr": 6e-3,
+    "optim.peak_lr": 8e-3,
     "optim.warmup_steps": 20,
     "optim.weight_decay": 1.0,
     "optim.decay": "linear",

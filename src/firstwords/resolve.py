@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import ModelConfig, RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
 from firstwords.runs import folder as run_folder
@@ -61,7 +61,7 @@ class Asked:
     run: RunFolder
     config: RunConfig
     texts: Texts | None  # None: what a resumed run recorded
-    fixed_vocab: bool  # the vocabulary's size was named
+    given: frozenset[str]  # the keys that were named; nothing is decided for them
     more_time: bool = False  # a resumed run is given a new time budget
 
 
@@ -81,7 +81,7 @@ def new(out: Path | None, config: str | Path | None, given: dict[str, Any], list
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     store.make_folder(run.path)
-    return Asked(run, asked, texts, any("model.vocab_size" in layer for layer in (*layers, given)))
+    return Asked(run, asked, texts, frozenset(key for layer in (*layers, given) for key in layer))
 
 
 def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> Asked:
@@ -112,7 +112,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 do="leave it out, or begin a new run with another --out",
             )
     more_time = given.get("for_s") is not None
-    return Asked(run, run_config(recorded, given), None, fixed_vocab=True, more_time=more_time)
+    return Asked(run, run_config(recorded, given), None, frozenset(key_types()), more_time=more_time)
 
 
 def prepare(asked: Asked, listener: Listener) -> Corpus:
@@ -198,26 +198,24 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
     """
     import torch
 
-    from firstwords.planning import machine, recipe
+    from firstwords.planning import machine
 
     config = asked.config
-    model = config.model if asked.fixed_vocab else _with_vocab(config.model, prepared.tokenizer.vocab_size)
-    if model.vocab_size < prepared.tokenizer.vocab_size:
+    if "model.vocab_size" not in asked.given:
+        config = _with_model(config, vocab_size=prepared.tokenizer.vocab_size)
+    if config.model.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
-            f"{model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
+            f"{config.model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
             where="--model.vocab-size",
             do="leave it out, or give at least that",
         )
     device = machine.device(config.device)
-    for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
     with machine.threads(config.threads):
         precision = machine.precision(config.precision, device)
         flops_per_s = machine.flops_per_s(device, machine.DTYPES[precision])
-    tokens = None if config.epochs is None else config.epochs * len(prepared.train.ids)
-    tokens = tokens if for_s is None else recipe.expected_tokens(model, for_s, flops_per_s)
-    batch_size = config.batch_size or recipe.batch_size(model.context_length, tokens)
-    config = dataclasses.replace(config, batch_size=batch_size)
-    steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
+    config = _fitted(config, asked.given, prepared, flops_per_s)
+    model, batch_size = config.model, config.batch_size
+    assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
     needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
@@ -233,17 +231,31 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         val=None if config.val is None else _absolute((config.val,))[0],
         tokenizer=_absolute((config.tokenizer,))[0] if of_file else config.tokenizer,
         text_sha256=prepared.text_sha256,
-        steps=steps,
-        epochs=None,
-        for_s=for_s,
         micro_batch_size=micro,
-        eval_every=config.eval_every or (max(1, steps // EVALUATIONS) if steps else None),
+        eval_every=config.eval_every or (max(1, config.steps // EVALUATIONS) if config.steps else None),
         device=str(device),
         precision=precision,
         threads=config.threads or torch.get_num_threads(),
         compile="off" if config.compile == "auto" else config.compile,
-        model=model,
     )
+
+
+def _fitted(config: RunConfig, given: frozenset[str], prepared: Corpus, flops_per_s: float) -> RunConfig:
+    """Return the configuration with what the run's length decides: batch, steps or time, and dropout."""
+    from firstwords.planning import recipe
+
+    ring, context_length = len(prepared.train.ids), config.model.context_length
+    for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
+    tokens = None if config.epochs is None else config.epochs * ring
+    tokens = tokens if for_s is None else recipe.expected_tokens(config.model, for_s, flops_per_s)
+    batch_size = config.batch_size or recipe.batch_size(context_length, tokens)
+    config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
+    steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
+    if steps is not None:
+        tokens = steps * batch_size * context_length
+    if "model.drop_rate" not in given and tokens is not None and config.preset.startswith("laptop"):
+        config = _with_model(config, drop_rate=recipe.drop_rate(tokens / ring))
+    return dataclasses.replace(config, steps=steps, epochs=None)
 
 
 def _require_utf8(names: Sequence[str]) -> None:
@@ -258,8 +270,8 @@ def _absolute(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(path if path == "-" else str(Path(path).absolute()) for path in paths)
 
 
-def _with_vocab(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    return dataclasses.replace(model, vocab_size=vocab_size)
+def _with_model(config: RunConfig, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
 
 
 def batches(config: RunConfig, prepared: Corpus) -> Batches:

@@ -11,6 +11,7 @@ LEARNING_SHARE = 0.85  # of a time budget; the rest starts, prepares, evaluates 
 PRODUCT_SHARE = 0.4  # of the machine's matrix products, about, that a small model's training step reaches
 BATCH_TOKENS, RUN_TOKENS = 4096, 1.6e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
+DROP_RATES = ((8, 0.1), (30, 0.2))  # dropout from so many epochs on
 
 
 def expected_tokens(model: ModelConfig, for_s: float, flops_per_s: float) -> float:
@@ -35,3 +36,8 @@ def batch_size(context_length: int, run_tokens: float | None) -> int:
     """
     tokens = BATCH_TOKENS * math.sqrt((run_tokens or RUN_TOKENS) / RUN_TOKENS)
     return 1 << max(0, round(math.log2(max(FEWEST_TOKENS, tokens) / context_length)))
+
+
+def drop_rate(epochs: float) -> float:
+    """Return the dropout for a run that reads its text so often: a text that is read often is learnt by heart."""
+    return max((rate for least, rate in DROP_RATES if epochs >= least), default=0.0)

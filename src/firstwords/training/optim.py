@@ -124,9 +124,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    X: Tensor = matrices.mT if tall else matrices
+    X: Tensor = matrices.mT.contiguous() if tall else matrices
     X = X / (X.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(X.dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
     return X.mT if tall else X
