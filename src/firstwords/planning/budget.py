@@ -1,4 +1,6 @@
-"""A time budget becomes steps: measured on the first ones, corrected after each evaluation."""
+"""A time budget becomes steps: measured on the first ones, corrected half-way to the end, again half-way from there, and so
+on, and after each evaluation.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ WARM_STEPS = 2  # the first steps allocate memory and are left out
 PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or this share of the budget
 LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
+GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
 
 
@@ -34,6 +37,7 @@ class Budget:
     _looks: int = 0  # since the first plan
     _look_s: float = 0.0
     _planned_looks: int = -1
+    _next_plan: int = 0
 
     def look(self) -> None:
         """Count an evaluation; its time, and that of what comes with it, is what passes between two steps."""
@@ -49,7 +53,7 @@ class Budget:
         if self._planned_looks < 0:
             used = 1 - (self.deadline_s - now_s) / self.total_s
             return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and used > PROBE_SHARE)
-        return self._looks > self._planned_looks
+        return self._looks > self._planned_looks or self._n_steps >= self._next_plan
 
     def plan(self, done: int, eval_every: int | None) -> tuple[int, int]:
         """Return (total steps, steps between evaluations) that end at the deadline.
@@ -68,8 +72,10 @@ class Budget:
         left_s = max(0.0, self.deadline_s - self.now_s)
         if eval_every is None:
             looks = min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * self.total_s / max(look_s, 1e-3))))
-            eval_every = max(1, int(max(0.0, left_s - looks * look_s) / step_s / looks))
-        return done + max(1, _steps_within(left_s, step_s, look_s, done, eval_every)), eval_every
+            eval_every = max(1, int(GROWTH * max(0.0, left_s - looks * look_s) / step_s / looks))
+        steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
+        self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
+        return done + steps, eval_every
 
 
 def _steps_within(left_s: float, step_s: float, look_s: float, done: int, eval_every: int) -> int:
