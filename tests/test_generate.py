@@ -149,3 +149,24 @@ def test_explaining_shows_parts_of_characters_without_failing() -> None:
     tokenizer = train_bpe([STORY], 300)
     lm = LanguageModel(GPTModel(ModelConfig(300, 16, 24, 3, 1)), tokenizer)
     assert len(explain(lm, "漢字").tokens) == 6
+
+
+def test_the_copy_that_speaks_is_made_once_and_follows_the_weights(small: ModelConfig) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(257, 16, 24, 3, 2, 0.5, block=small.block, init_std=0.3)
+    lm = LanguageModel(GPTModel(config).eval(), byte_tokenizer(), dtype=torch.bfloat16)
+    greedy = Sampling(0)
+    said = lm.generate("a", max_new_tokens=20, sampling=greedy)
+    made = lm._in_precision()
+    assert lm.generate("a", max_new_tokens=20, sampling=greedy) == said
+    assert lm._in_precision() is made
+    with torch.no_grad():
+        lm.model.out_head.weight.neg_()
+    changed = lm.generate("a", max_new_tokens=20, sampling=greedy)
+    assert changed != said
+    assert changed == LanguageModel(lm.model, lm.tokenizer, dtype=torch.bfloat16).generate(
+        "a", max_new_tokens=20, sampling=greedy
+    )
+    lm.model.train()  # dropout of a half must not be heard, and no copy is kept of weights that change
+    assert lm.generate("a", max_new_tokens=20, sampling=greedy) == changed
+    assert lm.model.training

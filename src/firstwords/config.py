@@ -214,6 +214,7 @@ def presets() -> dict[str, Overrides]:
             "batch_size": 2,
             "epochs": 10,
             "eval_every": 5,
+            "sample_every": 9,
             "shift_windows": False,
             "optim.peak_lr": 4e-4,
             "optim.warmup_steps": 0,

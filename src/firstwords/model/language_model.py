@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -28,6 +28,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     step: int = 0  # updates that the weights have behind them
     dtype: torch.dtype = torch.float32  # of the matrix products, in whatever it does
+    _rounded: dict[int, GPTModel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows, ids = self.model.config.vocab_size, self.tokenizer.vocab_size
@@ -74,7 +75,7 @@ class LanguageModel:
         generator = torch.Generator().manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         was_training = self.model.training
-        model = in_precision(self.model.eval(), self.dtype)
+        model = self._in_precision()
         try:
             for token in islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens):
                 if token == self.tokenizer.end_of_text:
@@ -85,6 +86,18 @@ class LanguageModel:
                 yield rest
         finally:
             self.model.train(was_training)
+
+    def _in_precision(self) -> GPTModel:
+        """Return the model as it speaks, in eval mode; made once for weights that nobody trains."""
+        is_trained, version = self.model.training, sum(parameter._version for parameter in self.model.parameters())
+        self.model.eval()
+        if version not in self._rounded:
+            self._rounded.clear()
+            made = in_precision(self.model, self.dtype)
+            if is_trained:  # the copy would only take memory until the weights change
+                return made
+            self._rounded[version] = made
+        return self._rounded[version]
 
 
 def text_to_token_ids(text: str, tokeniser: object) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""A time budget becomes steps: measured on the first ones, corrected half-way to the end, again half-way from there, and so
-on, and after each evaluation.
-"""
+"""A time budget becomes steps: measured on the first ones, corrected after each evaluation and at half of every plan."""
 
 from __future__ import annotations
 

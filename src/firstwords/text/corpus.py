@@ -150,16 +150,21 @@ def prepare(
         validation = _Slices(val, [(0, n) for n in held_out.n_chars], held_out.total_chars, progress)
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
+    made = make_tokenizer(tokenizer, training, sum(cuts))
     try:
-        _publish(folder, training, validation, make_tokenizer(tokenizer, training, sum(cuts)), found.sha256)
+        _publish(folder, training, validation, made, found.sha256)
     except CannotCreateError:  # another process was faster with the same text
         if not folder.is_dir():
             raise
-    return load(folder)
+    return load(folder, made)
 
 
-def load(folder: Path) -> Corpus:
+def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
     """Return a prepared corpus after checking its files against their hashes and its ids against the vocabulary.
+
+    Args:
+        folder: Where it is.
+        tokenizer: What its file holds, where that is known: reading GPT-2's takes a second.
 
     Raises:
         NoInputError: It is not there.
@@ -168,7 +173,7 @@ def load(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise NoInputError("the prepared text is not there", where=str(folder), do="train on the text again")
     manifest = store.verify(folder)
-    tokenizer = tokenizers.read(folder / TOKENIZER_FILE)
+    tokenizer = tokenizer or tokenizers.read(folder / TOKENIZER_FILE)
     parts = [_open(folder / f"{name}.bin", manifest[name], tokenizer) for name in ("train", "val")]
     return Corpus(folder, tokenizer, parts[0], parts[1], manifest["text_sha256"])
 
