@@ -9,7 +9,7 @@ from firstwords.model import cost
 
 LEARNING_SHARE = 0.85  # of a time budget; the rest starts, prepares, evaluates and saves
 PRODUCT_SHARE = 0.4  # of the machine's matrix products, about, that a small model's training step reaches
-BATCH_TOKENS, RUN_TOKENS = 4096, 1.6e6  # an update of the first suits a run of the second
+BATCH_TOKENS, RUN_TOKENS = 4096, 2e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 DROP_RATES = ((8, 0.1), (30, 0.2))  # dropout from so many epochs on
 
