@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit reliability check format clean
+.PHONY: demo test unit reliability llama-cpp check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
@@ -17,6 +17,10 @@ unit: $(VENV)/installed-test  ## only the tests that take a moment
 
 reliability: $(VENV)/installed-test  ## every reliability test in full, 500 killed processes among them (about an hour); writes docs/reliability.md
 	$(BIN)/python -m pytest -n 2 -m technique --full --record docs/reliability.md
+
+llama-cpp: $(VENV)/installed-test  ## what is exported for llama.cpp says the same there (installs its build for node, Linux)
+	npm install --silent --omit=optional --no-audit --no-fund --prefix $(VENV)/llama node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	FIRSTWORDS_NODE_MODULES=$(abspath $(VENV))/llama $(BIN)/python -m pytest -n 2 tests/test_llama_cpp.py
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .

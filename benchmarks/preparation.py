@@ -9,6 +9,7 @@ core, encoding the same text line by line of a megabyte.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import tempfile
@@ -64,6 +65,7 @@ def main() -> None:
     for megabytes in given.megabytes:
         with tempfile.NamedTemporaryFile(suffix=".txt") as file:
             repeated(given.text, megabytes * 10**6, Path(file.name))
+            os.sync()  # a person's text lies on the disk already
             names = ["firstwords", *([TIKTOKEN] if megabytes == given.megabytes[0] else [])]
             for name, figures in interleaved(names, given.rounds, __file__, [file.name]).items():
                 memory = f"{figures['peak_bytes'] / 1e6:.0f} MB" if figures["peak_bytes"] else ""

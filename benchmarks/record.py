@@ -39,7 +39,8 @@ def interleaved(names: Sequence[str], rounds: int, script: str, arguments: Seque
 
 def report(key: str, title: str, head: list[str], rows: list[list[str]], *, write: bool) -> None:
     """Print a table, and put it into docs/benchmarks.md in the place of the one of that key."""
-    lines = [f"## {title}", "", f"`python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`", ""]
+    said = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    lines = [f"## {title}", "", f"`python {' '.join([os.path.relpath(sys.argv[0], ROOT), *said])}`", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     text = "\n".join([*lines, "", place()])
     print(text)

@@ -81,7 +81,17 @@ def test_zero_temperature_takes_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 2}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 2},
+        {"min_p": 0},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.9},
+    ],
 )
 def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
@@ -170,3 +180,31 @@ def test_the_copy_that_speaks_is_made_once_and_follows_the_weights(small: ModelC
     lm.model.train()  # dropout of a half must not be heard, and no copy is kept of weights that change
     assert lm.generate("a", max_new_tokens=20, sampling=greedy) == changed
     assert lm.model.training
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
+    whole = torch.softmax(CHAPTER, dim=0)
+    for p in (0.01, 0.3, 1.0):
+        found = next_probabilities(CHAPTER, Sampling(1.0, min_p=p))
+        kept = whole >= p * whole.max()
+        assert torch.equal(found > 0, kept)
+        assert torch.allclose(found[kept], whole[kept] / whole[kept].sum())
+
+
+def test_the_repetition_penalty_makes_seen_tokens_less_likely_and_no_other_more_than_their_share() -> None:
+    seen = [3, 2, 3]  # one with a positive and one with a negative logit
+    before, after = torch.softmax(CHAPTER, 0), next_probabilities(CHAPTER, Sampling(1.0, repetition_penalty=1.5), seen)
+    assert all(after[i] < before[i] for i in seen)
+    others = [i for i in range(len(CHAPTER)) if i not in seen]
+    ratio = after[others] / before[others]
+    assert torch.allclose(ratio, ratio[0].expand(len(others)))  # their order and distances stay
+    assert torch.allclose(next_probabilities(CHAPTER, Sampling(1.0, repetition_penalty=1.0), seen), before)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_text_ends_the_text_before_it_and_nothing_of_it_is_let_out(lm: LanguageModel, length: int) -> None:
+    whole = lm.generate("a", max_new_tokens=60)
+    stop = whole[20 : 20 + length]
+    pieces = list(lm.stream("a", max_new_tokens=60, stop=[stop, "never said"]))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    assert lm.generate("a", max_new_tokens=60, stop=["never said", whole[-1] + "x"]) == whole

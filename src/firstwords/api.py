@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, explain, info, verify, bench.
+"""The verbs as functions: train, load, evaluate, explain, info, verify, import, export, bench.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -6,15 +6,17 @@ stand inside the functions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import resolve, store
-from firstwords.config import RunConfig, flatten, from_toml, model_config, run_config, to_toml
-from firstwords.errors import DataError, DivergedError, NoInputError
+from firstwords.config import RunConfig, did_you_mean, flatten, from_toml, model_config, run_config, to_toml
+from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError, NoInputError
 from firstwords.model import cost
 from firstwords.planning.budget import Budget
 from firstwords.runs import folder as run_folder
@@ -26,6 +28,8 @@ from firstwords.text.corpus import Corpus, Part
 from firstwords.training.events import Listener, Preparing, Started, ignore
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from firstwords.insight.explain import Explanation
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.measure import Mark
@@ -36,8 +40,31 @@ if TYPE_CHECKING:
     from firstwords.training.loop import Forward
     from firstwords.verify import Verdict
 
+EXPORTS = ("hf", "gguf", "pth")
+KNOWN_PROMPT = "Every effort moves you"
+KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
 BENCH_PRESETS = ("laptop", "gpt2-124m")
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import: the checkpoint folder, and what the model makes of a sentence and a prompt known to all."""
+
+    run: str
+    weights_sha256: str
+    parameters: int
+    nats_per_token: float
+    prompt: str
+    greedy: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export."""
+
+    path: str
+    max_logit_difference: float  # between the other tool's logits and ours
 
 
 def train(
@@ -69,7 +96,7 @@ def train(
     if text is not None:
         given |= {"text": _named(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
-    asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, listener)
+    asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
     prepared = resolve.prepare(asked, listener)
     listener(Preparing("starting PyTorch", None))
 
@@ -119,7 +146,7 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
     dtype = machine.DTYPES[config.precision]
-    state = initial(config.model, config.optim, config.seed, config.device, dtype)
+    state = initial(config.model, config.optim, config.seed, config.device, dtype, _start(config, run, listener))
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(device, config.precision, config.compile)
     recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
@@ -135,6 +162,36 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     recorder.note("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
     listener(Started(run.path, config, prepared, state.step))
     return recorder
+
+
+def _described(source: str) -> tuple[dict[str, Any], bytes]:
+    """Return the shape of a model as configuration keys, and its tokenizer's file."""
+    lm = load(source)
+    return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
+
+
+def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:
+    """Return the weights that a run begins with instead of random ones; None where it has begun already.
+
+    Learned positions are cut to a shorter context, and stretched between their neighbours to a longer one.
+    """
+    from firstwords.runs import checkpoint
+
+    if config.from_ is None or checkpoint.existing(run.checkpoints):
+        return None
+
+    import torch
+    import torch.nn.functional as F
+
+    lm = load(config.from_, notice=resolve.noticed(listener))
+    tensors = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+    positions, wanted = tensors.get("pos_emb.weight"), config.model.context_length
+    if positions is not None and len(positions) < wanted:
+        stretched = F.interpolate(positions.T[None], wanted, mode="linear", align_corners=True)
+        tensors["pos_emb.weight"] = stretched[0].T.to(torch.float32)
+    elif positions is not None:
+        tensors["pos_emb.weight"] = positions[:wanted]
+    return tensors
 
 
 def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
@@ -181,13 +238,18 @@ def _named(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
-    """Return the model of a run folder (its best checkpoint) or of a checkpoint folder, with its tokenizer.
+    """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     Raises:
-        NoInputError: Neither is there.
+        NoInputError: None of them is there.
         DataError: It is damaged.
     """
-    found = _checkpoint(Path(source), notice)
+    source = _located(source, notice)
+    if _is_foreign(source):
+        from firstwords.weights import reader
+
+        return reader.read(source, notice=notice)
+    found = _checkpoint(source, notice)
 
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning import machine
@@ -304,6 +366,130 @@ def bench(presets: Sequence[str] = BENCH_PRESETS) -> Iterator[Mark]:
 
     with machine.threads(None):
         yield from measure.marks(presets)
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    n_heads: int | None = None,
+    listener: Listener = ignore,
+) -> Imported:
+    """Make a model from elsewhere ours: a checkpoint folder, with which every verb can go on.
+
+    Args:
+        source: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder for transformers (GPT-2 or Qwen3), the chapter's `.pth`,
+            or nanoGPT's `ckpt.pt`.
+        out: The folder to be made.
+        tokenizer: Where the source has none: gpt2, bytes, or a `tokenizer.json`.
+        n_heads: Of a `.pth` that is no size of GPT-2's.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: Nothing is there.
+        DataError: It is damaged, or a model that ours cannot be.
+        ConfigError: It does not say enough.
+        CannotCreateError: `out` exists.
+    """
+    if store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    listener(Preparing("reading the weights", None))
+
+    from firstwords.insight.explain import explain as explain_text
+    from firstwords.model.sampling import Sampling
+    from firstwords.runs import checkpoint
+    from firstwords.weights import reader
+
+    notice = resolve.noticed(listener)
+    lm = reader.read(_located(source, notice), tokenizer=tokenizer, n_heads=n_heads, notice=notice)
+    weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+    store.make_folder(Path(out).absolute().parent)
+    saved = checkpoint.publish(Path(out), weights, dataclasses.asdict(lm.model.config), lm.tokenizer.json)
+    return Imported(
+        run=str(out),
+        weights_sha256=saved.weights_sha256,
+        parameters=cost.parameters(lm.model.config),
+        nats_per_token=explain_text(lm, KNOWN_SENTENCE).evaluation.nats_per_token,
+        prompt=KNOWN_PROMPT,
+        greedy=lm.generate(KNOWN_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
+    )
+
+
+def export(
+    source: str | Path, to: str, out: str | Path, *, kind: str | None = None, listener: Listener = ignore
+) -> Exported:
+    """Write a model for another tool, read it back, and compare its logits with ours.
+
+    Args:
+        source: As for `load`.
+        to: `hf`, a folder for transformers; `gguf`, a file for llama.cpp; `pth`, a file for the chapter's code.
+        out: The folder or file to be made.
+        kind: Of a GGUF file's matrices: f32 (by default), f16 or q8_0.
+        listener: Told what happens.
+
+    Raises:
+        ConfigError: An unknown `to`, or a model that the other tool cannot have.
+        CannotCreateError: `out` exists.
+        DataError: What was written does not give our logits.
+    """
+    if to not in EXPORTS:
+        raise ConfigError(f"no format {to!r}", where="--to", do=did_you_mean(to, EXPORTS))
+    if kind is not None and to != "gguf":
+        raise ConfigError("only a GGUF file has kinds", where="--type", do="leave it out")
+    if store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    lm = load(source, notice=resolve.noticed(listener))
+
+    import torch
+
+    from firstwords.weights import export as exporting
+
+    lm = dataclasses.replace(lm, dtype=torch.float32)
+    store.make_folder(Path(out).absolute().parent)
+    listener(Preparing("writing, and reading it back", None))
+    if to == "pth":
+        difference = exporting.to_pth(lm, Path(out))
+    elif to == "gguf":
+        difference = exporting.to_gguf(lm, Path(out), kind or "f32")
+    else:
+        shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
+        card = exporting.model_card(str(source), {**shape, **_figures(Path(source))})
+        difference = exporting.to_hf(lm, Path(out), card)
+    return Exported(path=str(out), max_logit_difference=difference)
+
+
+def _figures(source: Path) -> dict[str, Any]:
+    """Return what a run knows of its model, for its card: how good it was held to be."""
+    run = RunFolder(source)
+    if not run.exists:
+        return {}
+    found = [line for line in run.metrics.lines() if line["event"] == "evaluation" and line["best"]]
+    steps = [line for line in run.metrics.lines() if line["event"] == "step"]
+    text = run_config(from_toml(resolve.read(run.config), str(run.config))).text
+    figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
+    if found and found[-1]["bits_per_byte"] is not None:
+        figures["held-out bits per byte"] = f"{found[-1]['bits_per_byte']:.3f} (step {found[-1]['step']})"
+    if steps:
+        figures["learnt from"] = f"{steps[-1]['tokens']:,} tokens in {steps[-1]['elapsed_s']:.0f} s"
+    return figures
+
+
+def _located(source: str | Path, notice: Callable[[str], None]) -> Path:
+    """Return where a model is; one of GPT-2's names is fetched, unless something of that name is here."""
+    from firstwords.weights import hub
+
+    if str(source) in hub.NAMES and not Path(source).exists():
+        return hub.fetch(str(source), resolve.cache_folder().parent / "hub.json", notice)
+    return Path(source)
+
+
+def _is_foreign(source: Path) -> bool:
+    """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
+    if RunFolder(source).exists or not ((source / "config.json").is_file() or source.is_file()):
+        return False
+    ours = (source / store.MANIFEST).is_file() and store.read_manifest(source).get("kind") == "checkpoint"
+    return not ours
 
 
 def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:

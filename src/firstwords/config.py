@@ -67,6 +67,7 @@ class ModelConfig:
     tied_head: bool = option(False, "the output head is the token table itself")
     ff_dim: int | None = option(None, "width of the feed-forward layer; by default 4 x emb_dim", least=1, most=2**22)
     gelu_cubic: float = option(0.044715, "coefficient in GELU's tanh form (arXiv:1606.08415)", least=0.0, most=10.0)
+    gelu_exact: bool = option(False, "GELU by the normal distribution itself, as nanoGPT has it, not in tanh form")
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
     norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
     init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
@@ -130,6 +131,7 @@ class RunConfig:
     tokenizer: str = option(
         "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
     )
+    from_: str | None = option(None, "a model to go on from: a run, a checkpoint, a folder for transformers, a .pth")
     preset: str = option("laptop", "a named recipe; the other keys override it")
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
@@ -307,7 +309,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 def flag(key: str) -> str:
     """Return the command line's spelling of a key: `save_every_s` -> `--save-every`."""
-    return "--" + key.removesuffix("_s").replace("_", "-")
+    return "--" + key.removesuffix("_s").rstrip("_").replace("_", "-")
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,6 +48,10 @@ RESUMABLE = frozenset(
         "sample_prompt",
     )
 )
+# What of a model may change when training goes on from it.
+ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
+# How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
+GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 # What no weight depends on, or what the corpus's own hash tells better.
 UNTRAINED = frozenset(
     ("text", "text_sha256", "val", "val_fraction", "encoding", "tokenizer", "preset", "eval_every", "sample_every")
@@ -65,14 +69,34 @@ class Asked:
     more_time: bool = False  # a resumed run is given a new time budget
 
 
-def new(out: Path | None, config: str | Path | None, given: dict[str, Any], listener: Listener) -> Asked:
-    """Return what is asked of a new run; its folder is made, and nothing is in it.
+def new(
+    out: Path | None,
+    config: str | Path | None,
+    given: dict[str, Any],
+    describe: Callable[[str], tuple[dict[str, Any], bytes]],
+    listener: Listener,
+) -> Asked:
+    """Return what is asked of a new run; its folder is made, with nothing in it but the tokenizer of a model to go on from.
+
+    Args:
+        out: The run folder, or None for one by the text's name.
+        config: A TOML file of keys.
+        given: Keys that override it.
+        describe: Returns the shape and the tokenizer's file of a model to go on from.
+        listener: Told what is worth knowing.
 
     Raises:
         FirstwordsError: An impossible configuration, no such text, a taken folder.
     """
     layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
-    asked = run_config(*layers, given)
+    asked, tokenizer_json = run_config(*layers, given), b""
+    if asked.from_ is not None:
+        shape, tokenizer_json = describe(asked.from_)
+        gently = {} if any("preset" in layer for layer in (*layers, given)) else GOING_ON
+        place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
+        given = {**gently, **shape, **given, "from_": place}
+        _require_shape(shape, given)
+        asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
     if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
@@ -81,7 +105,22 @@ def new(out: Path | None, config: str | Path | None, given: dict[str, Any], list
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     store.make_folder(run.path)
+    if tokenizer_json:
+        store.write(run.tokenizer, tokenizer_json)
+        asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
     return Asked(run, asked, texts, frozenset(key for layer in (*layers, given) for key in layer))
+
+
+def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise a ConfigError for a key that would make another model of the one to go on from, or another tokenizer."""
+    if "tokenizer" in given:
+        what, do = "a model goes on with its own tokenizer", "leave --tokenizer out"
+        raise ConfigError(what, where="--tokenizer", why="its ids mean nothing in another", do=do)
+    for key, value in shape.items():
+        if key not in ADAPTABLE and run_config(shape, {key: given[key]}) != run_config(shape):
+            raise ConfigError(
+                "the model to go on from has another", where=flag(key), why=f"it is {value}", do="leave it out"
+            )
 
 
 def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> Asked:

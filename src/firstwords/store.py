@@ -86,12 +86,12 @@ def make_folder(path: Path) -> None:
         _sync_folder(path.parent)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a whole small file atomically: readers see the old one or the new one, never a part."""
+def write(path: Path, data: bytes | Iterable[Bytes]) -> None:
+    """Write a whole file atomically, given at once or in pieces: readers see the old one or the new one, never a part."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     with _speaking_of(path):
         try:
-            _write_durably(temporary, [data])
+            _write_durably(temporary, [data] if isinstance(data, bytes) else data)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except BaseException:

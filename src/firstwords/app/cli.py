@@ -155,6 +155,20 @@ def parser() -> Parser:
         made = verb(name, run, meaning)
         made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
         _flags_of(name, made)
+    made = verb("import", import_model, "make a model from elsewhere ours")
+    made.add_argument("source", metavar="SOURCE", help="a folder for transformers, the chapter's .pth, nanoGPT's ckpt.pt")
+    made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
+    made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
+    made.add_argument("--n-heads", metavar="N", help="of a .pth that is no size of GPT-2's")
+    made = verb("export", export, "write a model for another tool, and compare what it makes of it")
+    made.add_argument(
+        "model", metavar="RUN", help="a run folder (its best checkpoint), a checkpoint folder, another's model"
+    )
+    made.add_argument(
+        "--to", required=True, metavar="hf|pth", help="a folder for transformers, or a file for the chapter's code"
+    )
+    made.add_argument("--out", required=True, metavar="PATH", help="the folder or file to be made")
+    made.add_argument("--type", metavar="f32|f16|q8_0", help="of a GGUF file's matrices (default f32)")
     made = verb("bench", bench, "how fast this machine is, and where firstwords stands on it")
     made.add_argument("presets", nargs="*", metavar="PRESET", help="the models that learn and speak; default: two sizes")
     return top
@@ -171,6 +185,13 @@ def _flags_of(name: str, made: Parser) -> None:
             made.add_argument("--temperature", default="0.8", metavar="T", help="0: the likeliest (default 0.8)")
             made.add_argument("--top-k", metavar="K", help="draw from the K likeliest")
             made.add_argument("--top-p", metavar="P", help="draw from the likeliest that have this probability together")
+            made.add_argument("--min-p", metavar="P", help="leave out what is less than P times as likely as the likeliest")
+            made.add_argument(
+                "--repetition-penalty", metavar="X", help="above 1: make what was said less likely (1.1 is usual)"
+            )
+            made.add_argument(
+                "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+            )
             made.add_argument("--seed", default="123", metavar="S", help="the same seed, the same text (default 123)")
             made.add_argument("--samples", default="1", metavar="M", help="so many texts, of seeds S, S+1, ... (default 1)")
         case "verify":
@@ -246,20 +267,36 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     max_new_tokens = _number(options.max_new_tokens, int, "--max-new-tokens")
     temperature = _number(options.temperature, float, "--temperature")
     top_k = None if options.top_k is None else _number(options.top_k, int, "--top-k")
-    top_p = None if options.top_p is None else _number(options.top_p, float, "--top-p")
+    top_p, min_p, penalty = (
+        None if text is None else _number(text, float, name)
+        for name, text in (
+            ("--top-p", options.top_p),
+            ("--min-p", options.min_p),
+            ("--repetition-penalty", options.repetition_penalty),
+        )
+    )
+    if "" in options.stop:
+        raise ConfigError("is empty", where="--stop", do="give a text")
     _require_within(count, 1, LARGEST_COUNT, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
     from firstwords import api, resolve
     from firstwords.model.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
     with console.progress() as listener:
         lm = api.load(options.model, notice=resolve.noticed(listener))
     if top_k is not None:
         _require_within(top_k, 1, lm.tokenizer.vocab_size, "--top-k")
     streams = (
-        lm.stream(options.prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + i, notice=console.notice)
+        lm.stream(
+            options.prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed + i,
+            stop=options.stop,
+            notice=console.notice,
+        )
         for i in range(count)
     )
     console.spoken(options.prompt, streams)
@@ -301,6 +338,32 @@ def verify(options: argparse.Namespace, console: Console, started_s: float) -> i
     found = api.verify(options.model, replay=replay)
     console.verified(found)
     return 0 if found.ok else DataError.exit_code
+
+
+def import_model(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Make a model from elsewhere ours."""
+    n_heads = None if options.n_heads is None else _number(options.n_heads, int, "--n-heads")
+    if n_heads is not None:
+        _require_within(n_heads, 1, LARGEST_COUNT, "--n-heads")
+
+    from firstwords import api
+
+    with console.progress() as listener:
+        found = api.import_model(
+            options.source, options.out, tokenizer=options.tokenizer, n_heads=n_heads, listener=listener
+        )
+    console.imported(found)
+    return 0
+
+
+def export(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Write a model for another tool."""
+    from firstwords import api
+
+    with console.progress() as listener:
+        found = api.export(options.model, options.to, options.out, kind=options.type, listener=listener)
+    console.exported(found)
+    return 0
 
 
 def bench(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001

@@ -40,6 +40,7 @@ from firstwords.training.events import (
 )
 
 if TYPE_CHECKING:
+    from firstwords.api import Exported, Imported
     from firstwords.insight.explain import Explanation, TokenExplained
     from firstwords.planning.measure import Mark
     from firstwords.recorder import TrainResult
@@ -186,6 +187,28 @@ class Console:
         if found.replay is not None:
             said = "the same to the last bit" if found.replay.ok else visible(found.replay.problem)
             self.out.print(f"replay of steps {found.replay.from_step + 1} to {found.replay.to_step}: {said}")
+
+    def imported(self, found: Imported) -> None:
+        """Show what was imported, and how to go on."""
+        if self.as_json:
+            self._json(vars(found))
+            return
+        run = visible(shlex.quote(found.run))
+        self.out.print(f"imported  {found.parameters:,} parameters into {run}")
+        self.out.print(f"it says   {visible(found.prompt)}{one_line(found.greedy)}")
+        self.out.print(
+            f"it knows  {found.nats_per_token:.4f} nats per token on a sentence of ours (untrained: the logarithm of"
+        )
+        self.out.print("          its vocabulary)")
+        self.out.print(f'speak     firstwords generate {run} --prompt "..."')
+
+    def exported(self, found: Exported) -> None:
+        """Show what was exported, and what the comparison gave."""
+        if self.as_json:
+            self._json(vars(found))
+            return
+        self.out.print(f"exported  {visible(found.path)}")
+        self.out.print(f"compared  its logits differ from ours by at most {found.max_logit_difference:.1e}")
 
     def benched(self, marks: Iterator[Mark]) -> None:
         """Show what this machine does, as it is measured."""

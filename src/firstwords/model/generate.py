@@ -15,13 +15,19 @@ from firstwords.model.gpt import GPTModel, KVCache
 from firstwords.model.sampling import Sampling
 
 
-def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the probabilities (V) from which the next token is drawn, for its logits (V).
+def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] = ()) -> Tensor:
+    """Return the probabilities (V) from which the next token is drawn, for its logits (V) and the ids before it.
 
-    Temperature divides the logits; top-k keeps the k likeliest; top-p keeps the fewest likeliest whose sum reaches p
-    (Holtzman et al. 2020, arXiv:1904.09751).
+    The repetition penalty divides the logits of seen ids where they are positive and multiplies them where they are not
+    (Keskar et al. 2019, arXiv:1909.05858); temperature divides all; top-k keeps the k likeliest; top-p keeps the fewest
+    likeliest whose sum reaches p (Holtzman et al. 2020, arXiv:1904.09751); min-p keeps what is at least p times as likely as
+    the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
     """
     logits = logits.float()
+    if sampling.repetition_penalty is not None and seen:
+        index = torch.tensor(sorted(set(seen)), device=logits.device)
+        chosen, penalty = logits[index], sampling.repetition_penalty
+        logits = logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(0, logits.argmax(keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -32,6 +38,8 @@ def next_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = probabilities.sort(descending=True, stable=True)
         beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the sum before a token already reaches p
         probabilities = probabilities.index_fill(0, order[beyond], 0.0)
+    if sampling.min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
     return probabilities / probabilities.sum()
 
 
@@ -108,7 +116,7 @@ def generate(
             cache = None
         seen = ids[cache.length :] if cache is not None else ids[-limit:]
         features = model.features(torch.tensor([seen], device=device), cache)
-        probabilities = next_probabilities(model.out_head(features[0, -1:])[0], sampling).cpu()
+        probabilities = next_probabilities(model.out_head(features[0, -1:])[0], sampling, ids[-limit:]).cpu()
         if not torch.isfinite(probabilities).all():
             raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
         ids.append(int(_drawn(probabilities, sampling, generator)))

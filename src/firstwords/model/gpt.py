@@ -82,14 +82,16 @@ class Dropout(nn.Dropout):
 
 
 class GELU(nn.Module):
-    """0.5 x (1 + tanh(sqrt(2/π) (x + cubic x³))), the form that GPT-2 was trained with."""
+    """0.5 x (1 + tanh(sqrt(2/π) (x + cubic x³))), the form that GPT-2 was trained with; or x Φ(x) itself."""
 
-    def __init__(self, cubic: float) -> None:
+    def __init__(self, cubic: float, *, exact: bool) -> None:
         super().__init__()
-        self.cubic = cubic
+        self.cubic, self.exact = cubic, exact
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
+        if self.exact:
+            return F.gelu(x)
         if self.cubic == GELU_CUBIC:
             return F.gelu(x, approximate="tanh")
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + self.cubic * x**3)))
@@ -102,7 +104,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(config.emb_dim, config.hidden_dim),
-            GELU(config.gelu_cubic),
+            GELU(config.gelu_cubic, exact=config.gelu_exact),
             nn.Linear(config.hidden_dim, config.emb_dim),
         )
 
@@ -110,7 +112,7 @@ class FeedForward(nn.Module):
         """Return (..., C) for (..., C)."""
         widen, gelu, narrow = self.layers
         assert isinstance(gelu, GELU)
-        if gelu.cubic != GELU_CUBIC:
+        if gelu.exact or gelu.cubic != GELU_CUBIC:
             y: Tensor = self.layers(x)
             return y
         return linear(linear([x], [widen]), [narrow], "gelu")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -40,10 +40,16 @@ class LanguageModel:
             )
 
     def generate(
-        self, prompt: str = "", *, max_new_tokens: int = 200, sampling: Sampling | None = None, seed: int = 123
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 200,
+        sampling: Sampling | None = None,
+        seed: int = 123,
+        stop: Sequence[str] = (),
     ) -> str:
         """Return what the model says after `prompt` (which is not repeated); an empty prompt opens a document."""
-        return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed))
+        return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop))
 
     def stream(
         self,
@@ -52,15 +58,17 @@ class LanguageModel:
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
         seed: int = 123,
+        stop: Sequence[str] = (),
         notice: Callable[[str], None] = lambda _: None,
     ) -> Iterator[str]:
-        """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>`.
+        """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>` and before a stop text.
 
         Args:
             prompt: Its last `context_length` tokens are used; a notice tells of a cut.
             max_new_tokens: At most so many tokens.
             sampling: By default temperature 0.8.
             seed: The same seed gives the same text.
+            stop: Texts before which it ends; what may be the beginning of one is held back until it is known.
             notice: Told what a person should know.
 
         Raises:
@@ -73,19 +81,24 @@ class LanguageModel:
             notice(f"the prompt has {len(ids)} tokens; the model sees the last {limit} of them")
             ids = ids[-limit:]
         generator = torch.Generator().manual_seed(seed)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         was_training = self.model.training
         model = self._in_precision()
+        drawn = islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens)
         try:
-            for token in islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens):
-                if token == self.tokenizer.end_of_text:
-                    break
-                if token < self.tokenizer.vocab_size:  # a table may have spare rows
-                    yield decoder.decode(self.tokenizer.token_bytes(token))
-            if rest := decoder.decode(b"", final=True):
-                yield rest
+            yield from _until(self._decoded(drawn), stop)
         finally:
             self.model.train(was_training)
+
+    def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Yield the text of tokens up to `<|endoftext|>`, whole characters at a time."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in tokens:
+            if token == self.tokenizer.end_of_text:
+                break
+            if token < self.tokenizer.vocab_size:  # a table may have spare rows
+                yield decoder.decode(self.tokenizer.token_bytes(token))
+        if rest := decoder.decode(b"", final=True):
+            yield rest
 
     def _in_precision(self) -> GPTModel:
         """Return the model as it speaks, in eval mode; made once for weights that nobody trains."""
@@ -98,6 +111,22 @@ class LanguageModel:
                 return made
             self._rounded[version] = made
         return self._rounded[version]
+
+
+def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """Yield the pieces of a text up to the first of the stop texts in it."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.index(word) for word in stop if word in held]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((n for word in stop for n in range(1, len(word)) if held.endswith(word[:n])), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    if held:
+        yield held
 
 
 def text_to_token_ids(text: str, tokeniser: object) -> torch.Tensor:

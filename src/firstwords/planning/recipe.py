@@ -7,11 +7,11 @@ import math
 from firstwords.config import ModelConfig
 from firstwords.model import cost
 
-LEARNING_SHARE = 0.85  # of a time budget; the rest starts, prepares, evaluates and saves
-PRODUCT_SHARE = 0.4  # of the machine's matrix products, about, that a small model's training step reaches
+START_S = 4.0  # of a time budget pass before the first step, about
+PRODUCT_SHARE = 0.43  # of the machine's matrix products, about, that a small model reaches from there on, all in
 BATCH_TOKENS, RUN_TOKENS = 4096, 2e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
-DROP_RATES = ((8, 0.1), (30, 0.2))  # dropout from so many epochs on
+DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
 
 
 def expected_tokens(model: ModelConfig, for_s: float, flops_per_s: float) -> float:
@@ -22,7 +22,7 @@ def expected_tokens(model: ModelConfig, for_s: float, flops_per_s: float) -> flo
         for_s: The time budget, all in.
         flops_per_s: Of this machine's matrix products, in the run's precision.
     """
-    return LEARNING_SHARE * for_s * PRODUCT_SHARE * flops_per_s / cost.training_flops(model)
+    return max(1.0, for_s - START_S) * PRODUCT_SHARE * flops_per_s / cost.training_flops(model)
 
 
 def batch_size(context_length: int, run_tokens: float | None) -> int:

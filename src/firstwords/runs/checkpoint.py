@@ -104,6 +104,22 @@ def save(
     return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": step, "run": run}))
 
 
+def publish(folder: Path, model: Mapping[str, Tensor], shape: Mapping[str, Any], tokenizer_json: bytes) -> Checkpoint:
+    """Publish a checkpoint folder of weights alone, of no run, and return it, verified.
+
+    Raises:
+        CannotCreateError: The folder exists.
+        StorageError, PermissionDeniedError: It could not be written; nothing appears.
+    """
+    files = {
+        MODEL: safetensors_bytes(model),
+        TOKENIZER: [tokenizer_json],
+        STATE: [store.canonical_json({"step": 0})],
+        CONFIG: [store.canonical_json({"model": shape, "precision": "float32"})],
+    }
+    return Checkpoint(folder, store.publish(folder, files, lambda: {"kind": "checkpoint", "step": 0, "run": {}}))
+
+
 def folder_of(parent: Path, step: int) -> Path:
     """Return where the checkpoint of a step is, whether it is there or not."""
     return parent / f"{PREFIX}{step:08d}"

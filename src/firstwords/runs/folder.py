@@ -31,6 +31,11 @@ class RunFolder:
         return self.path / "corpus.json"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the model that the run goes on from, where there is one."""
+        return self.path / "tokenizer.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
@@ -94,8 +99,9 @@ def _is_of_no_run(path: Path) -> bool:
     run = RunFolder(path.parent)
     if path == run.checkpoints:
         return path.is_dir() and not any(path.iterdir())
-    half_written = tuple(f"{store.TEMPORARY}{name}-" for name in (run.config.name, run.corpus.name, store.PROBE))
-    return path.name in (LOCK, run.corpus.name) or path.name.startswith(half_written)
+    written = (run.config.name, run.corpus.name, run.tokenizer.name, store.PROBE)
+    half_written = tuple(f"{store.TEMPORARY}{name}-" for name in written)
+    return path.name in (LOCK, run.corpus.name, run.tokenizer.name) or path.name.startswith(half_written)
 
 
 def require_new(run: RunFolder) -> None:

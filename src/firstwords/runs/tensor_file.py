@@ -54,10 +54,10 @@ class Described:
     end: int
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[store.Bytes]:
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[store.Bytes]:
     """Yield a safetensors file: header length (8 bytes), JSON header padded to 8, the tensors in order of their names."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
     end = 0
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -108,7 +108,8 @@ class Tokenizer:
         spelled = _byte_letters()
         ranks = sorted(self.ranks.items(), key=lambda item: item[1])
         words = {"".join(spelled[byte] for byte in word): rank for word, rank in ranks}
-        merges = [[_spell(part, spelled) for part in pair] for pair in _merges(self.ranks)]
+        pairs = _gpt2_merges() if self.name == "gpt2" else _merges(self.ranks)
+        merges = [[_spell(part, spelled) for part in pair] for pair in pairs]
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         words[END_OF_TEXT] = self.end_of_text
         value = {
@@ -149,15 +150,21 @@ def gpt2() -> Tokenizer:
     Raises:
         DataError: The vocabulary file of this installation is damaged.
     """
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_letters())}
+    for first, second in _gpt2_merges():
+        ranks[first + second] = len(ranks)
+    return Tokenizer("gpt2", ranks)
+
+
+def _gpt2_merges() -> list[tuple[bytes, bytes]]:
+    """Return the two parts of each merged word of GPT-2's, in rank order, as OpenAI's own file has them."""
     file = files("firstwords.text") / "data" / "vocab.bpe"
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
         raise DataError("GPT-2's vocabulary is damaged", where=str(file), do="install firstwords again")
     letters = {letter: byte for byte, letter in _byte_letters().items()}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_letters())}
-    for line in data.decode().splitlines()[1:]:
-        ranks[bytes(letters[letter] for letter in line.replace(" ", ""))] = len(ranks)
-    return Tokenizer("gpt2", ranks)
+    pairs = (line.split(" ") for line in data.decode().splitlines()[1:])
+    return [(bytes(map(letters.__getitem__, first)), bytes(map(letters.__getitem__, second))) for first, second in pairs]
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -217,7 +224,8 @@ def from_json(data: bytes, where: str) -> Tokenizer:
     """
     try:
         value = reading.parse_json(data, "", reading.MOST_TOKENIZER_BYTES)
-        model, plain = value["model"], value["normalizer"] is None and value["pre_tokenizer"] == BYTE_LEVEL
+        split = {**BYTE_LEVEL, **value["pre_tokenizer"], "trim_offsets": True}  # older files leave out what is the default
+        model, plain = value["model"], value["normalizer"] is None and split == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
         words = {word: operator.index(rank) for word, rank in model["vocab"].items()}
         ranks = {bytes(letters[letter] for letter in word): rank for word, rank in words.items() if word != END_OF_TEXT}

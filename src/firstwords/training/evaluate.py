@@ -20,7 +20,7 @@ from firstwords.text.corpus import Part
 TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
 HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
 FIRST_TOKENS = 4096  # and at step 0, when nothing is learnt that would be worth more time
-TRAINING_TOKENS = 1024  # that the training figure of an evaluation is made from, at least
+TRAINING_TOKENS = 512  # that the training figure of an evaluation is made from, at least
 
 
 @dataclass(frozen=True)

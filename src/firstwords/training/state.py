@@ -48,7 +48,14 @@ class TrainState:
     skipped: list[list[int]] = field(default_factory=list)  # [first, last] batches that roll-backs left out, in order
 
 
-def initial(model_config: ModelConfig, optim_config: OptimConfig, seed: int, device: str, dtype: torch.dtype) -> TrainState:
+def initial(
+    model_config: ModelConfig,
+    optim_config: OptimConfig,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    start: Mapping[str, Tensor] | None = None,
+) -> TrainState:
     """Return a run at step 0: weights drawn from `seed`, the process's generator left as it was.
 
     Args:
@@ -57,10 +64,13 @@ def initial(model_config: ModelConfig, optim_config: OptimConfig, seed: int, dev
         seed: Of the weights.
         device: Where the model lives; the weights are drawn on the CPU.
         dtype: Of Muon's matrix products.
+        start: Weights to begin with instead.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTModel(model_config).to(device)
+    if start is not None:
+        load_model_tensors(model, start, "the weights to begin with")
     return TrainState(model, optimizers(model, optim_config, dtype))
 
 

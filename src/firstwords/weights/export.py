@@ -1,0 +1,204 @@
+"""Our model becomes another tool's: a folder for transformers, a file for llama.cpp, a state dict for the chapter's code.
+
+Whatever is written is read back, by the other tool where it is installed, and its logits are compared with ours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstwords import store
+from firstwords.config import ModelConfig
+from firstwords.errors import CannotCreateError, ConfigError, DataError
+from firstwords.model.language_model import LanguageModel
+from firstwords.runs.tensor_file import safetensors_bytes
+from firstwords.text.tokenizer import END_OF_TEXT
+from firstwords.weights import folder, gguf_file, names, reader, shapes
+
+SHARD_BYTES = 5 * 10**9  # transformers' own limit
+TOLERANCE = 1e-4  # between logits in float32; sums run in another order
+COMPARED_TOKENS = 32
+
+
+def to_hf(lm: LanguageModel, out: Path, card: str) -> float:
+    """Publish the folder `out` for transformers and return the largest difference between its logits and ours.
+
+    Args:
+        lm: In float32.
+        out: Must not exist.
+        card: The text of README.md.
+
+    Raises:
+        CannotCreateError: `out` exists.
+        ConfigError: Another tool cannot have this model.
+        DataError: What was written does not give our logits.
+    """
+    config, end = lm.model.config, lm.tokenizer.end_of_text
+    theirs = shapes.to_hf(config, end)
+    tensors = names.to_theirs(config, "gpt2" if config.block == "gpt2" else "qwen3", _tensors(lm))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.context_length,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    speaking = {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8}
+    files: dict[str, Any] = {
+        "config.json": [_json(theirs)],
+        "generation_config.json": [_json(speaking)],
+        "tokenizer.json": [lm.tokenizer.json],
+        "tokenizer_config.json": [_json(settings)],
+        "README.md": [card.encode()],
+        **_shards(tensors),
+    }
+    store.publish(out, files, lambda: {"kind": "export"})
+    return _require_equal(lm, _their_logits(lm, out), out)
+
+
+def to_pth(lm: LanguageModel, out: Path) -> float:
+    """Write the chapter's state dict to the file `out` and return the largest difference between its logits and ours.
+
+    The only place where something is pickled: plain tensors, for a tool that reads nothing else.
+
+    Raises:
+        CannotCreateError: `out` exists.
+        ConfigError: The chapter's model cannot be of this shape.
+        DataError: What was written does not give our logits.
+    """
+    config = lm.model.config
+    if store.exists(out):
+        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    if config.block != "gpt2" or config.hidden_dim != 4 * config.emb_dim:
+        why = "it has GPT-2's block, with a feed-forward layer four times as wide as the model"
+        raise ConfigError("the chapter's model is of another shape", where="--to pth", why=why, do="use --to hf")
+    tensors = names.to_theirs(config, "chapter", _tensors(lm))
+    mask = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
+    masks = {f"trf_blocks.{layer}.att.mask": mask.clone() for layer in range(config.n_layers)}
+    file = io.BytesIO()
+    torch.save({name: tensor.clone() for name, tensor in {**tensors, **masks}.items()}, file)
+    store.write(out, file.getvalue())
+    given = str(out.with_suffix(".tokenizer.json"))
+    store.write(Path(given), lm.tokenizer.json)
+    back = reader.read(out, tokenizer=given, n_heads=config.n_heads)
+    with torch.no_grad():
+        return _require_equal(lm, back.model(_ids(lm)), out)
+
+
+def to_gguf(lm: LanguageModel, out: Path, kind: str) -> float:
+    """Write a GGUF file for llama.cpp and return the largest difference between its logits, read back, and ours.
+
+    Args:
+        lm: In float32.
+        out: The file to be made.
+        kind: f32, f16 or q8_0, of its matrices.
+
+    Raises:
+        ConfigError: llama.cpp cannot have this model.
+        DataError: What was written is further from ours than its rounding allows.
+    """
+    model = gguf_file.write(lm, out, kind)
+    with torch.no_grad():
+        return _require_equal(lm, model(_ids(lm)), out, gguf_file.KINDS[kind])
+
+
+def model_card(run: str, figures: Mapping[str, Any]) -> str:
+    """Return a README.md with the run's own figures."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        f"# {Path(run).name}",
+        "",
+        "A small language model, pretrained with firstwords on one person's text. It continues text; it was not taught to",
+        "answer questions, and it repeats what its text says, be it right or wrong.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in figures.items()),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")',
+        'ids = tokenizer("<|endoftext|>", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(lm: LanguageModel) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> dict[str, Iterator[store.Bytes] | list[bytes]]:
+    """Return the weights' files by name: one, or as many as `SHARD_BYTES` asks for and their index."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        n_bytes = tensor.numel() * tensor.element_size()
+        if size and size + n_bytes > SHARD_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += n_bytes
+    metadata = {"format": "pt"}  # transformers asks for it
+    if len(parts) == 1:
+        return {folder.WHOLE: safetensors_bytes(tensors, metadata)}
+    files = {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, start=1)}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    return {**{file: safetensors_bytes(part, metadata) for file, part in files.items()}, folder.INDEX: [_json(index)]}
+
+
+def _ids(lm: LanguageModel) -> Tensor:
+    """Return ids of all parts of the vocabulary, (1, T)."""
+    config = lm.model.config
+    length = min(COMPARED_TOKENS, config.context_length)
+    return torch.linspace(0, min(config.vocab_size, lm.tokenizer.vocab_size) - 1, length).long()[None]
+
+
+def _their_logits(lm: LanguageModel, out: Path) -> Tensor:
+    """Return what transformers gives for the exported model, or our own reader where it is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        with torch.no_grad():
+            return reader.read(out).model(_ids(lm))  # type: ignore[no-any-return]
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
+    with torch.no_grad():  # it comes in eval mode
+        logits: Tensor = model(_ids(lm)).logits
+    return logits
+
+
+def _require_equal(lm: LanguageModel, logits: Tensor, out: Path, tolerance: float = TOLERANCE) -> float:
+    with torch.no_grad():
+        difference = float((lm.model(_ids(lm)) - logits).abs().max())
+    if not math.isfinite(difference) or difference > tolerance:
+        why = f"its logits differ from ours by {difference:.2g}, {tolerance:.0e} is allowed"
+        raise DataError("what was written is not the same model", where=str(out), why=why, do="do not use it; report this")
+    return difference
+
+
+def figures_of(config: ModelConfig, parameters: int) -> dict[str, Any]:
+    """Return what a model card says of a shape."""
+    return {
+        "parameters": f"{parameters:,}",
+        "blocks": f"{config.n_layers} of {config.emb_dim} channels, {config.n_heads} heads ({config.block})",
+        "context": f"{config.context_length} tokens",
+        "vocabulary": f"{config.vocab_size} ids",
+    }

@@ -1,0 +1,116 @@
+"""A model from elsewhere becomes ours: a folder of transformers, the chapter's `.pth`, nanoGPT's `ckpt.pt`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from firstwords import reading
+from firstwords.config import ModelConfig
+from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.model.gpt import GPTModel, rotary_angles
+from firstwords.model.language_model import LanguageModel
+from firstwords.text import corpus
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.tokenizer import Tokenizer
+from firstwords.weights import folder, names, pickled, shapes
+from firstwords.weights.folder import Weights
+from firstwords.weights.names import HEAD, Dialect
+
+CONFIG, TOKENIZER, PICKLED = "config.json", "tokenizer.json", "pytorch_model.bin"
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
+NANOGPT_KEY, NANOGPT_SHAPE = "model", "model_args"
+GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether something is there that this module can read."""
+    return (source / CONFIG).is_file() or (source.is_file() and source.suffix in PICKLED_SUFFIXES)
+
+
+def read(
+    source: Path, *, tokenizer: str | None = None, n_heads: int | None = None, notice: Callable[[str], None] = lambda _: None
+) -> LanguageModel:
+    """Return the model with its tokenizer, in float32. Its weights are read one tensor at a time.
+
+    Args:
+        source: A folder with `config.json` and weights, or a file of `torch.save`.
+        tokenizer: Where the source has none: gpt2, bytes, or the path of a `tokenizer.json`.
+        n_heads: Of a state dict of the chapter's that is no size of GPT-2's.
+        notice: Told of what was assumed.
+
+    Raises:
+        NoInputError: Nothing is there.
+        DataError: It is damaged, or a model that ours cannot be.
+        ConfigError: It does not say enough: its heads, its tokenizer.
+    """
+    if not source.exists():
+        raise NoInputError("there is nothing", where=str(source), do="check the name")
+    with _opened(source, n_heads) as (config, dialect, weights):
+        model = _filled(config, dialect, weights)
+    return LanguageModel(model.eval(), _tokenizer(source, tokenizer, config, notice))
+
+
+@contextmanager
+def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Dialect, Weights]]:
+    with tempfile.TemporaryDirectory(prefix="firstwords-") as name:
+        if source.is_dir():
+            config, dialect = shapes.from_hf(reading.read_json(source / CONFIG), str(source / CONFIG))
+            only_pickled = (source / PICKLED).is_file() and not any(source.glob(f"*{folder.WHOLE}*"))
+            found = pickled.convert(source / PICKLED, Path(name) / "out").weights if only_pickled else folder.find(source)
+            yield config, dialect, found
+            return
+        taken = pickled.convert(source, Path(name) / "out", key="")
+        if isinstance(arguments := taken.scalars.get(NANOGPT_SHAPE), dict):
+            yield shapes.from_nanogpt(arguments, str(source)), "nanogpt", taken.weights
+            return
+        described = {name: one.shape for name, one in taken.weights.described.items()}
+        tied = described.get(HEAD) == described.get("tok_emb.weight") and _is_tied(taken.weights)
+        yield shapes.from_tensors(described, n_heads, tied=tied, where=str(source)), "chapter", taken.weights
+
+
+def _is_tied(weights: Weights) -> bool:
+    """Whether the head holds the very numbers of the table of tokens, as in GPT-2."""
+    two = {name: tensor for name, tensor in weights.tensors() if name in (HEAD, "tok_emb.weight")}
+    return torch.equal(two[HEAD], two["tok_emb.weight"])
+
+
+def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel:
+    """Return the model with the weights in it, without ever drawing random ones."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    model.to_empty(device="cpu")
+    if config.block == "qwen3":
+        for buffer, angles in zip((model.rotary_cos, model.rotary_sin), rotary_angles(config), strict=True):
+            buffer.copy_(angles)
+    if config.tied_head:
+        model.out_head.weight = model.tok_emb.weight
+    own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters()}
+    for name, tensor in names.to_ours(config, dialect, weights.tensors(), weights.where):
+        if name not in own or own[name].shape != tensor.shape:
+            wanted = list(own[name].shape) if name in own else "none"
+            raise DataError(f"{name} has shape {list(tensor.shape)}, the model needs {wanted}", where=weights.where)
+        own[name].detach().copy_(tensor)
+        left.discard(name)
+    if left:
+        raise DataError(f"nothing gives {min(left)}", where=weights.where)
+    return model
+
+
+def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Callable[[str], None]) -> Tokenizer:
+    if given is not None:
+        kind, _ = corpus.parse_tokenizer(given)
+        if kind == "bpe":
+            raise ConfigError("a model has its tokenizer already", where="--tokenizer", do="name gpt2, bytes or a file")
+        return corpus.make_tokenizer(given, (), 0)
+    if (source / TOKENIZER).is_file():
+        return tokenizers.read(source / TOKENIZER)
+    if config.vocab_size in GPT2_ROWS:
+        notice(f"{source} has no tokenizer.json; with {config.vocab_size} ids it is taken to have GPT-2's")
+        return tokenizers.gpt2()
+    why = f"it has no {TOKENIZER}, and {config.vocab_size} ids are not GPT-2's"
+    raise ConfigError("which tokenizer has it?", where=str(source), why=why, do="name it with --tokenizer")

@@ -1,0 +1,79 @@
+"""`train --from`: a model that has learnt already goes on, with its own tokenizer and shape, on another text."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from command import TINY, Command, Refused, write
+from firstwords import api
+from firstwords.config import ModelConfig
+from firstwords.model.gpt import GPTModel
+from firstwords.model.language_model import LanguageModel
+from firstwords.text.tokenizer import byte_tokenizer
+from firstwords.weights import export
+
+GPT2 = ModelConfig(257, 32, 32, 2, 1, 0.0, qkv_bias=True, tied_head=True, init_std=0.1)
+OTHER = "".join(f"Line {n} of another text, and {n * n} more.\n" for n in range(100))
+
+
+@pytest.fixture
+def learnt(here: Path) -> Path:
+    """A model from elsewhere, with GPT-2's block."""
+    torch.manual_seed(1)
+    export.to_hf(LanguageModel(GPTModel(GPT2).eval(), byte_tokenizer()), here / "learnt", "card")
+    write(here / "other.txt", OTHER)
+    return here / "learnt"
+
+
+def going_on(*more: str | Path) -> tuple[str | Path, ...]:
+    machine = [flag for flag in TINY if flag.startswith(("--threads", "--precision", "--device", "--batch-size", "--save"))]
+    return ("train", "other.txt", "--from", "learnt", "--out", "run", "--steps", "20", "--keep", "1000", *machine, *more)
+
+
+def test_it_begins_where_the_other_model_stands_and_gets_better(learnt: Path, command: Command) -> None:
+    before = api.evaluate(learnt, "other.txt").bits_per_byte
+    assert command(*going_on()).code == 0
+    assert api.evaluate("run", "other.txt").bits_per_byte < before
+    begun, lm = api.load("run/checkpoints/step-00000000"), api.load("run")
+    for name, parameter in api.load(learnt).model.named_parameters():
+        assert torch.equal(parameter, dict(begun.model.named_parameters())[name])
+    assert lm.model.config == dataclasses.replace(GPT2, drop_rate=lm.model.config.drop_rate)
+    assert lm.tokenizer.ranks == byte_tokenizer().ranks
+    assert lm.model.out_head.weight is lm.model.tok_emb.weight
+
+
+def test_it_is_resumed_as_any_run_also_before_its_first_checkpoint(learnt: Path, command: Command) -> None:
+    assert command(*going_on()).code == 0
+    wanted = api.info("run")["weights_sha256"]
+    shutil.rmtree("run/checkpoints")
+    assert command("train", "--resume", "--out", "run").code == 0
+    assert api.info("run")["weights_sha256"] == wanted
+    assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
+    shutil.rmtree(learnt)  # what it began with is in its checkpoints
+    assert command("train", "--resume", "--out", "run", "--steps", "24").code == 0
+
+
+@pytest.mark.parametrize("context_length", [8, 20, 32, 50])
+def test_the_context_can_be_cut_or_stretched(context_length: int, learnt: Path, command: Command) -> None:
+    assert command(*going_on("--model.context-length", str(context_length))).code == 0
+    positions = api.load("run/checkpoints/step-00000000").model.pos_emb
+    source = api.load(learnt).model.pos_emb
+    assert positions is not None
+    assert source is not None
+    assert len(positions.weight) == context_length
+    if context_length <= 32:
+        assert torch.equal(positions.weight, source.weight[:context_length])
+    else:  # the ends stay, and what lies between lies between its neighbours
+        assert torch.allclose(positions.weight[[0, -1]], source.weight[[0, -1]])
+        assert positions.weight.max() <= source.weight.max()
+
+
+def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: Refused) -> None:
+    refused(78, *going_on("--model.emb-dim", "64"))
+    refused(78, *going_on("--tokenizer", "gpt2"))
+    refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")

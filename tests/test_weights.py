@@ -1,0 +1,317 @@
+"""Models come in from other tools and go out to them, and are the same models there: logits, ids, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from command import TINY, Command, Refused
+from firstwords import api
+from firstwords.config import ModelConfig
+from firstwords.errors import ConfigError, DataError
+from firstwords.model.gpt import GPTModel
+from firstwords.model.language_model import LanguageModel
+from firstwords.text.tokenizer import byte_tokenizer, train_bpe
+from firstwords.weights import export, names, reader, shapes
+
+TOLERANCE = 1e-5  # of logits up to 1; float32 sums in another order were seen to differ by 5e-7
+GPT2 = ModelConfig(257, 32, 64, 4, 3, 0.0, qkv_bias=True, tied_head=True, init_std=0.1)
+QWEN3 = dataclasses.replace(GPT2, block="qwen3", qkv_bias=False, norm_eps=1e-6, ff_dim=96)
+SHAPES = {
+    "gpt2": GPT2,
+    "gpt2 untied, no qkv bias": dataclasses.replace(GPT2, tied_head=False, qkv_bias=False),
+    "gpt2 narrow": dataclasses.replace(GPT2, ff_dim=80),
+    "gpt2 exact GELU": dataclasses.replace(GPT2, gelu_exact=True),
+    "qwen3": QWEN3,
+    "qwen3 untied": dataclasses.replace(QWEN3, tied_head=False, rope_base=1e6),
+    "qwen3 with biases": dataclasses.replace(QWEN3, qkv_bias=True),
+}
+STRINGS = ["", "a", "Grüße, 世界 🙂", "\x00\x1b\r\n\t ", "<|endoftext|>", " two  spaces", "don't 1234567 +-*/", "e\u0301"]
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a foreign package warns of is not ours to mend
+            module = pytest.importorskip("transformers")
+            for name in ("GPT2Config", "GPT2LMHeadModel", "Qwen3Config", "Qwen3ForCausalLM", "AutoTokenizer"):
+                getattr(module, name)
+            yield module
+
+
+def drawn(config: ModelConfig) -> LanguageModel:
+    """A model with every parameter drawn, norms and biases too, so that none can be mixed up unnoticed."""
+    generator = torch.Generator().manual_seed(123)
+    model = GPTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if name.endswith("scale") else 0.0, 0.1, generator=generator)
+    return LanguageModel(model, byte_tokenizer())
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(256, (20, 32), generator=torch.Generator().manual_seed(1))  # 20 prompts
+
+
+@torch.no_grad()
+def distance(ours: GPTModel, theirs: Any) -> float:
+    return float((ours(ids()) - theirs(ids()).logits).abs().max())
+
+
+def same(a: GPTModel, b: GPTModel) -> bool:
+    weights = dict(b.named_parameters())
+    names_of = [name for name, _ in a.named_parameters()]
+    return names_of == list(weights) and all(torch.equal(p, weights[name]) for name, p in a.named_parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_exported_is_the_same_model_in_transformers_and_comes_back_the_same(
+    shape: str, tmp_path: Path, transformers: Any
+) -> None:
+    lm = drawn(SHAPES[shape])
+    assert export.to_hf(lm, tmp_path / "hf", "card") <= TOLERANCE
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
+    assert distance(lm.model, theirs) <= TOLERANCE
+    back = reader.read(tmp_path / "hf")
+    assert back.model.config == lm.model.config
+    assert back.tokenizer.ranks == lm.tokenizer.ranks
+    assert same(back.model, lm.model)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), train_bpe(["the cat sat on the mat, the cat " * 50], 300)])
+def test_their_tokenizer_gives_our_ids(tokenizer: Any, tmp_path: Path, transformers: Any) -> None:
+    lm = dataclasses.replace(drawn(dataclasses.replace(GPT2, vocab_size=300)), tokenizer=tokenizer)
+    export.to_hf(lm, tmp_path / "hf", "card")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    random = torch.Generator().manual_seed(2)
+    drawn_strings = ["".join(map(chr, torch.randint(1, 0x3000, (20,), generator=random).tolist())) for _ in range(200)]
+    for text in (*STRINGS, *drawn_strings):
+        plain = text.replace("<|endoftext|>", "< |endoftext|>")  # theirs takes the word for the token itself
+        assert theirs(plain, add_special_tokens=False).input_ids == tokenizer.encode(plain)
+    assert theirs("<|endoftext|>").input_ids == [tokenizer.end_of_text]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["whole", "without its prefix, with masks"])
+def test_a_model_of_transformers_comes_in(wrapped: bool, tmp_path: Path, transformers: Any) -> None:
+    settings = {"vocab_size": 257, "n_positions": 32, "n_embd": 64, "n_head": 4, "n_layer": 3}
+    torch.manual_seed(3)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, bos_token_id=None, eos_token_id=None)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    if wrapped:  # as OpenAI's own weights lie on the hub
+        state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
+        state.pop("lm_head.weight")
+        state |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril().bool() for layer in range(3)}
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
+    lm = reader.read(tmp_path / "hf", tokenizer="bytes")
+    assert distance(lm.model, theirs) <= TOLERANCE
+    assert lm.model.out_head.weight is lm.model.tok_emb.weight
+
+
+def test_a_sharded_qwen3_comes_in(tmp_path: Path, transformers: Any) -> None:
+    settings = shapes.to_hf(QWEN3, 256)
+    settings.pop(shapes.OWN)
+    torch.manual_seed(4)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)).eval()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    assert distance(reader.read(tmp_path / "hf", tokenizer="bytes").model, theirs) <= TOLERANCE
+
+
+def test_nanogpts_checkpoint_comes_in_with_its_own_gelu(tmp_path: Path, transformers: Any) -> None:
+    settings = {"vocab_size": 257, "n_positions": 32, "n_embd": 64, "n_head": 4, "n_layer": 3, "activation_function": "gelu"}
+    torch.manual_seed(5)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, bos_token_id=None, eos_token_id=None)).eval()
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # nanoGPT's linear layers are PyTorch's
+    state = {f"_orig_mod.{n}": t.T.contiguous() if n.endswith(turned) else t for n, t in theirs.state_dict().items()}
+    arguments = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 32, "bias": True, "vocab_size": 257, "dropout": 0.0}
+    torch.save({"model": state, "model_args": arguments, "iter_num": 7}, tmp_path / "ckpt.pt")
+    lm = reader.read(tmp_path / "ckpt.pt", tokenizer="bytes")
+    assert distance(lm.model, theirs) <= TOLERANCE
+    wrong = GPTModel(dataclasses.replace(lm.model.config, gelu_exact=False)).eval()
+    wrong.load_state_dict(lm.model.state_dict())
+    assert distance(wrong, theirs) > TOLERANCE
+
+
+def test_nanogpts_checkpoint_without_biases_comes_in(tmp_path: Path) -> None:
+    lm = drawn(dataclasses.replace(GPT2, qkv_bias=False, gelu_exact=True))
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if name.endswith(("bias", "shift")):
+                parameter.zero_()
+    theirs = names.to_theirs(lm.model.config, "nanogpt", dict(lm.model.named_parameters()))
+    state = {name: tensor.detach().clone() for name, tensor in theirs.items() if not name.endswith("bias")}
+    arguments = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 32, "bias": False, "vocab_size": 257}
+    torch.save({"model": state, "model_args": arguments}, tmp_path / "ckpt.pt")
+    assert same(reader.read(tmp_path / "ckpt.pt", tokenizer="bytes").model, lm.model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: Path) -> None:
+    lm = drawn(dataclasses.replace(GPT2, tied_head=tied))
+    assert export.to_pth(lm, tmp_path / "model.pth") == 0
+    state = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert {name for name in state if not name.endswith("att.mask")} == {*dict(lm.model.named_parameters()), names.HEAD}
+    assert torch.equal(state["trf_blocks.0.att.mask"], torch.triu(torch.ones(32, 32), diagonal=1))
+    back = reader.read(tmp_path / "model.pth", tokenizer="bytes", n_heads=4)
+    assert same(back.model, lm.model)
+    assert (back.model.out_head.weight is back.model.tok_emb.weight) == tied
+    with pytest.raises(ConfigError, match="--n-heads"):
+        reader.read(tmp_path / "model.pth", tokenizer="bytes")
+
+
+# What must be noticed
+
+
+def damaged(change: Callable[[dict[str, torch.Tensor]], object], folder: Path) -> Path:
+    """An export of which one tensor was changed afterwards."""
+    export.to_hf(drawn(GPT2), folder, "card")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("transformer.h.1.ln_1.bias"), "missing"),
+        (lambda tensors: tensors.update(surplus=torch.zeros(1)), "unknown"),
+        (lambda tensors: tensors.update({"transformer.wpe.weight": torch.zeros(31, 64)}), "shape"),
+        (lambda tensors: tensors.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(64, 64)}), "equal size|shape"),
+    ],
+    ids=["missing", "unknown", "shape", "joined"],
+)
+def test_wrong_tensors_are_refused(change: Callable[..., object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        reader.read(damaged(change, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_type": "llama"},
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_head": 5},
+        {"n_embd": None},
+    ],
+    ids=str,
+)
+def test_a_model_that_ours_cannot_be_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    export.to_hf(drawn(GPT2), tmp_path / "hf", "card")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config.pop(shapes.OWN)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises((DataError, ConfigError)):
+        reader.read(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("wrong", [{"num_key_value_heads": 2}, {"head_dim": 32}, {"attention_bias": True}], ids=str)
+def test_a_qwen3_that_ours_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    config = shapes.to_hf(QWEN3, 256)
+    config.pop(shapes.OWN)
+    assert shapes.from_hf(config, "here")[0] == dataclasses.replace(QWEN3, init_std=0.1)
+    with pytest.raises(DataError):
+        shapes.from_hf({**config, **wrong}, "here")
+
+
+def test_what_does_not_give_our_logits_is_not_called_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = names.to_theirs
+
+    def untransposed(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = right(*arguments)
+        square = "transformer.h.1.attn.c_proj.weight"  # any shape check lets it pass
+        return {**found, square: found[square].T.contiguous()}
+
+    monkeypatch.setattr(names, "to_theirs", untransposed)
+    with pytest.raises(DataError, match="not the same model"):
+        export.to_hf(drawn(GPT2), tmp_path / "hf", "card")
+
+
+def test_the_notes_gelu_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GELU"):
+        export.to_hf(drawn(dataclasses.replace(GPT2, gelu_cubic=0.44715)), tmp_path / "hf", "card")
+
+
+# The verbs
+
+
+def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, text: Path) -> None:
+    assert command("train", text, "--out", "run", *TINY).code == 0
+    out = command("export", "run", "--to", "hf", "--out", "hf", "--json")
+    assert out.json["max_logit_difference"] <= TOLERANCE
+    assert "held-out bits per byte" in Path("hf/README.md").read_text()
+    back = command("import", "hf", "--out", "back", "--json")
+    assert back.json["weights_sha256"] == command("info", "run", "--json").json["weights_sha256"]
+    for verb in (("generate", "--max-new-tokens", "5"), ("eval", str(text)), ("info",)):
+        for model in ("back", "hf") if verb[0] != "info" else ("back",):
+            assert command(verb[0], model, *verb[1:], "--json").code == 0
+
+
+def test_the_verbs_refuse_what_cannot_be(refused: Refused, command: Command, text: Path) -> None:
+    assert command("train", text, "--out", "run", *TINY).code == 0
+    refused(78, "export", "run", "--to", "onnx", "--out", "x")
+    refused(78, "export", "run", "--to", "pth", "--out", "x")  # a modern block
+    refused(73, "export", "run", "--to", "hf", "--out", "run")
+    refused(73, "import", "run", "--out", "run")
+    refused(66, "import", "nothing", "--out", "x")
+    refused(65, "import", text, "--out", "x")
+
+
+def test_loading_from_python_takes_a_model_from_elsewhere(tmp_path: Path) -> None:
+    lm = drawn(QWEN3)
+    export.to_hf(lm, tmp_path / "hf", "card")
+    said = api.load(tmp_path / "hf").generate("a", max_new_tokens=5, seed=1)
+    assert said == lm.generate("a", max_new_tokens=5, seed=1)
+
+
+# Files for llama.cpp
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("shape", ["gpt2", "gpt2 untied, no qkv bias", "qwen3", "qwen3 untied"])
+def test_a_gguf_file_holds_the_same_model(shape: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    lm = drawn(SHAPES[shape])
+    difference = export.to_gguf(lm, tmp_path / "model.gguf", kind)
+    if kind == "f32":
+        assert difference == 0  # nothing is rounded, and nothing is computed in another order
+    else:  # the rounding must show, or it was not done
+        assert 0 < difference < 0.1
+
+
+def test_a_gguf_file_names_every_word_and_merge_of_the_tokenizer(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    trained = train_bpe(["the cat sat on the mat, the cat " * 50], 300)
+    for tokenizer in (byte_tokenizer(), trained):
+        lm = dataclasses.replace(drawn(dataclasses.replace(GPT2, vocab_size=310)), tokenizer=tokenizer)
+        export.to_gguf(lm, tmp_path / f"{tokenizer.vocab_size}.gguf", "f32")
+        fields = gguf.GGUFReader(tmp_path / f"{tokenizer.vocab_size}.gguf").fields
+        words, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+        model = json.loads(tokenizer.json)["model"]
+        assert {word: number for number, word in enumerate(words[: tokenizer.vocab_size])} == model["vocab"]
+        assert len(words) == len(set(words)) == 310
+        assert merges == ([" ".join(pair) for pair in model["merges"]] or ["ÿ ÿ"])
+        assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.end_of_text
+
+
+def test_what_llama_cpp_cannot_be_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    for shape in ("gpt2 exact GELU", "qwen3 with biases"):
+        with pytest.raises(ConfigError, match="--to gguf"):
+            export.to_gguf(drawn(SHAPES[shape]), tmp_path / "model.gguf", "f32")
+    with pytest.raises(ConfigError, match="--type"):
+        export.to_gguf(drawn(GPT2), tmp_path / "model.gguf", "q4")
+    assert not (tmp_path / "model.gguf").exists()
