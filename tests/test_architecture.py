@@ -143,7 +143,8 @@ def unpicklers(source: str) -> list[str]:
 
 def test_nothing_can_unpickle() -> None:
     found = {path.name: unpicklers(path.read_text(encoding="utf-8")) for path in MODULES}
-    allowed = {"guarded.py": ["torch.load", "torch.load", "torch.save"]}  # the process that may, and its rehearsal
+    # The process that may, and its rehearsal; and what is written for the chapter's code, which reads nothing else.
+    allowed = {"guarded.py": ["torch.load", "torch.load", "torch.save"], "export.py": ["torch.save"]}
     assert {name: sorted(words) for name, words in found.items() if words} == allowed
     assert unpicklers("import pickle; torch.load(x); eval(y)") == ["eval", "pickle", "torch.load"]  # the negative control
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from firstwords.training.loop import Forward
     from firstwords.verify import Verdict
 
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
 EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"
 KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
@@ -486,7 +487,8 @@ def _located(source: str | Path, notice: Callable[[str], None]) -> Path:
 
 def _is_foreign(source: Path) -> bool:
     """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
-    if RunFolder(source).exists or not ((source / "config.json").is_file() or source.is_file()):
+    pickled = source.is_file() and source.suffix in PICKLED_SUFFIXES
+    if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
         return False
     ours = (source / store.MANIFEST).is_file() and store.read_manifest(source).get("kind") == "checkpoint"
     return not ours

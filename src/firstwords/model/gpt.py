@@ -84,7 +84,7 @@ class Dropout(nn.Dropout):
 class GELU(nn.Module):
     """0.5 x (1 + tanh(sqrt(2/π) (x + cubic x³))), the form that GPT-2 was trained with; or x Φ(x) itself."""
 
-    def __init__(self, cubic: float, *, exact: bool) -> None:
+    def __init__(self, cubic: float = GELU_CUBIC, *, exact: bool = False) -> None:
         super().__init__()
         self.cubic, self.exact = cubic, exact
 

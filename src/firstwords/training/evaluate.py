@@ -36,8 +36,13 @@ class Evaluation:
     @classmethod
     def of(cls, nats: float, n_tokens: int, n_bytes: int) -> Evaluation:
         """Return the figures that follow from the summed nats."""
-        mean = nats / n_tokens
-        return cls(mean, perplexity(mean), bits_per_byte(nats, n_bytes), n_tokens, n_bytes)
+        return cls.of_mean(nats / n_tokens, n_tokens, n_bytes)
+
+    @classmethod
+    def of_mean(cls, nats_per_token: float, n_tokens: int, n_bytes: int) -> Evaluation:
+        """Return the figures that follow from the mean, to the last bit the same as when it was measured."""
+        bits = bits_per_byte(nats_per_token * n_tokens, n_bytes)
+        return cls(nats_per_token, perplexity(nats_per_token), bits, n_tokens, n_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON has them."""
@@ -101,8 +106,7 @@ def evaluate(
 
 def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens: int | None) -> Evaluation:
     """Return the figures that belong to a mean that `evaluate` gave."""
-    n_tokens, n_bytes = _counts(part, _plan(part, context_length, most_tokens))
-    return Evaluation.of(nats_per_token * n_tokens, n_tokens, n_bytes)
+    return Evaluation.of_mean(nats_per_token, *_counts(part, _plan(part, context_length, most_tokens)))
 
 
 def held_out_tokens(step: int) -> int:

@@ -22,14 +22,8 @@ from firstwords.weights.folder import Weights
 from firstwords.weights.names import HEAD, Dialect
 
 CONFIG, TOKENIZER, PICKLED = "config.json", "tokenizer.json", "pytorch_model.bin"
-PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
 NANOGPT_KEY, NANOGPT_SHAPE = "model", "model_args"
 GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
-
-
-def is_foreign(source: Path) -> bool:
-    """Whether something is there that this module can read."""
-    return (source / CONFIG).is_file() or (source.is_file() and source.suffix in PICKLED_SUFFIXES)
 
 
 def read(
