@@ -9,7 +9,7 @@ from firstwords.model import cost
 
 START_S = 4.0  # of a time budget pass before the first step, about
 PRODUCT_SHARE = 0.43  # of the machine's matrix products, about, that a small model reaches from there on, all in
-BATCH_TOKENS, RUN_TOKENS = 4096, 2e6  # an update of the first suits a run of the second
+BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
 
