@@ -46,6 +46,13 @@ def test_a_machine_that_changes_its_speed_is_followed(slower: float) -> None:
     assert looks > 5
 
 
+@pytest.mark.parametrize("slower", [0.6, 1.5])
+def test_it_is_followed_also_where_there_is_one_evaluation_at_the_end(slower: float) -> None:
+    took_s, _, looks = simulate(60, 0.1, 6.0, slower)
+    assert looks == 1
+    assert took_s == pytest.approx(60, rel=0.05)  # a plan made once would miss it by a quarter
+
+
 def test_evaluations_take_a_small_share() -> None:
     took_s, _, looks = simulate(120, 0.2, 3.0)
     assert looks * 3.0 < 0.15 * took_s

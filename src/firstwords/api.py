@@ -26,6 +26,7 @@ from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
 from firstwords.training.events import Listener, Preparing, Started, ignore
+from firstwords.weights import archive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from firstwords.training.loop import Forward
     from firstwords.verify import Verdict
 
-PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
 EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"
 KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
@@ -487,7 +487,7 @@ def _located(source: str | Path, notice: Callable[[str], None]) -> Path:
 
 def _is_foreign(source: Path) -> bool:
     """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
-    pickled = source.is_file() and source.suffix in PICKLED_SUFFIXES
+    pickled = source.is_file() and source.suffix in archive.SUFFIXES
     if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
         return False
     ours = (source / store.MANIFEST).is_file() and store.read_manifest(source).get("kind") == "checkpoint"

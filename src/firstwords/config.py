@@ -131,7 +131,9 @@ class RunConfig:
     tokenizer: str = option(
         "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
     )
-    from_: str | None = option(None, "a model to go on from: a run, a checkpoint, a folder for transformers, a .pth")
+    from_: str | None = option(
+        None, "a model to go on from: gpt2 or its larger sizes, a run, a checkpoint, a folder for transformers, a .pth"
+    )
     preset: str = option("laptop", "a named recipe; the other keys override it")
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)

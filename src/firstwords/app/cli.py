@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   firstwords train --resume --out runs/notes     go on with a run
   firstwords generate runs/notes --prompt "Dear"
   firstwords eval runs/notes other.txt
+  firstwords export runs/notes --to hf --out notes-model
   firstwords explain runs/notes "Every effort moves you"
 """
 LARGEST_SEED = 2**62  # leaves room for one seed a sample
@@ -156,7 +157,9 @@ def parser() -> Parser:
         made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
         _flags_of(name, made)
     made = verb("import", import_model, "make a model from elsewhere ours")
-    made.add_argument("source", metavar="SOURCE", help="a folder for transformers, the chapter's .pth, nanoGPT's ckpt.pt")
+    made.add_argument(
+        "source", metavar="SOURCE", help="gpt2 or its larger sizes, a folder for transformers, a .pth, nanoGPT's ckpt.pt"
+    )
     made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
     made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
     made.add_argument("--n-heads", metavar="N", help="of a .pth that is no size of GPT-2's")

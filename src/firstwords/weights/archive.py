@@ -19,6 +19,7 @@ from typing import Any
 from firstwords import reading
 from firstwords.errors import DataError
 
+SUFFIXES = (".pt", ".pth", ".bin")  # by which people name such files
 MOST_PICKLE_BYTES = 4 << 20  # 10,000 tensors take 1.2 MB
 MOST_MEMBERS = 1 << 16
 ENCRYPTED = 1
