@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -240,6 +241,11 @@ def test_what_does_not_give_our_logits_is_not_called_exported(tmp_path: Path, mo
         export.to_hf(drawn(GPT2), tmp_path / "hf", "card")
 
 
+def test_without_transformers_our_own_reader_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "reads_back", lambda _: "firstwords")
+    assert export.to_hf(drawn(GPT2), tmp_path / "hf", "card") == 0  # the very same computation
+
+
 def test_the_notes_gelu_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="GELU"):
         export.to_hf(drawn(dataclasses.replace(GPT2, gelu_cubic=0.44715)), tmp_path / "hf", "card")
@@ -252,6 +258,7 @@ def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, t
     assert command("train", text, "--out", "run", *TINY).code == 0
     out = command("export", "run", "--to", "hf", "--out", "hf", "--json")
     assert out.json["max_logit_difference"] <= TOLERANCE
+    assert out.json["read_back_by"] == ("transformers" if importlib.util.find_spec("transformers") else "firstwords")
     assert "held-out bits per byte" in Path("hf/README.md").read_text()
     back = command("import", "hf", "--out", "back", "--json")
     assert back.json["weights_sha256"] == command("info", "run", "--json").json["weights_sha256"]

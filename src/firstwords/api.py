@@ -65,7 +65,8 @@ class Exported:
     """What came of an export."""
 
     path: str
-    max_logit_difference: float  # between the other tool's logits and ours
+    read_back_by: str  # transformers where it is installed, else firstwords
+    max_logit_difference: float  # between what was read back and ours
 
 
 def train(
@@ -457,7 +458,7 @@ def export(
         shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
         card = exporting.model_card(str(source), {**shape, **_figures(Path(source))})
         difference = exporting.to_hf(lm, Path(out), card)
-    return Exported(path=str(out), max_logit_difference=difference)
+    return Exported(str(out), exporting.reads_back(to), difference)
 
 
 def _figures(source: Path) -> dict[str, Any]:

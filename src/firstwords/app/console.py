@@ -208,7 +208,9 @@ class Console:
             self._json(vars(found))
             return
         self.out.print(f"exported  {visible(found.path)}")
-        self.out.print(f"compared  its logits differ from ours by at most {found.max_logit_difference:.1e}")
+        self.out.print(
+            f"compared  read back by {found.read_back_by}: its logits differ by at most {found.max_logit_difference:.1e}"
+        )
 
     def benched(self, marks: Iterator[Mark]) -> None:
         """Show what this machine does, as it is measured."""

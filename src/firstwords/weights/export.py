@@ -5,6 +5,7 @@ Whatever is written is read back, by the other tool where it is installed, and i
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -172,13 +173,18 @@ def _ids(lm: LanguageModel) -> Tensor:
     return torch.linspace(0, min(config.vocab_size, lm.tokenizer.vocab_size) - 1, length).long()[None]
 
 
+def reads_back(to: str) -> str:
+    """Return what reads an export of that format back here."""
+    return "transformers" if to == "hf" and importlib.util.find_spec("transformers") else "firstwords"
+
+
 def _their_logits(lm: LanguageModel, out: Path) -> Tensor:
     """Return what transformers gives for the exported model, or our own reader where it is not installed."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
+    if reads_back("hf") == "firstwords":
         with torch.no_grad():
             return reader.read(out).model(_ids(lm))  # type: ignore[no-any-return]
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
     with torch.no_grad():  # it comes in eval mode
         logits: Tensor = model(_ids(lm)).logits
