@@ -126,6 +126,19 @@ def test_generate_gives_texts_without_the_prompt(command: Command, a_run: Path):
     assert found["texts"] == [lm.generate("The 1.", max_new_tokens=5, sampling=sampling, seed=s) for s in (5, 6, 7)]
 
 
+def test_prompts_are_answered_in_their_order_with_their_tokens_and_log_probabilities(command: Command, a_run: Path):
+    arguments = ("generate", a_run, "--prompt", "The 1.", "--prompt", "word of", "--max-new-tokens", "5")
+    found = command(*arguments, "--samples", "2", "--json").json
+    lm = firstwords.load(a_run)
+    wanted = [(prompt, seed) for prompt in ("The 1.", "word of") for seed in (123, 124)]
+    assert found["texts"] == [lm.generate(prompt, max_new_tokens=5, seed=seed) for prompt, seed in wanted]
+    said = [b"".join(lm.tokenizer.token_bytes(token["id"]) for token in tokens) for tokens in found["tokens"]]
+    assert [text.decode(errors="replace") for text in said] == found["texts"]
+    assert all(token["log_probability"] < 0 for tokens in found["tokens"] for token in tokens)
+    shown = command(*arguments).out
+    assert shown.index("The 1.") < shown.index("---") < shown.index("word of")
+
+
 def test_the_same_seed_says_the_same_and_another_does_not(command: Command, a_run: Path):
     said = [command("generate", a_run, "--seed", seed, "--json").json["texts"] for seed in ("1", "1", "2")]
     assert said[0] == said[1] != said[2]

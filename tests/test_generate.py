@@ -11,7 +11,7 @@ from conftest import STORY, seeded
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError
 from firstwords.insight.explain import explain
-from firstwords.model.generate import generate, generate_text_simple, next_probabilities
+from firstwords.model.generate import generate, generate_batch, generate_text_simple, next_probabilities
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
@@ -42,6 +42,40 @@ def test_the_cache_never_changes_the_text(model: GPTModel, sampling: Sampling, p
         list(islice(generate(model, prompt, sampling, seeded(1), use_cache=use_cache), 40)) for use_cache in (True, False)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.9, top_k=30, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize("lengths", [[3, 1, 9], [12, 2], [40, 5, 16], [7]], ids=str)
+def test_prompts_of_different_lengths_go_on_together_as_they_would_alone(
+    model: GPTModel, sampling: Sampling, lengths: list[int]
+) -> None:
+    prompts = [torch.randint(61, (length,), generator=seeded(length)).tolist() for length in lengths]
+    batches = generate_batch(model, prompts, sampling, [seeded(row) for row in range(len(prompts))])
+    together = list(islice(batches, 30))  # beyond the context of 16 too
+    for row, prompt in enumerate(prompts):
+        (alone,) = zip(*islice(generate_batch(model, [prompt], sampling, [seeded(row)]), 30), strict=True)
+        assert [drawn[row].id for drawn in together] == [drawn.id for drawn in alone]
+        logs = [drawn[row].log_probability for drawn in together]
+        assert logs == pytest.approx([drawn.log_probability for drawn in alone], abs=1e-5)  # float32
+
+
+def test_what_pads_a_shorter_prompt_is_seen_by_nothing(model: GPTModel) -> None:
+    padding = torch.tensor([3, 0])
+    rows = torch.randint(61, (2, 9), generator=seeded(1))
+    changed = rows.clone()
+    changed[0, :3] = (changed[0, :3] + 1) % 61
+    before, after = model.features(rows, None, padding), model.features(changed, None, padding)
+    torch.testing.assert_close(before[0, 3:], after[0, 3:])
+    torch.testing.assert_close(before[0, 3:], model.features(rows[:1, 3:])[0], atol=1e-5, rtol=1e-5)  # float32
+    assert not torch.allclose(model.features(rows)[0, 3:], model.features(changed)[0, 3:])  # without it they are seen
+
+
+def test_a_drawn_tokens_log_probability_is_the_models_own(model: GPTModel) -> None:
+    ids, sampling = [5, 9, 33], Sampling(3.0, top_k=2)
+    for (drawn,) in islice(generate_batch(model, [ids], sampling, [seeded(0)]), 10):
+        own = torch.log_softmax(model(torch.tensor([ids]))[0, -1], dim=0)
+        assert drawn.log_probability == pytest.approx(own[drawn.id].item(), abs=1e-5)  # float32
+        ids.append(drawn.id)
 
 
 def test_greedy_is_what_the_chapters_function_says_also_beyond_the_context(model: GPTModel) -> None:
@@ -208,3 +242,15 @@ def test_a_stop_text_ends_the_text_before_it_and_nothing_of_it_is_let_out(lm: La
     pieces = list(lm.stream("a", max_new_tokens=60, stop=[stop, "never said"]))
     assert "".join(pieces) == whole[: whole.index(stop)]
     assert lm.generate("a", max_new_tokens=60, stop=["never said", whole[-1] + "x"]) == whole
+
+
+def test_a_batch_of_texts_is_what_each_prompt_says_alone(lm: LanguageModel) -> None:
+    prompts = ["Once", "", "A longer beginning", "x" * 40, "y", "z", "0", "1", "2", "3"]
+    whole = lm.generate(prompts[2], max_new_tokens=40, seed=2)
+    letter = next(letter for letter in whole if letter.isascii())
+    for stop in ((), (letter,)):
+        said = list(lm.generate_batch(prompts, max_new_tokens=40, seeds=range(len(prompts)), stop=stop))
+        wanted = [lm.generate(prompt, max_new_tokens=40, seed=seed, stop=stop) for seed, prompt in enumerate(prompts)]
+        assert [one.text for one in said] == wanted
+    assert bytes([said[2].tokens[-1].id]) == letter.encode()  # nothing is kept of what is drawn after an end
+    assert len(said[2].tokens) <= 40

@@ -183,7 +183,9 @@ def _flags_of(name: str, made: Parser) -> None:
             made.add_argument("text", nargs="*", metavar="TEXT", help="files and folders; default: the run's held-out text")
             made.add_argument("--encoding", help="encoding of the text files; by default recognised")
         case "generate":
-            made.add_argument("--prompt", default="", help="how it begins; default: as a document does")
+            made.add_argument(
+                "--prompt", action="append", metavar="P", help="how it begins; may be repeated; default: as a document does"
+            )
             made.add_argument("--max-new-tokens", default="200", metavar="N", help="at most so many (default 200)")
             made.add_argument("--temperature", default="0.8", metavar="T", help="0: the likeliest (default 0.8)")
             made.add_argument("--top-k", metavar="K", help="draw from the K likeliest")
@@ -265,7 +267,9 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
 
 def generate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
     """Let a model speak."""
-    _require_text(options.prompt, "--prompt")
+    prompts = options.prompt or [""]
+    for prompt in prompts:
+        _require_text(prompt, "--prompt")
     count, seed = _number(options.samples, int, "--samples"), _number(options.seed, int, "--seed")
     max_new_tokens = _number(options.max_new_tokens, int, "--max-new-tokens")
     temperature = _number(options.temperature, float, "--temperature")
@@ -291,18 +295,29 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
         lm = api.load(options.model, notice=resolve.noticed(listener))
     if top_k is not None:
         _require_within(top_k, 1, lm.tokenizer.vocab_size, "--top-k")
-    streams = (
-        lm.stream(
-            options.prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed + i,
-            stop=options.stop,
-            notice=console.notice,
+    if count * len(prompts) == 1 and not console.as_json:
+        console.speaks(
+            prompts[0],
+            lm.stream(
+                prompts[0],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                stop=options.stop,
+                notice=console.notice,
+            ),
         )
-        for i in range(count)
+        return 0
+    asked = [(prompt, seed + i) for prompt in prompts for i in range(count)]
+    said = lm.generate_batch(
+        [prompt for prompt, _ in asked],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=[one for _, one in asked],
+        stop=options.stop,
+        notice=console.notice,
     )
-    console.spoken(options.prompt, streams)
+    console.spoke([prompt for prompt, _ in asked], said, lm.tokenizer)
     return 0
 
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,11 @@ from firstwords.training.events import (
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported
     from firstwords.insight.explain import Explanation, TokenExplained
+    from firstwords.model.generate import Drawn
+    from firstwords.model.language_model import Said
     from firstwords.planning.measure import Mark
     from firstwords.recorder import TrainResult
+    from firstwords.text.tokenizer import Tokenizer
     from firstwords.training.evaluate import Evaluation
     from firstwords.verify import Verdict
 
@@ -148,23 +151,25 @@ class Console:
         self.out.print(f"mean log probability  {-mean:.4f}\ncross-entropy         {mean:.4f} (its negative)")
         self._figures(explanation.evaluation)
 
-    def spoken(self, prompt: str, streams: Iterable[Iterator[str]]) -> None:
-        """Show texts as they are drawn."""
-        texts, n_tokens, started_s = [], 0, time.perf_counter()
-        for number, stream in enumerate(streams):
+    def speaks(self, prompt: str, stream: Iterator[str]) -> None:
+        """Show a text as it is drawn."""
+        self.out.print(visible(prompt), end="", style="bold")
+        for piece in stream:
+            self.out.print(visible(piece), end="")
+        self.out.print()
+
+    def spoke(self, prompts: Sequence[str], said: Iterator[Said], tokenizer: Tokenizer) -> None:
+        """Show texts that are drawn several at once."""
+        texts, started_s = [], time.perf_counter()
+        for number, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
+            texts.append(text)
             if not self.as_json:
                 self.out.print(("\n---\n" if number else "") + visible(prompt), end="", style="bold")
-            pieces = []
-            for piece in stream:
-                pieces.append(piece)
-                n_tokens += 1
-                if not self.as_json:
-                    self.out.print(visible(piece), end="")
-            texts.append("".join(pieces))
-            if not self.as_json:
-                self.out.print()
+                self.out.print(visible(text.text))
         if self.as_json:
-            self._json({"texts": texts, "tokens_per_s": round(n_tokens / (time.perf_counter() - started_s), 1)})
+            tokens = [[_token(one, tokenizer) for one in text.tokens] for text in texts]
+            speed = round(sum(map(len, tokens)) / (time.perf_counter() - started_s), 1)
+            self._json({"texts": [text.text for text in texts], "tokens": tokens, "tokens_per_s": speed})
 
     def described(self, found: Mapping[str, Any]) -> None:
         """Show what is in a run."""
@@ -242,6 +247,12 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _token(drawn: Drawn, tokenizer: Tokenizer) -> dict[str, Any]:
+    known = drawn.id < tokenizer.vocab_size  # a table may have spare rows
+    text = tokenizer.token_bytes(drawn.id).decode(errors="replace") if known else ""
+    return {"id": drawn.id, "text": text, "log_probability": drawn.log_probability}
 
 
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:

@@ -17,7 +17,7 @@ QUERIES_AT_ONCE = 256  # so that memory grows with T, not T², and about half of
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """Return softmax(QKᵀ/√D) V (Vaswani et al. 2017, eq. 1), (B, H, T, D), where each token sees itself and those before.
 
     In bfloat16 on a processor the plain products are twice as fast as PyTorch's fused kernel; there they are used.
@@ -27,12 +27,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
         k: (B, H, S, D) keys.
         v: (B, H, S, D) values.
         dropout: Of the probabilities.
+        mask: (B, 1, T, S), true where a token may look, where that is not all that stands before it; see `padding_mask`.
     """
     T, S = q.shape[2], k.shape[2]
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T == S and not torch.compiler.is_compiling():
         return _attention_by_products(q, k, v, dropout)
     mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
+
+
+def padding_mask(padding: Tensor, T: int, S: int) -> Tensor:
+    """Return (B, 1, T, S): which of S tokens the last T of them see, where row b begins with `padding[b]` that mean nothing.
+
+    Such a token sees itself, for a softmax over nothing is not a number; nothing else sees it.
+    """
+    keys = torch.arange(S, device=padding.device)
+    queries = keys[S - T :, None]  # (T, 1)
+    real = keys >= padding[:, None, None]  # (B, 1, S)
+    return ((keys <= queries) & (real | (keys == queries)))[:, None]
 
 
 def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

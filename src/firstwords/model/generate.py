@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +83,14 @@ def in_precision(model: GPTModel, dtype: torch.dtype) -> GPTModel:
     return copy.deepcopy(model, memo)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and how likely the model held it before temperature and the like, in nats."""
+
+    id: int
+    log_probability: float
+
+
 def generate(
     model: GPTModel,
     prompt_ids: Sequence[int],
@@ -91,42 +99,68 @@ def generate(
     *,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield token ids without end; the caller stops.
+    """Yield token ids without end; the caller stops. A batch of one; see `generate_batch`."""
+    return (drawn.id for (drawn,) in generate_batch(model, [prompt_ids], sampling, [generator], use_cache=use_cache))
+
+
+@torch.no_grad()
+def generate_batch(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    *,
+    use_cache: bool = True,
+) -> Iterator[list[Drawn]]:
+    """Yield the next token of each prompt, without end; the caller stops.
 
     The model sees the last `context_length` tokens. While they fit, keys and values are cached; beyond, each token is
-    computed from the whole window, as the chapter does, so in float32 the cache never changes the text.
+    computed from the whole window, as the chapter does, so in float32 the cache never changes the text. Shorter prompts are
+    padded at the left with ids that no other sees, so each row goes on as it would alone.
 
     Args:
         model: In eval mode; see `in_precision`.
-        prompt_ids: At least one id.
+        prompts: At least one id each.
         sampling: How the next token is drawn.
-        generator: On the CPU, so that a seed means the same text on every device.
+        generators: One for each prompt, on the CPU, so that a seed means the same text on every device.
         use_cache: Without, every token is computed from the whole window; slower, the same text.
 
     Raises:
         ValueError: Empty prompt, or an id beyond the vocabulary.
         DivergedError: The model's numbers are not finite.
     """
-    check_ids(prompt_ids, model.config.vocab_size)
+    for prompt in prompts:
+        check_ids(prompt, model.config.vocab_size)
     device, limit = model.tok_emb.weight.device, model.config.context_length
-    ids = list(prompt_ids)
-    cache = KVCache(model.config) if use_cache and len(ids) <= limit else None
+    rows = [list(prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    cache = KVCache(model.config) if use_cache and longest <= limit else None
     while True:
-        if len(ids) > limit:
+        if longest > limit:
             cache = None
-        seen = ids[cache.length :] if cache is not None else ids[-limit:]
-        features = model.features(torch.tensor([seen], device=device), cache)
-        probabilities = next_probabilities(model.out_head(features[0, -1:])[0], sampling, ids[-limit:]).cpu()
-        if not torch.isfinite(probabilities).all():
-            raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
-        ids.append(int(_drawn(probabilities, sampling, generator)))
-        yield ids[-1]
+        width = min(longest, limit)
+        padding = torch.tensor([max(0, width - len(row)) for row in rows], device=device)
+        new = width - (0 if cache is None else cache.length)
+        tokens = [([0] * (width - len(row)) + row[-width:])[-new:] for row in rows]
+        features = model.features(torch.tensor(tokens, device=device), cache, padding if padding.any() else None)
+        logits = model.out_head(features[:, -1]).float().cpu()  # (B, V)
+        drawn = [_drawn(*each, sampling) for each in zip(logits, (row[-limit:] for row in rows), generators, strict=True)]
+        for row, one in zip(rows, drawn, strict=True):
+            row.append(one.id)
+        longest += 1
+        yield drawn
 
 
-def _drawn(probabilities: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def _drawn(logits: Tensor, seen: Sequence[int], generator: torch.Generator, sampling: Sampling) -> Drawn:
+    """Draw from the logits (V) of one row."""
+    probabilities = next_probabilities(logits, sampling, seen)
+    if not torch.isfinite(probabilities).all():
+        raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
     if sampling.temperature == 0:  # what a draw gives too, for a number drawn for each word
-        return probabilities.argmax()
-    return torch.multinomial(probabilities, 1, generator=generator)
+        token = int(probabilities.argmax())
+    else:
+        token = int(torch.multinomial(probabilities, 1, generator=generator))
+    return Drawn(token, float(logits[token] - logits.logsumexp(0)))
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

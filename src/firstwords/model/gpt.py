@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstwords.config import ModelConfig
-from firstwords.model.functional import causal_attention, drop, linear, rms_norm, rotate
+from firstwords.model.functional import causal_attention, drop, linear, padding_mask, rms_norm, rotate
 
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 
@@ -156,7 +156,7 @@ class MultiHeadAttention(nn.Module):
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else None
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         """Return (B, T, C) for (B, T, C); `angles` turn queries and keys, `cache` holds the tokens before these."""
         B, T, C = x.shape
         q, k, v = (
@@ -169,7 +169,7 @@ class MultiHeadAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = causal_attention(q, k, v, self.dropout.p if self.training else 0.0)
+        y = causal_attention(q, k, v, self.dropout.p if self.training else 0.0, mask)
         return linear([y.transpose(1, 2).reshape(B, T, C)], [self.out_proj])[0]
 
 
@@ -185,9 +185,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = norm(config.emb_dim, config.norm_eps)
         self.drop_shortcut = Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         """Return (B, T, C) for (B, T, C)."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x), angles, cache))
+        x = x + self.drop_shortcut(self.att(self.norm1(x), angles, cache, mask))
         y: Tensor = x + self.drop_shortcut(self.ff(self.norm2(x)))
         return y
 
@@ -228,12 +228,13 @@ class GPTModel(nn.Module):
         if config.init_std is not None:
             initialise(self, config.init_std)
 
-    def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Return what the head reads, (B, T, C), for the ids (B, T).
 
         Args:
             tokens: At most `context_length` ids together with those in `cache`.
             cache: Holds the tokens before these, and takes these in.
+            padding: (B), so many ids at the left of each row, those in `cache` counted, mean nothing; None: none do.
 
         Raises:
             ValueError: More tokens than the model can see at once.
@@ -245,14 +246,21 @@ class GPTModel(nn.Module):
         x = F.embedding(tokens, self.tok_emb.weight, sparse=self.config.tied_head and self.training).to(
             self.final_norm.scale.dtype
         )
-        angles = None
-        if self.pos_emb is not None:
-            x = x + self.pos_emb(torch.arange(start, end, device=tokens.device))
+        angles = mask = None
+        if padding is None:
+            positions = torch.arange(start, end, device=tokens.device)
         else:
+            positions = (torch.arange(start, end, device=tokens.device) - padding[:, None]).clamp_min(0)  # (B, T)
+            mask = padding_mask(padding, end - start, end)
+        if self.pos_emb is not None:
+            x = x + self.pos_emb(positions)
+        elif padding is None:
             angles = self.rotary_cos[start:end], self.rotary_sin[start:end]
+        else:  # the same for all heads
+            angles = self.rotary_cos[positions][:, None], self.rotary_sin[positions][:, None]
         x = self.drop_emb(x)
         for block in self.trf_blocks:
-            x = block(x, angles, cache)
+            x = block(x, angles, cache, mask)
         if cache is not None:
             cache.length = end
         y: Tensor = self.final_norm(x)

@@ -10,10 +10,20 @@ from itertools import islice
 import torch
 
 from firstwords.errors import ConfigError
-from firstwords.model.generate import generate, in_precision
+from firstwords.model.generate import Drawn, generate, generate_batch, in_precision
 from firstwords.model.gpt import GPTModel
 from firstwords.model.sampling import Sampling
 from firstwords.text.tokenizer import Tokenizer
+
+ROWS_AT_ONCE = 8  # of a batch of prompts: their keys and values fill half a gigabyte for GPT-2 124M
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text that was drawn, and its tokens, to the one that ended it where one did."""
+
+    text: str
+    tokens: tuple[Drawn, ...]
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,7 @@ class LanguageModel:
         Raises:
             ConfigError: `max_new_tokens` below 1.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"cannot be {max_new_tokens}", where="--max-new-tokens", do="allowed: from 1")
-        ids, limit = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text], self.model.config.context_length
-        if len(ids) > limit:
-            notice(f"the prompt has {len(ids)} tokens; the model sees the last {limit} of them")
-            ids = ids[-limit:]
+        ids = self._prompt_ids(prompt, max_new_tokens, notice)
         generator = torch.Generator().manual_seed(seed)
         was_training = self.model.training
         model = self._in_precision()
@@ -89,14 +94,79 @@ class LanguageModel:
         finally:
             self.model.train(was_training)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 200,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        notice: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[Said]:
+        """Yield what the model says after each prompt: in float32 what `generate` says after it, in a fraction of the time.
+
+        Args:
+            prompts: Of any lengths.
+            max_new_tokens: At most so many tokens each.
+            sampling: By default temperature 0.8.
+            seeds: One for each prompt; by default 123, 124, ...
+            stop: Texts before which one ends.
+            notice: Told what a person should know.
+
+        Raises:
+            ConfigError: `max_new_tokens` below 1.
+        """
+        ids = [self._prompt_ids(prompt, max_new_tokens, notice) for prompt in prompts]
+        seeds = range(123, 123 + len(ids)) if seeds is None else seeds
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        was_training = self.model.training
+        model = self._in_precision()
+        try:
+            for start in range(0, len(ids), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                batches = generate_batch(model, ids[rows], sampling or Sampling(), generators[rows])
+                yield from self._said(islice(batches, max_new_tokens), len(ids[rows]), stop)
+        finally:
+            self.model.train(was_training)
+
+    def _said(self, batches: Iterator[list[Drawn]], n_rows: int, stop: Sequence[str]) -> list[Said]:
+        """Return the texts of rows that are drawn together; a row that has ended is drawn on unheard until all have."""
+        tokens: list[list[Drawn]] = [[] for _ in range(n_rows)]
+        going_on = set(range(n_rows))
+        for drawn in batches:
+            for row in sorted(going_on):
+                tokens[row].append(drawn[row])
+                if self._has_ended(tokens[row], [word.encode() for word in stop]):
+                    going_on.discard(row)
+            if not going_on:
+                break
+        return [Said("".join(_until(self._decoded(one.id for one in row), stop)), tuple(row)) for row in tokens]
+
+    def _has_ended(self, tokens: Sequence[Drawn], stop: Sequence[bytes]) -> bool:
+        """Whether the last token is `<|endoftext|>` or completes a stop text; a token is a byte at least."""
+        tail = b"".join(self._bytes(one.id) for one in tokens[-max(map(len, stop), default=1) :])
+        return tokens[-1].id == self.tokenizer.end_of_text or any(word in tail for word in stop)
+
+    def _prompt_ids(self, prompt: str, max_new_tokens: int, notice: Callable[[str], None]) -> list[int]:
+        """Return the ids that the model sees of a prompt."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"cannot be {max_new_tokens}", where="--max-new-tokens", do="allowed: from 1")
+        ids, limit = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text], self.model.config.context_length
+        if len(ids) > limit:
+            notice(f"the prompt has {len(ids)} tokens; the model sees the last {limit} of them")
+        return ids[-limit:]
+
+    def _bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token) if token < self.tokenizer.vocab_size else b""  # a table may have spare rows
+
     def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
         """Yield the text of tokens up to `<|endoftext|>`, whole characters at a time."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             if token == self.tokenizer.end_of_text:
                 break
-            if token < self.tokenizer.vocab_size:  # a table may have spare rows
-                yield decoder.decode(self.tokenizer.token_bytes(token))
+            yield decoder.decode(self._bytes(token))
         if rest := decoder.decode(b"", final=True):
             yield rest
 
