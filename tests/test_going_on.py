@@ -77,3 +77,26 @@ def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: R
     refused(78, *going_on("--model.emb-dim", "64"))
     refused(78, *going_on("--tokenizer", "gpt2"))
     refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")
+
+
+@pytest.mark.parametrize("block", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_special_tokens_leave_the_logits_of_all_others_as_they_were(
+    block: str, tied: bool, here: Path, command: Command
+) -> None:
+    torch.manual_seed(1)
+    shape = dataclasses.replace(GPT2, block=block, tied_head=tied, qkv_bias=block == "gpt2")
+    before = LanguageModel(GPTModel(shape).eval(), byte_tokenizer())
+    export.to_hf(before, here / "learnt", "card")
+    write(here / "other.txt", "".join(f"<|user|>{n}?<|bot|>{n * n}.\n" for n in range(200)))
+    assert command(*going_on("--special-tokens", "<|user|>,<|bot|>")).code == 0
+    begun, lm = api.load("run/checkpoints/step-00000000"), api.load("run")
+    assert lm.tokenizer.special == ("<|user|>", "<|bot|>")
+    assert len(lm.model.tok_emb.weight) == len(lm.model.out_head.weight) == 259
+    ids = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(begun.model(ids)[..., :257], before.model(ids))  # not one bit of them
+    assert not torch.equal(lm.model.tok_emb.weight[257], begun.model.tok_emb.weight[257])  # they are learnt from then on
+    assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
+    assert command("export", "run", "--to", "hf", "--out", "hf").code == 0
+    assert api.load("hf").tokenizer.special == lm.tokenizer.special

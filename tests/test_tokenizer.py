@@ -123,3 +123,28 @@ def test_a_tokenizer_that_changes_its_text_is_refused() -> None:
 def test_an_id_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="300"):
         byte_tokenizer().decode([300])
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+def test_special_tokens_come_after_all_others_and_change_no_other_id(tokenizer: Tokenizer) -> None:
+    more = tokenizer.with_special(["<|user|>", "<|bot|>"])
+    assert more.vocab_size == tokenizer.vocab_size + 2
+    user, bot = tokenizer.vocab_size, tokenizer.vocab_size + 1
+    text = "<|user|>naïve café?<|bot|> yes, <|endoftext|>"
+    said = [user, *tokenizer.encode("naïve café?"), bot, *tokenizer.encode(" yes, <|endoftext|>")]
+    assert more.encode(text) == said
+    assert more.decode(said) == text
+    assert more.id_bytes[said].sum() == len(text.encode())
+    assert tokenizer.encode(text) != said  # without them it is text like any other
+    assert more.sha256 != tokenizer.sha256
+    again = from_json(more.json, "tokenizer.json")
+    assert (again.special, again.sha256, again.encode(text)) == (more.special, more.sha256, said)
+    theirs = HuggingFaceTokenizer.from_str(more.json.decode())
+    assert theirs.encode("<|user|>naïve<|bot|> yes").ids == more.encode("<|user|>naïve<|bot|> yes")
+    assert more.with_special(["<|bot|>"]) is more
+
+
+@pytest.mark.parametrize("text", ["", "two words", "line\n"])
+def test_a_special_token_that_a_long_text_might_be_cut_in_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="special-tokens"):
+        byte_tokenizer().with_special([text])

@@ -175,7 +175,8 @@ def _described(source: str) -> tuple[dict[str, Any], bytes]:
 def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:
     """Return the weights that a run begins with instead of random ones; None where it has begun already.
 
-    Learned positions are cut to a shorter context, and stretched between their neighbours to a longer one.
+    Learned positions are cut to a shorter context, and stretched between their neighbours to a longer one. New ids begin as
+    the mean of all others, where a model is least wrong about what they mean.
     """
     from firstwords.runs import checkpoint
 
@@ -193,6 +194,10 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
         tensors["pos_emb.weight"] = stretched[0].T.to(torch.float32)
     elif positions is not None:
         tensors["pos_emb.weight"] = positions[:wanted]
+    for name in {"tok_emb.weight", "out_head.weight"} & tensors.keys():
+        rows = tensors[name]
+        n_new = config.model.vocab_size - len(rows)
+        tensors[name] = torch.cat((rows, rows.mean(0, keepdim=True).expand(n_new, -1)))
     return tensors
 
 

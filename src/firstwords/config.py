@@ -131,6 +131,7 @@ class RunConfig:
     tokenizer: str = option(
         "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
     )
+    special_tokens: str = option("", "texts that become tokens of their own, separated by commas: <|user|>,<|bot|>")
     from_: str | None = option(
         None, "a model to go on from: gpt2 or its larger sizes, a run, a checkpoint, a folder for transformers, a .pth"
     )

@@ -22,6 +22,7 @@ from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
+from firstwords.text import tokenizer as tokenizers
 from firstwords.text.corpus import Corpus
 from firstwords.text.sources import Texts
 from firstwords.training.events import Listener, Notice, Preparing
@@ -54,7 +55,18 @@ ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_st
 GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 # What no weight depends on, or what the corpus's own hash tells better.
 UNTRAINED = frozenset(
-    ("text", "text_sha256", "val", "val_fraction", "encoding", "tokenizer", "preset", "eval_every", "sample_every")
+    (
+        "text",
+        "text_sha256",
+        "val",
+        "val_fraction",
+        "encoding",
+        "tokenizer",
+        "special_tokens",
+        "preset",
+        "eval_every",
+        "sample_every",
+    )
 )
 
 
@@ -92,6 +104,8 @@ def new(
     asked, tokenizer_json = run_config(*layers, given), b""
     if asked.from_ is not None:
         shape, tokenizer_json = describe(asked.from_)
+        enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(_special(asked))
+        shape["model.vocab_size"] = max(shape["model.vocab_size"], enlarged.vocab_size)
         gently = {} if any("preset" in layer for layer in (*layers, given)) else GOING_ON
         place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
         given = {**gently, **shape, **given, "from_": place}
@@ -210,9 +224,14 @@ def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus
         cache=cache_folder(),
         val_fraction=config.val_fraction,
         val=None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice),
+        special=_special(config),
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )
+
+
+def _special(config: RunConfig) -> tuple[str, ...]:
+    return tuple(filter(None, config.special_tokens.split(",")))
 
 
 def recorded_corpus(run: RunFolder) -> Path | None:

@@ -110,6 +110,7 @@ def prepare(
     cache: Path,
     val_fraction: float = 0.1,
     val: Texts | None = None,
+    special: tuple[str, ...] = (),
     notice: Notice = lambda _: None,
     progress: Progress = silent,
 ) -> Corpus:
@@ -122,6 +123,7 @@ def prepare(
         cache: Folder of prepared corpora, named by content hash.
         val_fraction: The share of each document's end that is held out, in characters; 0 with `val`.
         val: Texts that are held out as a whole.
+        special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
         notice: Told what a person should know.
         progress: Told how far it is.
 
@@ -136,7 +138,7 @@ def prepare(
     if val is not None and held_out is not None and held_out.sha256 == found.sha256:
         notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
     fraction = 0.0 if val is not None else val_fraction
-    folder = cache / _key(found, held_out, fraction, tokenizer)
+    folder = cache / _key(found, held_out, fraction, tokenizer, special)
     store.make_folder(cache)
     _remove_abandoned(cache)
     if folder.exists():
@@ -150,7 +152,7 @@ def prepare(
         validation = _Slices(val, [(0, n) for n in held_out.n_chars], held_out.total_chars, progress)
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
-    made = make_tokenizer(tokenizer, training, sum(cuts))
+    made = make_tokenizer(tokenizer, training, sum(cuts)).with_special(special)
     try:
         _publish(folder, training, validation, made, found.sha256)
     except CannotCreateError:  # another process was faster with the same text
@@ -256,14 +258,16 @@ class _Slices:
             at += len(piece)
 
 
-def _key(found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer) -> str:
+def _key(
+    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...]
+) -> str:
     """Return the cache folder's name: a hash of all that decides the shards."""
     if isinstance(tokenizer, Tokenizer):
         tokenizer = "ranks:" + tokenizer.sha256
     elif parse_tokenizer(tokenizer)[0] == "file":
         tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
     wanted = [LAYOUT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
-    return store.sha256(store.canonical_json({"prepared": wanted}))[:32]
+    return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
 def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: Tokenizer, text_sha256: str) -> None:

@@ -46,22 +46,36 @@ class Tokenizer:
 
     name: str  # gpt2, bytes, or bpe:N
     ranks: dict[bytes, int]  # of every word; the lower merges first
+    special: tuple[str, ...] = ()  # texts that are tokens of their own, with the ids after that of `<|endoftext|>`
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
         """The encoder."""
-        special = {END_OF_TEXT: self.end_of_text}
+        special = {text: self.end_of_text + place for place, text in enumerate((END_OF_TEXT, *self.special))}
         return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=special)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, `<|endoftext|>` included."""
-        return len(self.ranks) + 1
+        """Number of ids, `<|endoftext|>` and the special ones included."""
+        return len(self.ranks) + 1 + len(self.special)
 
     @property
     def end_of_text(self) -> int:
-        """The id of `<|endoftext|>`, the last one."""
+        """The id of `<|endoftext|>`, the first after the words."""
         return len(self.ranks)
+
+    def with_special(self, texts: Iterable[str]) -> Tokenizer:
+        """Return this tokenizer with more special tokens; all other ids stay.
+
+        Raises:
+            ConfigError: White space in one of them, where a long text might be cut, or nothing in it.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in (END_OF_TEXT, *self.special)]
+        for text in new:
+            if not text or regex.search(r"\s", text):
+                do = "give texts such as <|user|>, separated by commas"
+                raise ConfigError(f"{text!r} cannot be a token of its own", where="--special-tokens", do=do)
+        return Tokenizer(self.name, self.ranks, (*self.special, *new)) if new else self
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; `<|endoftext|>` in it is text like any other."""
@@ -73,6 +87,8 @@ class Tokenizer:
 
     def piece_ids(self, piece: str) -> Ids:
         """Return the ids of one of a text's `safe_pieces`; other threads go on meanwhile."""
+        if self.special:
+            return self.encoding.encode_to_numpy(piece, allowed_special=set(self.special), disallowed_special=())
         if self.name == "bytes":
             return np.frombuffer(piece.encode(), np.uint8).astype(np.uint32)
         return self.encoding.encode_to_numpy(piece, disallowed_special=())
@@ -100,6 +116,7 @@ class Tokenizer:
         """(V,) int64: how many bytes each id stands for; `<|endoftext|>` for none."""
         lengths = np.zeros(self.vocab_size, np.int64)
         lengths[list(self.ranks.values())] = [len(word) for word in self.ranks]
+        lengths[self.end_of_text + 1 :] = [len(text.encode()) for text in self.special]
         return lengths
 
     @functools.cached_property
@@ -111,26 +128,28 @@ class Tokenizer:
         pairs = _gpt2_merges() if self.name == "gpt2" else _merges(self.ranks)
         merges = [[_spell(part, spelled) for part in pair] for pair in pairs]
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        words[END_OF_TEXT] = self.end_of_text
+        added = {text: self.end_of_text + place for place, text in enumerate((END_OF_TEXT, *self.special))}
         value = {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": self.end_of_text, "content": END_OF_TEXT, **special}],
+            "added_tokens": [{"id": token, "content": text, **special} for text, token in added.items()],
             "normalizer": None,
             "pre_tokenizer": BYTE_LEVEL,
             "post_processor": BYTE_LEVEL,
             "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "vocab": words, "merges": merges},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "vocab": words | added, "merges": merges},
         }
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of the ranks: what decides the ids."""
+        """SHA-256 of the ranks and special tokens: what decides the ids."""
         digest = hashlib.sha256()
         for word, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d %d " % (rank, len(word)) + word)
+        for text in self.special:
+            digest.update(b"special %d " % len(text.encode()) + text.encode())
         return digest.hexdigest()
 
 
@@ -227,8 +246,11 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         split = {**BYTE_LEVEL, **value["pre_tokenizer"], "trim_offsets": True}  # older files leave out what is the default
         model, plain = value["model"], value["normalizer"] is None and split == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
-        words = {word: operator.index(rank) for word, rank in model["vocab"].items()}
-        ranks = {bytes(letters[letter] for letter in word): rank for word, rank in words.items() if word != END_OF_TEXT}
+        added = {one["content"]: operator.index(one["id"]) for one in value.get("added_tokens") or ()}
+        words = {word: operator.index(rank) for word, rank in model["vocab"].items()} | added
+        special = tuple(sorted(added.keys() - {END_OF_TEXT}, key=lambda text: added[text]))
+        plain_words = words.keys() - {END_OF_TEXT, *special}
+        ranks = {bytes(letters[letter] for letter in word): words[word] for word in plain_words}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
@@ -236,23 +258,23 @@ def from_json(data: bytes, where: str) -> Tokenizer:
     if not plain:
         what = "the tokenizer changes or splits its text in another way than GPT-2's"
         raise DataError(what, where=where, do=_ANOTHER)
-    if fault := _fault_of_ids(words):
+    if fault := _fault_of_ids(words, (END_OF_TEXT, *special)[-1]):
         raise DataError("the tokenizer's ids are not dense", where=where, why=fault, do=_ANOTHER)
     if fault := _fault_of_merges(ranks, merges):
         what = "the tokenizer's merges are not those of its ids, in their order"
         raise DataError(what, where=where, why=fault, do=_ANOTHER)
-    return Tokenizer(_name_of(ranks), ranks)
+    return Tokenizer(_name_of(ranks), ranks, special)
 
 
-def _fault_of_ids(words: dict[str, int]) -> str:
-    """Return the first id that is missing or stands for two words; empty where ids are dense and `<|endoftext|>` is last."""
+def _fault_of_ids(words: dict[str, int], last: str) -> str:
+    """Return the first id that is missing or stands for two words; empty where ids are dense and `last` is the last one."""
     ordered = sorted(words, key=lambda word: words[word])
     for expected, word in enumerate(ordered):
         if words[word] < expected:
             return f"id {words[word]} stands for {ordered[expected - 1]!r} and for {word!r}"
         if words[word] > expected:
             return f"no word has id {expected}"
-    return "" if ordered and ordered[-1] == END_OF_TEXT else f"{END_OF_TEXT} must have the last id"
+    return "" if ordered and ordered[-1] == last else f"{last} must have the last id"
 
 
 def _fault_of_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]]) -> str:

@@ -108,7 +108,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, gguf: Any, lm: LanguageModel) -> Non
     model = json.loads(lm.tokenizer.json)["model"]
     words: list[str] = sorted(model["vocab"], key=model["vocab"].get)
     spare = lm.model.config.vocab_size - len(words)
-    kinds = [gguf.TokenType.NORMAL] * (len(words) - 1) + [gguf.TokenType.CONTROL] + [gguf.TokenType.UNUSED] * spare
+    n_special = 1 + len(lm.tokenizer.special)
+    kinds = [gguf.TokenType.NORMAL] * (len(words) - n_special) + [gguf.TokenType.CONTROL] * n_special
+    kinds += [gguf.TokenType.UNUSED] * spare
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*words, *(UNUSED.format(number) for number in range(spare))])
