@@ -51,7 +51,12 @@ def put_into(cache: Path, name: str) -> Path:
 
 def test_a_name_in_the_cache_is_a_model(cache: Path, command: Command) -> None:
     put_into(cache, "gpt2")
-    assert command("import", "gpt2", "--out", "mine", "--json").json["parameters"] > 0
+    found = command("import", "gpt2", "--out", "mine", "--json").json
+    assert found["parameters"] > 0
+    assert "' forward'" in found["published"]
+    assert "3.7547" in found["published"]
+    assert "not run here" in command("import", "gpt2", "--out", "again").out
+    assert command("import", cache.parent / "made", "--out", "other", "--json").json["published"] == ""
     assert command("generate", "gpt2", "--max-new-tokens", "3", "--json").code == 0
     assert api.load("gpt2").model.config.emb_dim == 32
 

@@ -58,6 +58,7 @@ class Imported:
     nats_per_token: float
     prompt: str
     greedy: str
+    published: str  # what others say of a model of that name; empty where nothing is known
 
 
 @dataclass(frozen=True)
@@ -420,7 +421,19 @@ def import_model(
         nats_per_token=explain_text(lm, KNOWN_SENTENCE).evaluation.nats_per_token,
         prompt=KNOWN_PROMPT,
         greedy=lm.generate(KNOWN_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
+        published=_published(str(source)),
     )
+
+
+def _published(name: str) -> str:
+    """Return what the chapter prints of one of GPT-2's names."""
+    from firstwords.weights.hub import PUBLISHED
+
+    if name not in PUBLISHED:
+        return ""
+    training, held_out, greedy = PUBLISHED[name]
+    says = f"{KNOWN_PROMPT!r} goes on with {greedy!r}; " if greedy else ""
+    return f"{says}the-verdict.txt: {training} nats per token on its first nine tenths, {held_out} on the rest"
 
 
 def export(

@@ -205,6 +205,8 @@ class Console:
             f"it knows  {found.nats_per_token:.4f} nats per token on a sentence of ours (untrained: the logarithm of"
         )
         self.out.print("          its vocabulary)")
+        if found.published:
+            self.out.print(f"published {found.published} (the chapter's figures, not run here)")
         self.out.print(f'speak     firstwords generate {run} --prompt "..."')
 
     def exported(self, found: Exported) -> None:
