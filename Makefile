@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit reliability llama-cpp peers check format clean
+.PHONY: demo test unit reliability llama-cpp peers kenlm check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
@@ -26,6 +26,10 @@ peers: $(VENV)/installed-test  ## GPT-2's sizes beside transformers, real weight
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llms-from-scratch==1.0.19
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers microformer-mgm==0.5.8
 	FIRSTWORDS_PEERS=$(abspath $(VENV))/peers $(BIN)/python -m pytest -rP tests/test_peers.py
+
+kenlm: $(VENV)/installed-test  ## the n-gram model needs as many bits as kenlm's (FIRSTWORDS_LMPLZ names its lmplz, `query` beside it)
+	@test -x "$(FIRSTWORDS_LMPLZ)" || { echo 'set FIRSTWORDS_LMPLZ: cmake builds lmplz and query from the sdist of the package kenlm'; exit 1; }
+	$(BIN)/python -m pytest tests/test_ngram.py -k lmplz -rPs
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .
