@@ -104,7 +104,7 @@ def test_eval_of_a_run_gives_the_figures_that_train_gave(command: Command):
     assert found.keys() >= FIGURES | {"n_tokens", "n_bytes"}
     assert {key: found[key] for key in FIGURES} == {key: trained[key] for key in FIGURES}
     best = command("eval", f"run/checkpoints/step-{trained['best_step']:08d}", "--json").json
-    assert best == found
+    assert {**best, "scale": None} == {**found, "scale": None}  # there the model has the name that it was called by
 
 
 def test_eval_of_a_text_counts_its_bytes(command: Command, a_run: Path):

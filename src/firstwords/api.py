@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, explain, info, verify, import, export, bench.
+"""The verbs as functions: train, load, evaluate, scale, explain, info, verify, import, export, bench.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -25,13 +25,15 @@ from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Preparing, Started, ignore
+from firstwords.training.events import Listener, Notice, Preparing, Started, ignore
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from firstwords.insight.baselines import Given
     from firstwords.insight.explain import Explanation
+    from firstwords.insight.scale import Scale
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.measure import Mark
     from firstwords.recorder import Recorder, TrainResult
@@ -45,6 +47,7 @@ EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"
 KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
 BENCH_PRESETS = ("laptop", "gpt2-124m")
+LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 
 
@@ -284,19 +287,96 @@ def evaluate(
         NoInputError: No such model or text.
         DataError: The text is empty, or the run has no held-out part.
     """
-    lm = load(source, notice=resolve.noticed(listener))
+    lm, part = _model_and_text(source, text, encoding, listener)
 
     from firstwords.training.evaluate import evaluate as evaluate_part
 
-    if text is None:
-        part = _held_out(Path(source), listener)
-    else:
-        texts = sources.read(_named(text), encoding=encoding, notice=resolve.noticed(listener))
-        part = corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
     evaluation = evaluate_part(lm.model, part, lm.dtype)
     if evaluation is None:
         raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
     return evaluation
+
+
+def scale(
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    against: Sequence[str | Path] = (),
+    with_baselines: bool = True,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> Scale:
+    """Return how good a model is on a text, beside chance, compressors, an n-gram model and other models.
+
+    Args:
+        source: As for `load`.
+        text: By default the held-out part of its run.
+        against: Other models, as for `load`.
+        with_baselines: Compress the text and count n-grams; what is given the training text needs the run's prepared text.
+        encoding: Of the text files.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: No such model or text.
+        DataError: The text is empty, or the run has no held-out part.
+    """
+    for other in against:
+        _require_there(_located(other, resolve.noticed(listener)))
+    lm, part = _model_and_text(source, text, encoding, listener)
+
+    from firstwords.insight import scale as scales
+    from firstwords.insight.baselines import LONGEST_HELD_OUT, baselines
+    from firstwords.training.evaluate import evaluate_tokens
+
+    tell = listener if part.n_tokens >= LONG_TEXT_TOKENS else ignore
+    tell(Preparing("reading the held-out text", None))
+    tokens = evaluate_tokens(lm.model, part, lm.dtype)
+    if tokens is None:
+        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    held_out = corpora.documents(part, lm.tokenizer)
+    others = []
+    for other in against:
+        tell(Preparing(f"reading it with {other}", None))
+        peer = load(other, notice=resolve.noticed(listener))
+        found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
+        assert found is not None
+        others.append((str(other), found))
+    blocks = scales.Blocks.of([len(document) for document in held_out])
+    rows = []
+    if with_baselines:
+        tell(Preparing("compressing it, and counting n-grams", None))
+        if tokens.evaluation.n_bytes > LONGEST_HELD_OUT:
+            listener(Notice(f"over {LONGEST_HELD_OUT >> 20} MB: compressing that takes long, and is left out"))
+        rows = list(baselines(held_out, _given(source, listener), blocks.starts))
+    return scales.scale(str(source), tokens, others, rows, blocks)
+
+
+def _model_and_text(
+    source: str | Path, text: str | Path | Sequence[str | Path] | None, encoding: str | None, listener: Listener
+) -> tuple[LanguageModel, Part]:
+    """Return a model and the text that it is to be judged on."""
+    lm = load(source, notice=resolve.noticed(listener))
+    if text is None:
+        return lm, _held_out(Path(source), listener)
+    texts = sources.read(_named(text), encoding=encoding, notice=resolve.noticed(listener))
+    return lm, corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
+
+
+def _given(source: str | Path, listener: Listener) -> Given | None:
+    """Return the text that a model learnt from, where that is still prepared."""
+    from firstwords.insight.baselines import Given
+
+    try:
+        run = _run_of(Path(source))
+        recorded = resolve.recorded_corpus(run) if run.exists else None
+        corpus = None if recorded is None else corpora.load(recorded)
+    except (DataError, NoInputError):
+        corpus = None
+    if corpus is None:
+        listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
+        return None
+    n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
+    return Given(n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer))
 
 
 def explain(source: str | Path, text: str, *, listener: Listener = ignore) -> Explanation:
@@ -513,9 +593,14 @@ def _is_foreign(source: Path) -> bool:
     return not ours
 
 
-def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
-    if not (source / store.MANIFEST).is_file() and not RunFolder(source).exists:
+def _require_there(source: Path) -> None:
+    """Raise a NoInputError where no model is."""
+    if not (_is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
         raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
+
+
+def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
+    _require_there(source)
     from firstwords.runs import checkpoint
 
     if (source / store.MANIFEST).is_file():
@@ -527,10 +612,15 @@ def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
 
 
 def _held_out(source: Path, listener: Listener) -> Part:
-    run = RunFolder(source if (source / "config.toml").is_file() else source.parent.parent)
+    run = _run_of(source)
     if not run.exists:
         raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
     recorded = resolve.recorded_corpus(run)
     if recorded is not None and recorded.is_dir():
         return corpora.load(recorded).val
     return resolve.prepare(resolve.resumed(run.path, None, {}), listener).val
+
+
+def _run_of(source: Path) -> RunFolder:
+    """Return the run that a source is, or is a checkpoint of."""
+    return RunFolder(source if (source / "config.toml").is_file() else source.parent.parent)

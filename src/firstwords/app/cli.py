@@ -182,6 +182,10 @@ def _flags_of(name: str, made: Parser) -> None:
         case "eval":
             made.add_argument("text", nargs="*", metavar="TEXT", help="files and folders; default: the run's held-out text")
             made.add_argument("--encoding", help="encoding of the text files; by default recognised")
+            made.add_argument(
+                "--against", action="extend", nargs="+", default=[], metavar="MODEL", help="other runs or models, gpt2 too"
+            )
+            made.add_argument("--no-baselines", action="store_true", help="leave out compressors and the n-gram model")
         case "generate":
             made.add_argument(
                 "--prompt", action="append", metavar="P", help="how it begins; may be repeated; default: as a document does"
@@ -260,7 +264,14 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
     from firstwords import api
 
     with console.progress() as listener:
-        found = api.evaluate(options.model, options.text or None, encoding=options.encoding, listener=listener)
+        found = api.scale(
+            options.model,
+            options.text or None,
+            against=options.against,
+            with_baselines=not options.no_baselines,
+            encoding=options.encoding,
+            listener=listener,
+        )
     console.evaluated(found)
     return 0
 

@@ -42,6 +42,7 @@ from firstwords.training.events import (
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported
     from firstwords.insight.explain import Explanation, TokenExplained
+    from firstwords.insight.scale import Scale
     from firstwords.model.generate import Drawn
     from firstwords.model.language_model import Said
     from firstwords.planning.measure import Mark
@@ -54,6 +55,7 @@ PLAIN_LINE_EVERY_S = 10.0
 SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
 SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+BAR_PER_BIT, LONGEST_BAR_BITS = 2, 12  # of the scale of bits per byte, where 8 is chance
 GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
 
 
@@ -128,12 +130,18 @@ class Console:
         self.out.print(f'explain   firstwords explain {run} "..."')
         self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
 
-    def evaluated(self, found: Evaluation) -> None:
-        """Show how good a model is."""
+    def evaluated(self, found: Scale) -> None:
+        """Show how good a model is, and what that is worth."""
         if self.as_json:
             self._json(found.as_dict())
             return
-        self._figures(found)
+        self._figures(found.evaluation)
+        self.out.print(f"first choice          {found.top1:.1%} of the tokens; among the first five {found.top5:.1%}")
+        losses = "  ".join(f"{position.last}: {position.nats_per_token:.2f}" for position in found.by_position)
+        self.out.print(f"nats after so many    {losses}")
+        self.out.print(_scale_table(found))
+        for line in (*found.words, *([found.caveat] if found.caveat else [])):
+            self.out.print(visible(line))
 
     def explained(self, explanation: Explanation) -> None:
         """Show the six steps: a table of the tokens, then what they come to."""
@@ -255,6 +263,21 @@ def _token(drawn: Drawn, tokenizer: Tokenizer) -> dict[str, Any]:
     known = drawn.id < tokenizer.vocab_size  # a table may have spare rows
     text = tokenizer.token_bytes(drawn.id).decode(errors="replace") if known else ""
     return {"id": drawn.id, "text": text, "log_probability": drawn.log_probability}
+
+
+def _scale_table(found: Scale) -> Table:
+    """Return the scale as a table, the best first; the bars are as long as the bits per byte."""
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column("bits per byte of this text")
+    table.add_column("", justify="right")
+    table.add_column("95 %", justify="right")
+    table.add_column("", no_wrap=True)
+    for mark in found.marks:
+        around = "" if mark.interval is None else f"{mark.interval.low:.3f} to {mark.interval.high:.3f}"
+        bar = "█" * max(1, round(mark.bits_per_byte * BAR_PER_BIT)) if mark.bits_per_byte <= LONGEST_BAR_BITS else "█…"
+        style = "bold green" if mark.kind == "model" else ""
+        table.add_row(one_line(mark.name), f"{mark.bits_per_byte:.3f}", around, bar, style=style)
+    return table
 
 
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:

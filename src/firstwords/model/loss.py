@@ -45,13 +45,26 @@ def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
 
 def token_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     """Return the nats of each target, (...) float32, 0 where it is `IGNORE`. No gradient."""
+    return token_figures(features, head_weight, targets, ranked=False)[0]
+
+
+@torch.no_grad()
+def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ranked: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the nats of each target, as `token_nats`, and its rank among all tokens, (...) int64: 1 is the first choice.
+
+    Without `ranked`, and where a target is `IGNORE`, the rank is 0.
+    """
     nats = torch.zeros(targets.numel(), device=features.device)
-    with torch.no_grad():
-        rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
-        weight = head_weight.to(rows.dtype)
-        for start, end in _chunks(len(flat), len(weight) * weight.element_size()):
-            nats[start:end] = _nats(rows[start:end] @ weight.T, flat[start:end], gradient=False)
-    return nats.view(targets.shape)
+    ranks = torch.zeros(targets.numel(), dtype=torch.int64, device=features.device)
+    rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
+    weight = head_weight.to(rows.dtype)
+    for start, end in _chunks(len(flat), len(weight) * weight.element_size()):
+        logits, wanted = rows[start:end] @ weight.T, flat[start:end]
+        nats[start:end] = _nats(logits, wanted, gradient=False)
+        if ranked:
+            own = logits.gather(1, wanted.clamp(min=0)[:, None])
+            ranks[start:end] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
+    return nats.view(targets.shape), ranks.view(targets.shape)
 
 
 def perplexity(nats_per_token: float) -> float:

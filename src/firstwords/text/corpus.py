@@ -180,6 +180,25 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
     return Corpus(folder, tokenizer, parts[0], parts[1], manifest["text_sha256"])
 
 
+def documents(part: Part, tokenizer: Tokenizer, most_bytes: int | None = None) -> list[bytes]:
+    """Return the text of a part, document by document, or the last `most_bytes` of it."""
+    ids = part.ids if most_bytes is None else part.ids[-(most_bytes + part.n_documents) :]
+    if most_bytes is not None:
+        ids = ids[np.cumsum(part.id_bytes[ids][::-1])[::-1] <= most_bytes]
+    pieces = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))
+    texts = [tokenizer.encoding.decode_bytes(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces]
+    return [text for text in texts if text]
+
+
+def part_of(texts: Iterable[bytes], tokenizer: Tokenizer) -> Part:
+    """Return documents as a part in memory, as another tokenizer has them; `documents` gives them back."""
+    end, count, ids = np.array([tokenizer.end_of_text], np.uint32), 0, [np.empty(0, np.uint32)]
+    for text in texts:
+        count += 1
+        ids += [end, *tokenizer.stream([text.decode()])]
+    return Part(np.concatenate(ids), tokenizer.id_bytes, count)
+
+
 def require_context(part: Part, context_length: int) -> None:
     """Raise a DataError where a training part is shorter than one context and its target."""
     n = part.n_tokens

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from firstwords.model.gpt import GPTModel
-from firstwords.model.loss import bits_per_byte, perplexity, token_nats
+from firstwords.model.loss import bits_per_byte, perplexity, token_figures, token_nats
 from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
@@ -104,6 +104,49 @@ def evaluate(
     return Evaluation.of(nats, *_counts(part, plan))
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Every token of a part as a model sees it, in the order of the text."""
+
+    evaluation: Evaluation  # that `evaluate` gives
+    bytes_before: np.ndarray[Any, Any]  # (N,) bytes of the part's text before the token
+    nats: np.ndarray[Any, Any]  # (N,) float32
+    ranks: np.ndarray[Any, Any]  # (N,) 1: the model's first choice
+    position_nats: np.ndarray[Any, Any]  # (T,) summed over all windows, what `evaluate` leaves out of each as well
+    position_tokens: np.ndarray[Any, Any]  # (T,) how many; the target at i is predicted from i + 1 tokens
+
+
+@torch.no_grad()
+def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) -> Tokens | None:
+    """Return what `evaluate` sums up, token by token, or None where the part has no token."""
+    if not part.n_tokens:
+        return None
+    plan = _plan(part, model.config.context_length, None)
+    rows = max(1, TOKENS_AT_ONCE // model.config.context_length)
+    nats, ranks = np.zeros(len(part.ids), np.float32), np.zeros(len(part.ids), np.int32)
+    at = np.zeros((2, model.config.context_length))
+    was_training, total = model.training, 0.0
+    model.eval()
+    try:
+        for i in range(0, len(plan), rows):
+            group = plan[i : i + rows]
+            tokens, targets = _stacked(model, part, group, skipping=False)
+            with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+                found = token_figures(model.features(tokens), model.out_head.weight, targets)
+            group_nats, group_ranks = (figures.cpu().numpy() for figures in found)
+            for row, window in enumerate(group):
+                counted = slice(window.skip, window.length)
+                nats[window.counted], ranks[window.counted] = group_nats[row, counted], group_ranks[row, counted]
+                at[:, : window.length] += group_nats[row, : window.length], np.ones(window.length)
+                total += float(group_nats[row, counted].sum(dtype=np.float64))
+    finally:
+        model.train(was_training)
+    sizes, is_text = part.id_bytes[part.ids], part.ids != separator(part)
+    bytes_before = (np.cumsum(sizes) - sizes)[is_text]
+    evaluation = Evaluation.of(total, *_counts(part, plan))
+    return Tokens(evaluation, bytes_before, nats[is_text], ranks[is_text], *at)
+
+
 def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens: int | None) -> Evaluation:
     """Return the figures that belong to a mean that `evaluate` gave."""
     return Evaluation.of_mean(nats_per_token, *_counts(part, _plan(part, context_length, most_tokens)))
@@ -174,14 +217,19 @@ def separator(part: Part) -> int:
 
 def _nats(model: GPTModel, part: Part, group: list[Window], dtype: torch.dtype) -> float:
     """Return the summed nats of the counted targets of some windows, the longest first."""
+    return _group_nats(model, *_stacked(model, part, group, skipping=True), dtype)
+
+
+def _stacked(model: GPTModel, part: Part, group: list[Window], *, skipping: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and targets (B, T) of some windows, the longest first; with `skipping` only what is counted."""
     tokens = np.zeros((len(group), group[0].length), np.int64)
     targets = np.full_like(tokens, IGNORE)
     for row, window in enumerate(group):
-        ids = part.ids[window.start : window.start + window.length + 1]
+        ids, skip = part.ids[window.start : window.start + window.length + 1], window.skip if skipping else 0
         tokens[row, : window.length] = ids[:-1]
-        targets[row, window.skip : window.length] = ids[1 + window.skip :]
+        targets[row, skip : window.length] = ids[1 + skip :]
     device = model.tok_emb.weight.device
-    return _group_nats(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), dtype)
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
 
 
 def _group_nats(model: GPTModel, tokens: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> float:

@@ -1,0 +1,274 @@
+"""The scale: figures that are right, intervals that are honest, words that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from command import Command, Refused
+from conftest import STORY
+from firstwords import api
+from firstwords.config import ModelConfig
+from firstwords.insight import baselines as base
+from firstwords.insight import scale as scales
+from firstwords.insight.baselines import Baseline, Given, baselines
+from firstwords.insight.scale import Blocks, Difference, Interval, byte_nats, interval
+from firstwords.model.gpt import GPTModel
+from firstwords.text import corpus as corpora
+from firstwords.text import tokenizer as tokenizers
+from firstwords.training.evaluate import Tokens, evaluate, evaluate_tokens
+
+HELD_OUT = [STORY[:2000].encode(), "Ende gut, alles süß. 山上有一座庙\n".encode(), STORY[4000:].encode()]
+
+
+def tokens_of(model: GPTModel, tokenizer: tokenizers.Tokenizer) -> Tokens:
+    found = evaluate_tokens(model, corpora.part_of(HELD_OUT, tokenizer))
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(ModelConfig(257, 16, 24, 3, 2, 0.0, init_std=0.2)).eval()
+
+
+@pytest.fixture(scope="module")
+def seen(model: GPTModel) -> Tokens:
+    return tokens_of(model, tokenizers.byte_tokenizer())
+
+
+def blocks() -> Blocks:
+    return Blocks.of([len(document) for document in HELD_OUT])
+
+
+def test_documents_come_back_from_a_part_as_they_were() -> None:
+    for tokenizer in (tokenizers.byte_tokenizer(), tokenizers.gpt2()):
+        part = corpora.part_of(HELD_OUT, tokenizer)
+        assert corpora.documents(part, tokenizer) == HELD_OUT
+        last = corpora.documents(part, tokenizer, 1000)
+        assert HELD_OUT[-1].endswith(b"".join(last))
+        assert 1000 - 16 < sum(map(len, last)) <= 1000  # no token of GPT-2's there is longer than 16 bytes
+        assert corpora.documents(part, tokenizer, 10**6) == HELD_OUT
+
+
+def test_token_by_token_is_what_evaluate_sums_up(model: GPTModel, seen: Tokens) -> None:
+    part = corpora.part_of(HELD_OUT, tokenizers.byte_tokenizer())
+    summed = evaluate(model, part)
+    assert summed is not None
+    assert seen.evaluation.n_bytes == summed.n_bytes == sum(map(len, HELD_OUT))
+    assert seen.evaluation.nats_per_token == pytest.approx(summed.nats_per_token, rel=1e-6)  # order of float32 sums
+    assert seen.nats.mean(dtype=np.float64) == pytest.approx(summed.nats_per_token, rel=1e-6)
+    assert seen.bytes_before.tolist() == list(range(summed.n_bytes))  # a byte a token
+
+
+def test_ranks_and_nats_are_those_of_the_logits(model: GPTModel, seen: Tokens) -> None:
+    first = torch.tensor([[256, *HELD_OUT[0][:9]]])  # <|endoftext|> and the begin of a document: one window sees it all
+    logits = torch.log_softmax(model(first)[0], dim=-1)
+    for i, byte in enumerate(HELD_OUT[0][:10]):
+        assert seen.nats[i] == pytest.approx(-logits[i, byte].item(), rel=1e-5)  # float32
+        assert seen.ranks[i] == 1 + int((logits[i] > logits[i, byte]).sum())
+
+
+def test_the_loss_by_position_is_a_mean_over_all_windows(model: GPTModel, seen: Tokens) -> None:
+    found = scales.by_position(seen)
+    assert [(p.first, p.last) for p in found] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
+    windows = sum(1 + max(0, math.ceil((len(text) - 16) / 8)) for text in HELD_OUT)
+    assert found[0].n_tokens == windows
+    ids = np.concatenate([[256], np.frombuffer(HELD_OUT[0], np.uint8)])
+    assert seen.position_nats.sum() > seen.nats.sum()  # what is skipped is in it
+    assert int(seen.position_tokens.sum()) > len(ids)
+
+
+def test_a_model_beside_itself_is_not_to_be_told_from_itself(seen: Tokens) -> None:
+    found = scales.scale("a", seen, [("b", seen)], [], blocks())
+    (difference,) = found.differences
+    assert (difference.bits_per_byte, difference.interval) == (0, Interval(0, 0))
+    assert found.words == ("not to be told from b: +0.00 ± 0.00 bits per byte",)
+    noise = np.random.default_rng(0).normal(0, 0.1, len(seen.nats)).astype(np.float32)
+    twin = Tokens(
+        seen.evaluation, seen.bytes_before, seen.nats + noise, seen.ranks, seen.position_nats, seen.position_tokens
+    )
+    around = scales.scale("a", seen, [("b", twin)], [], blocks()).differences[0].interval
+    assert around is not None
+    assert around.low < 0 < around.high
+
+
+def test_a_real_difference_is_told_although_the_blocks_differ_more(seen: Tokens) -> None:
+    worse = dataclasses.replace(seen, nats=seen.nats * np.float32(1.05))
+    nats = (byte_nats(seen), byte_nats(worse))
+    own, other = (interval(blocks().sums(each), blocks().n_bytes) for each in nats)
+    between = interval(blocks().sums(nats[1] - nats[0]), blocks().n_bytes)
+    assert own is not None
+    assert other is not None
+    assert between is not None
+    assert between.low > 0
+    assert between.half < own.half / 2  # pairing takes out what makes a block hard for both
+
+
+def test_models_with_other_tokenizers_are_compared_on_the_same_bytes(seen: Tokens) -> None:
+    tokenizer = tokenizers.gpt2()
+    uniform = GPTModel(ModelConfig(tokenizer.vocab_size, 16, 8, 2, 1, 0.0))
+    torch.nn.init.zeros_(uniform.out_head.weight)
+    found = tokens_of(uniform.eval(), tokenizer)
+    assert found.evaluation.n_bytes == seen.evaluation.n_bytes
+    per_byte = byte_nats(found)
+    assert np.count_nonzero(per_byte) == found.evaluation.n_tokens
+    assert per_byte[per_byte > 0] == pytest.approx(math.log(50257), rel=1e-5)  # float32
+    assert (found.ranks == 1).all()  # nothing is likelier than anything
+    assert blocks().sums(per_byte).sum() == pytest.approx(found.evaluation.nats_per_token * found.evaluation.n_tokens)
+
+
+def test_uniform_is_8_bits_and_every_mark_is_on_the_axis_in_order(seen: Tokens) -> None:
+    given = Given(len(STORY), lambda most: [STORY.encode()[-most:]])
+    rows = list(baselines(HELD_OUT, given, blocks().starts))
+    found = scales.scale("model", seen, [], rows, blocks()).as_dict()
+    bits = [mark["bits_per_byte"] for mark in found["scale"]]
+    assert bits == sorted(bits)
+    uniform = next(mark for mark in found["scale"] if mark["name"] == "uniform")
+    assert (uniform["bits_per_byte"], uniform["low"], uniform["high"]) == (8.0, 8.0, 8.0)
+    names = {mark["name"] for mark in found["scale"]}
+    assert {"model", "xz alone", "bzip2 alone", "xz given the training text", "n-gram of the training text"} <= names
+    assert len(found["differences"]) == len(found["scale"]) - 1
+    alone, after = (row.bits_per_byte for row in rows if row.name.startswith("xz"))
+    assert after < alone / 4  # nearly all of it was there already
+    assert {row.name for row in baselines(HELD_OUT, None, blocks().starts)} & names == {
+        row.name for row in rows if "training" not in row.name
+    }
+
+
+@pytest.mark.parametrize(("program", "size"), [("xz -9e", base.xz_bytes), ("bzip2 -9", base.bzip2_bytes)])
+def test_sizes_are_those_of_the_programs(program: str, size: object) -> None:
+    if not shutil.which(program.split()[0]):
+        pytest.skip(f"NOT RUN: {program} is not installed")
+    text = Path(tokenizers.__file__).read_bytes() * 3
+    made = subprocess.run([*program.split(), "-c"], input=text, capture_output=True, check=True).stdout
+    assert size(text) == len(made)  # type: ignore[operator]
+
+
+def test_ppmd_is_left_out_where_its_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec("pyppmd") is not None
+    names = [row.name for row in baselines(HELD_OUT, None, blocks().starts)]
+    assert ("PPMd alone" in names) == there
+    if there:
+        sizes = base.ppmd_bytes(b"".join(HELD_OUT), b"", blocks().starts)
+        whole = base.ppmd_bytes(b"".join(HELD_OUT), b"", np.array([0]))
+        assert sizes is not None
+        assert whole is not None
+        assert sizes.sum() == whole.sum()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "starts", "caveat"),
+    [
+        ([100], [0], scales.TOO_SHORT),  # too short for blocks
+        ([30000], [1000 * i for i in range(30)], scales.ONE_STRETCH),  # one document is cut
+        ([2560], [256 * i for i in range(10)], scales.ONE_STRETCH),  # but not into crumbs
+        ([500] * 60, [1000 * i for i in range(30)], None),  # whole documents go together
+        ([2000] * 15, [2000 * i for i in range(15)], None),  # and are not cut
+    ],
+)
+def test_blocks_are_few_and_long_and_keep_documents_whole(lengths: list[int], starts: list[int], caveat: str | None) -> None:
+    found = Blocks.of(lengths)
+    assert found.starts.tolist() == starts
+    assert found.n_bytes.sum() == sum(lengths)
+    assert found.caveat == caveat
+
+
+def test_blocks_of_any_documents_cover_the_text_once() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = (random.pareto(1.0, random.integers(1, 200)) * 300 + 1).astype(int).tolist()
+        found = Blocks.of(lengths)
+        assert found.starts[0] == 0
+        assert found.n_bytes.sum() == sum(lengths)
+        assert len(found.starts) <= 31
+        assert len(found.starts) == 1 or found.n_bytes.min() >= scales.SHORTEST_BLOCK / 2
+
+
+def test_the_interval_covers_the_truth_in_about_95_of_100_cases() -> None:
+    """Blocks of skewed cost, as texts have; percentile intervals of so few cover 91 to 92 %."""
+    random, hits = np.random.default_rng(1), 0
+    for _ in range(400):
+        found = interval(random.gamma(4, 1, 30) * 1000 * math.log(2), np.full(30, 1000))
+        assert found is not None
+        hits += found.low <= 4 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98  # three standard errors of 400 draws on either side
+
+
+def test_the_interval_is_the_same_each_time_and_follows_the_unit() -> None:
+    nats, n_bytes = np.random.default_rng(0).gamma(4, 1, 12), np.arange(100, 112)
+    one, same, double = (interval(x, n_bytes) for x in (nats, nats.copy(), 2 * nats))
+    assert one == same
+    assert one is not None
+    assert double is not None
+    assert double.low == pytest.approx(2 * one.low)
+    assert interval(nats[:4], n_bytes[:4]) is None  # too few to speak
+    alike = interval(np.full(9, 5.0), np.full(9, 10))
+    assert alike is not None
+    assert alike.low == alike.high == pytest.approx(0.5 / math.log(2))
+
+
+def test_words_follow_from_the_differences() -> None:
+    said = scales.words(
+        [
+            Difference("gpt2", "other", -0.3, Interval(-0.35, -0.25)),
+            Difference("uniform", "uniform", 6.0, Interval(5.9, 6.1)),
+            Difference("xz alone", "compressor", 1.0, None),
+            Difference("bzip2 alone", "compressor", 0.8, None),
+            Difference("n-gram of the training text", "n-gram", 0.21, Interval(0.19, 0.23)),
+        ]
+    )
+    assert said == [
+        "better than an n-gram of the training text, by 0.21 ± 0.02 bits per byte",
+        "better than bzip2 alone, by 0.80 bits per byte",
+        "worse than gpt2, by 0.30 ± 0.05 bits per byte; for such a text that one is the better",
+    ]
+    (doubt,) = scales.words([Difference("b", "other", 0.01, Interval(-0.02, 0.04))])
+    assert doubt == "not to be told from b: +0.01 ± 0.03 bits per byte"
+
+
+def test_a_baseline_without_costs_by_byte_has_no_interval(seen: Tokens) -> None:
+    found = scales.scale("a", seen, [], [Baseline("xz alone", "compressor", 2.0)], blocks())
+    mark = next(mark for mark in found.marks if mark.kind == "compressor")
+    assert mark.interval is None
+    assert mark.as_dict()["low"] is None
+
+
+def test_eval_shows_the_scale_and_keeps_its_keys(command: Command, a_run: Path) -> None:
+    found = command("eval", a_run, "--json", "--against", a_run, "run/checkpoints/step-00000002").json
+    old = api.evaluate(a_run).as_dict()
+    assert {key: found[key] for key in old} == pytest.approx(old, rel=1e-6)
+    assert {"interval", "accuracy", "by_position", "scale", "differences", "words"} <= set(found)
+    assert 0 <= found["accuracy"]["top1"] <= found["accuracy"]["top5"] <= 1
+    assert [d["bits_per_byte"] for d in found["differences"] if d["name"] == str(a_run)] == [0]
+    assert "n-gram of the training text" in {mark["name"] for mark in found["scale"]}
+    plain = command("eval", a_run)
+    assert all(line in plain.out for line in command("eval", a_run, "--json").json["words"])
+    assert "uniform" in plain.out
+    assert scales.TOO_SHORT in plain.out  # 339 bytes
+    few = command("eval", a_run, "--no-baselines", "--json").json
+    assert [mark["kind"] for mark in few["scale"]] == ["model"]
+
+
+def test_without_its_training_text_a_model_is_judged_and_the_gap_is_named(
+    command: Command, a_run: Path, cache: Path
+) -> None:
+    shutil.rmtree(cache)
+    ended = command("eval", a_run, "text.txt")
+    assert ended.code == 0
+    assert "given" not in ended.out
+    assert "n-gram" not in ended.out
+    assert "not here" in ended.err
+
+
+def test_a_model_to_compare_with_that_is_not_there_is_refused(refused: Refused, a_run: Path) -> None:
+    assert refused(66, "eval", a_run, "--against", "no-such-run")["where"] == "no-such-run"
