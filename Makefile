@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit reliability llama-cpp peers kenlm check format clean
+.PHONY: demo test unit reliability llama-cpp peers kenlm lm-eval check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
@@ -30,6 +30,10 @@ peers: $(VENV)/installed-test  ## GPT-2's sizes beside transformers, real weight
 kenlm: $(VENV)/installed-test  ## the n-gram model needs as many bits as kenlm's (FIRSTWORDS_LMPLZ names its lmplz, `query` beside it)
 	@test -x "$(FIRSTWORDS_LMPLZ)" || { echo 'set FIRSTWORDS_LMPLZ: cmake builds lmplz and query from the sdist of the package kenlm'; exit 1; }
 	$(BIN)/python -m pytest tests/test_ngram.py -k lmplz -rPs
+
+lm-eval: $(VENV)/installed-test  ## lm-eval's figures for a model are the same through us and through transformers on its export
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]'
+	$(BIN)/python -m pytest tests/test_lm_eval.py
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .

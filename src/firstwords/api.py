@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
     from firstwords.insight.baselines import Given
     from firstwords.insight.explain import Explanation
+    from firstwords.insight.harness import HarnessModel
     from firstwords.insight.scale import Scale
+    from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.measure import Mark
     from firstwords.recorder import Recorder, TrainResult
@@ -377,6 +380,65 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
         return None
     n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
     return Given(n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer))
+
+
+def evaluate_tasks(
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    folder: str | Path | None = None,
+    out: str | Path | None = None,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> tuple[TaskScore, ...]:
+    """Return how many questions about a text a model answers: last words of passages, sentences beside a spoilt twin.
+
+    Args:
+        source: As for `load`.
+        text: What the tasks are made from; by default the held-out part of the run.
+        folder: Take the tasks from here instead.
+        out: Keep the tasks in this folder, for `folder` and for lm-eval.
+        encoding: Of the text.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: No such model, text or folder.
+        DataError: The text is too short, or the folder holds no tasks.
+        CannotCreateError: `out` exists.
+    """
+    from firstwords.insight import tasks as making
+
+    if out is not None and store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --tasks-out")
+    if folder is not None:
+        tasks, lm = making.read(Path(folder)), load(source, notice=resolve.noticed(listener))
+    else:
+        lm, part = _model_and_text(source, text, encoding, listener)
+        texts = making.documents(part, lm.tokenizer)
+        tasks = making.make(texts)
+        if out is not None:
+            store.make_folder(Path(out).absolute().parent)
+            store.publish(Path(out), making.files(tasks, texts, Path(out)), lambda: {"kind": "tasks"})
+
+    from firstwords.insight.likelihood import answer
+
+    listener(Preparing("answering the tasks", None))
+    return answer(lm, tasks)
+
+
+def lm_eval_model(source: str | Path) -> HarnessModel:
+    """Return a model for `lm_eval.simple_evaluate(model=...)`.
+
+    Raises:
+        NoInputError: lm-eval is not installed, or there is no such model.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise NoInputError("lm-eval is not installed", where="lm_eval", do="pip install 'firstwords[lm-eval]'")
+    lm = load(source)
+
+    from firstwords.insight.harness import HarnessModel
+
+    return HarnessModel(lm)
 
 
 def explain(source: str | Path, text: str, *, listener: Listener = ignore) -> Explanation:

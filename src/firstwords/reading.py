@@ -128,7 +128,7 @@ def parse_json(data: bytes, where: str, most_bytes: int = MOST_BYTES) -> dict[st
     except (ValueError, RecursionError) as error:
         raise DataError("is no proper JSON", where=where, why=str(error)) from error
     if not isinstance(value, dict):
-        raise DataError("is no JSON object", where=where)
+        raise DataError("is no JSON object", where=where, why="it must be one, in { and }")
     return value
 
 

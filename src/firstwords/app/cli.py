@@ -186,6 +186,16 @@ def _flags_of(name: str, made: Parser) -> None:
                 "--against", action="extend", nargs="+", default=[], metavar="MODEL", help="other runs or models, gpt2 too"
             )
             made.add_argument("--no-baselines", action="store_true", help="leave out compressors and the n-gram model")
+            made.add_argument(
+                "--tasks",
+                nargs="?",
+                const="",
+                metavar="FOLDER",
+                help="ask for last words and for the better of two sentences, made from the text or taken from FOLDER",
+            )
+            made.add_argument(
+                "--tasks-out", metavar="FOLDER", help="keep the tasks here, for --tasks FOLDER and for lm-eval"
+            )
         case "generate":
             made.add_argument(
                 "--prompt", action="append", metavar="P", help="how it begins; may be repeated; default: as a document does"
@@ -261,18 +271,30 @@ def train(options: argparse.Namespace, console: Console, started_s: float) -> in
 
 def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
     """Say how good a model is."""
+    kept, out, text = options.tasks, options.tasks_out, options.text or None
+    if kept and (text or out):
+        raise ConfigError(
+            "has its own tasks", where=f"--tasks {kept}", do="leave out the text and --tasks-out, or the folder"
+        )
+
     from firstwords import api
 
+    figures, scores = None, None
     with console.progress() as listener:
-        found = api.scale(
-            options.model,
-            options.text or None,
-            against=options.against,
-            with_baselines=not options.no_baselines,
-            encoding=options.encoding,
-            listener=listener,
-        )
-    console.evaluated(found)
+        if kept is not None or out is not None:
+            scores = api.evaluate_tasks(
+                options.model, text, folder=kept or None, out=out, encoding=options.encoding, listener=listener
+            )
+        if not kept:
+            figures = api.scale(
+                options.model,
+                text,
+                against=options.against,
+                with_baselines=not options.no_baselines,
+                encoding=options.encoding,
+                listener=listener,
+            )
+    console.evaluated(figures, scores)
     return 0
 
 

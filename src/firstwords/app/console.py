@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from firstwords.api import Exported, Imported
     from firstwords.insight.explain import Explanation, TokenExplained
     from firstwords.insight.scale import Scale
+    from firstwords.insight.tasks import TaskScore
     from firstwords.model.generate import Drawn
     from firstwords.model.language_model import Said
     from firstwords.planning.measure import Mark
@@ -130,18 +131,16 @@ class Console:
         self.out.print(f'explain   firstwords explain {run} "..."')
         self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
 
-    def evaluated(self, found: Scale) -> None:
-        """Show how good a model is, and what that is worth."""
+    def evaluated(self, found: Scale | None, scores: Sequence[TaskScore] | None) -> None:
+        """Show how good a model is and what that is worth: on a text, at tasks, or both."""
         if self.as_json:
-            self._json(found.as_dict())
+            tasks = {} if scores is None else {"tasks": [score.as_dict() for score in scores]}
+            self._json({**(found.as_dict() if found else {}), **tasks})
             return
-        self._figures(found.evaluation)
-        self.out.print(f"first choice          {found.top1:.1%} of the tokens; among the first five {found.top5:.1%}")
-        losses = "  ".join(f"{position.last}: {position.nats_per_token:.2f}" for position in found.by_position)
-        self.out.print(f"nats after so many    {losses}")
-        self.out.print(_scale_table(found))
-        for line in (*found.words, *([found.caveat] if found.caveat else [])):
-            self.out.print(visible(line))
+        if found is not None:
+            self._scaled(found)
+        if scores is not None:
+            self.out.print(_task_table(scores))
 
     def explained(self, explanation: Explanation) -> None:
         """Show the six steps: a table of the tokens, then what they come to."""
@@ -239,6 +238,15 @@ class Console:
         if self.as_json:
             self._json({"marks": [mark.as_dict() for mark in found]})
 
+    def _scaled(self, found: Scale) -> None:
+        self._figures(found.evaluation)
+        self.out.print(f"first choice          {found.top1:.1%} of the tokens; among the first five {found.top5:.1%}")
+        losses = "  ".join(f"{position.last}: {position.nats_per_token:.2f}" for position in found.by_position)
+        self.out.print(f"nats after so many    {losses}")
+        self.out.print(_scale_table(found))
+        for line in (*found.words, *([found.caveat] if found.caveat else [])):
+            self.out.print(visible(line))
+
     def _figures(self, found: Evaluation) -> None:
         self.out.print(f"bits per byte         {found.bits_per_byte:.4f}")
         self.out.print(f"perplexity            {found.perplexity:.2f} (unsure among so many tokens)")
@@ -257,6 +265,17 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _task_table(scores: Sequence[TaskScore]) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for heading in ("task", "right", "95 % interval", "by chance", "questions"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for score in scores:
+        interval = f"{score.low:.1%} to {score.high:.1%}"
+        row = (f"{score.accuracy:.1%}", interval, f"{score.chance:.1%}", f"{score.n_items:,}")
+        table.add_row(visible(score.name), *row)
+    return table
 
 
 def _token(drawn: Drawn, tokenizer: Tokenizer) -> dict[str, Any]:
