@@ -17,7 +17,7 @@ from firstwords.app.cli import main
 from firstwords.app.console import visible
 
 TINY = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
-TINY += ["--save-every=0s"]
+TINY += ["--save-every=0s", "--report=false"]
 TINY += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64", "--model.context-length=32"]
 TEXT = "".join(f"The {n}. word of the text is {n * n}.\n" for n in range(100)) + "Ende gut, alles süß.\n"
 ESC = "\x1b"

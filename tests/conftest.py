@@ -121,6 +121,7 @@ TINY = {
     "batch_size": 4,
     "threads": 1,
     "precision": "float32",
+    "report": False,
     "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "ff_dim": 64, "drop_rate": 0.1},
 }
 OTHER = "".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300))  # a held-out text unlike STORY: soon it gets worse

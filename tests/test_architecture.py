@@ -171,6 +171,7 @@ def test_the_public_names_are_these() -> None:
         "gpt2_tokenizer",
         "info",
         "load",
+        "report",
         "text_to_token_ids",
         "token_ids_to_text",
         "train",

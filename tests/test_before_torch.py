@@ -91,6 +91,7 @@ CASES = [
     (66, 62, "generate no-such-run"),
     (66, 1, "eval run --tasks no-such-folder"),
     (73, 44, "eval run --tasks-out taken"),
+    (66, 62, "report no-such-run"),
     (78, 64, "train --resume --out run --model.emb-dim 64"),
     (78, 66, "generate no-such-run --samples 0"),
     (78, 66, "generate run --temperature -1"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from firstwords.api import explain as explain
     from firstwords.api import info as info
     from firstwords.api import load as load
+    from firstwords.api import report as report
     from firstwords.api import verify as verify
     from firstwords.app.console import train as train
     from firstwords.config import GPT_CONFIG_124M as GPT_CONFIG_124M
@@ -46,6 +47,7 @@ _HOMES = {
     "gpt2_tokenizer": "firstwords.text.tokenizer",
     "info": "firstwords.api",
     "load": "firstwords.api",
+    "report": "firstwords.api",
     "text_to_token_ids": "firstwords.model.language_model",
     "token_ids_to_text": "firstwords.model.language_model",
     "train": "firstwords.app.console",

@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, scale, explain, info, verify, import, export, bench.
+"""The verbs as functions: train, load, evaluate, scale, tasks, explain, report, info, verify, import, export, bench.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -10,16 +10,16 @@ import dataclasses
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from firstwords import resolve, store
+from firstwords import reading, resolve, store
 from firstwords.config import RunConfig, did_you_mean, flatten, from_toml, model_config, run_config, to_toml
-from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError, NoInputError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError, FirstwordsError, NoInputError
 from firstwords.model import cost
-from firstwords.planning.budget import Budget
+from firstwords.planning import budget
 from firstwords.runs import folder as run_folder
 from firstwords.runs import signals
 from firstwords.runs.folder import RunFolder
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from firstwords.insight.baselines import Given
     from firstwords.insight.explain import Explanation
     from firstwords.insight.harness import HarnessModel
+    from firstwords.insight.record import Record
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
@@ -46,11 +47,13 @@ if TYPE_CHECKING:
     from firstwords.training.loop import Forward
     from firstwords.verify import Verdict
 
+Found = TypeVar("Found")
 EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"
 KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
 BENCH_PRESETS = ("laptop", "gpt2-124m")
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
+REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 
 
@@ -74,6 +77,15 @@ class Exported:
     path: str
     read_back_by: str  # transformers where it is installed, else firstwords
     max_logit_difference: float  # between what was read back and ours
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a report came to: its file, and the pictures beside it."""
+
+    report: str
+    size_bytes: int
+    pictures: tuple[str, ...]
 
 
 def train(
@@ -137,7 +149,31 @@ def train(
                         recorder.take(event)
                 except DivergedError as error:
                     recorder.roll_back(error)
-        return recorder.result()
+        return _finished(recorder)
+
+
+def _finished(recorder: Recorder) -> TrainResult:
+    """Return what came of a run after writing its report. A report that fails is told, and costs no run."""
+    result = recorder.result()
+    if recorder.config.report:
+        try:
+            _report_of(recorder, result.best_step)
+        except Exception as error:
+            recorder.listener(
+                Notice(f"the report could not be written: {error}; firstwords report {result.run} tries again")
+            )
+    return result
+
+
+def _report_of(recorder: Recorder, best_step: int) -> None:
+    """Write the report of a run that ends, from what is in memory already."""
+    from firstwords.insight import record, report
+    from firstwords.model.language_model import LanguageModel
+
+    run, corpus = recorder.run, recorder.corpus
+    is_best = best_step == recorder.state.step
+    lm = LanguageModel(recorder.state.model, corpus.tokenizer) if is_best else load(run.path)
+    store.write(run.report, report.report([record.read(run, corpus)], _passage_explained(lm, corpus)))
 
 
 def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float) -> Recorder:
@@ -166,7 +202,9 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
         evaluation_steps = cost_in_tokens(prepared.val) / ((config.batch_size or 1) * config.model.context_length)
-        recorder.budget = Budget(started_s + config.for_s - used_s, config.for_s, now_s, evaluation_steps)
+        report_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
+        deadline_s = started_s + config.for_s - used_s - report_s
+        recorder.budget = budget.Budget(deadline_s, config.for_s, now_s, evaluation_steps)
     state.elapsed_s += now_s - started_s
     recorder.note("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
     listener(Started(run.path, config, prepared, state.step))
@@ -441,18 +479,125 @@ def lm_eval_model(source: str | Path) -> HarnessModel:
     return HarnessModel(lm)
 
 
-def explain(source: str | Path, text: str, *, listener: Listener = ignore) -> Explanation:
+def explain(source: str | Path, text: str, *, html: str | Path | None = None, listener: Listener = ignore) -> Explanation:
     """Return the chapter's six steps on `text`, token by token.
+
+    Args:
+        source: As for `load`.
+        text: At least two tokens.
+        html: A page to be written, with the text as a surprise map.
+        listener: Told what happens.
 
     Raises:
         NoInputError: No such model.
         DataError: Fewer than two tokens.
+        CannotCreateError: Another file than a report of ours stands where the page is to be.
     """
+    _require_free(html, "--html")
     lm = load(source, notice=resolve.noticed(listener))
 
+    from firstwords.insight import report
     from firstwords.insight.explain import explain as explain_text
 
-    return explain_text(lm, text)
+    explanation = explain_text(lm, text)
+    if html is not None:
+        store.make_folder(Path(html).absolute().parent)
+        store.write(Path(html), report.explained(explanation, str(source)))
+    return explanation
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    scale: Mapping[str, Any] | None = None,
+    predicted: Mapping[str, Any] | None = None,
+    listener: Listener = ignore,
+) -> Reported:
+    """Write one HTML file that shows what a run learnt, or several runs beside each other.
+
+    Args:
+        runs: Run folders.
+        out: The file; by default `report.html` in the run, for several runs `comparison.html` here.
+        pictures: Folders for pictures of one run, by kind: `{"png": "figures"}`; also `pdf`.
+        scale: How good the model is beside others: `{"scale": [{name, bits_per_byte, low, high}], "words": [...]}`.
+        predicted: What was expected of the run, by key: `{"steps": 900, "bits_per_byte": [1.9, 2.0, 2.1]}`.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: There is no such run.
+        ConfigError: Pictures of several runs, or without matplotlib.
+        CannotCreateError: Another file stands where the report is to be.
+    """
+    folders, pictures = [run_folder.existing(Path(name)) for name in _named(runs)], pictures or {}
+    _require_free(out, "--out")
+    if len(folders) > 1 and pictures:
+        raise ConfigError("pictures are of one run", where=f"--{min(pictures)}", do="name one run")
+    place = Path(out) if out is not None else folders[0].report if len(folders) == 1 else Path("comparison.html")
+
+    from firstwords.insight import pictures as drawing
+    from firstwords.insight import record
+    from firstwords.insight import report as reporting
+
+    if pictures:
+        drawing.require_matplotlib(f"--{min(pictures)}")
+    listener(Preparing("reading the run", None))
+    texts = [_or_notice(functools.partial(_prepared, run, listener), listener) for run in folders]
+    records = [record.read(run, text, scale=scale, predicted=predicted) for run, text in zip(folders, texts, strict=True)]
+    lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
+    explanation = _passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
+    store.make_folder(place.absolute().parent)
+    store.write(place, reporting.report(records, explanation))
+    drawn = _drawn(records[0], lm, pictures)
+    return Reported(str(place), store.size(place), tuple(map(str, drawn)))
+
+
+def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str | Path]) -> list[Path]:
+    """Write the pictures of a run, each kind into its folder, and return their files."""
+    from firstwords.insight import pictures as drawing
+
+    figures, files = {}, []
+    if pictures:
+        figures["loss-plot"] = drawing.loss_plot(record)
+    if pictures and lm is not None:
+        prompt = str(record.config.get("sample_prompt") or KNOWN_PROMPT)
+        figures["temperature-plot"] = drawing.temperature_plot(lm, prompt)
+    for kind, folder in pictures.items():
+        store.make_folder(Path(folder))
+        for name, figure in figures.items():
+            files.append(Path(folder) / f"{name}.{kind}")
+            store.write(files[-1], drawing.drawn(figure, kind))
+    return files
+
+
+def _require_free(place: str | Path | None, where: str) -> None:
+    """Raise a CannotCreateError where something stands that is no report of ours, which a new one would replace."""
+    if place is None or not Path(place).exists():
+        return
+    if Path(place).is_file():
+        with reading.regular(Path(place)) as (file, _):
+            if REPORT_MARK in file.read(REPORT_HEAD_BYTES):
+                return
+    raise CannotCreateError("is there already, and is no report", where=str(place), do=f"give another {where}")
+
+
+def _passage_explained(lm: LanguageModel, corpus: Corpus) -> Explanation | None:
+    """Return a held-out passage as a model sees it; None where there is none."""
+    from firstwords.insight import surprise
+    from firstwords.insight.explain import explain as explain_text
+
+    passage = surprise.passage(corpus.val, lm.tokenizer) if corpus.val.n_tokens else None
+    return None if passage is None else explain_text(lm, passage)
+
+
+def _or_notice(get: Callable[[], Found], listener: Listener) -> Found | None:
+    """Return what `get` returns; where it fails, tell why and return None."""
+    try:
+        return get()
+    except FirstwordsError as error:
+        listener(Notice(str(error)))
+        return None
 
 
 def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
@@ -677,10 +822,15 @@ def _held_out(source: Path, listener: Listener) -> Part:
     run = _run_of(source)
     if not run.exists:
         raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
+    return _prepared(run, listener).val
+
+
+def _prepared(run: RunFolder, listener: Listener) -> Corpus:
+    """Return the prepared text of a run, made again where the cache has lost it."""
     recorded = resolve.recorded_corpus(run)
     if recorded is not None and recorded.is_dir():
-        return corpora.load(recorded).val
-    return resolve.prepare(resolve.resumed(run.path, None, {}), listener).val
+        return corpora.load(recorded)
+    return resolve.prepare(resolve.resumed(run.path, None, {}), listener)
 
 
 def _run_of(source: Path) -> RunFolder:

@@ -150,6 +150,7 @@ class RunConfig:
     )
     on_nan: OnNan = option("stop", "when training diverges: stop, or go back to a checkpoint and leave its batches out")
     keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6)
+    report: bool = option(True, "write report.html at the end of the run")
     seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps")
     precision: Precision = option("auto", "of the matrix products; auto: what is faster on this machine")

@@ -47,6 +47,7 @@ RESUMABLE = frozenset(
         "on_nan",
         "keep",
         "sample_prompt",
+        "report",
     )
 )
 # What of a model may change when training goes on from it.

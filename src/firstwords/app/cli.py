@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   firstwords eval runs/notes other.txt
   firstwords export runs/notes --to hf --out notes-model
   firstwords explain runs/notes "Every effort moves you"
+  firstwords report runs/notes                   a page that shows what it learnt
 """
 LARGEST_SEED = 2**62  # leaves room for one seed a sample
 LARGEST_COUNT = 10**9  # of tokens or samples; more is a slip of the finger, and no machine could hold them
@@ -156,6 +157,11 @@ def parser() -> Parser:
         made = verb(name, run, meaning)
         made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
         _flags_of(name, made)
+    made = verb("report", report, "one HTML file that shows what a run learnt, or several runs beside each other")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    made.add_argument("--out", metavar="FILE", help="default: report.html in the run; for several, comparison.html here")
+    made.add_argument("--png", metavar="DIR", help="also draw the loss and the temperatures, for papers")
+    made.add_argument("--pdf", metavar="DIR", help="the same as PDF")
     made = verb("import", import_model, "make a model from elsewhere ours")
     made.add_argument(
         "source", metavar="SOURCE", help="gpt2 or its larger sizes, a folder for transformers, a .pth, nanoGPT's ckpt.pt"
@@ -217,6 +223,9 @@ def _flags_of(name: str, made: Parser) -> None:
             made.add_argument("--replay", metavar="N", help="train N steps again and compare them with the run's record")
         case "explain":
             made.add_argument("text", metavar="TEXT", help="the text itself")
+            made.add_argument(
+                "--html", metavar="FILE", help="write a page with the text as a map of what surprised the model"
+            )
 
 
 def _train_flags(made: Parser) -> None:
@@ -360,8 +369,19 @@ def explain(options: argparse.Namespace, console: Console, started_s: float) -> 
     from firstwords import api
 
     with console.progress() as listener:
-        explanation = api.explain(options.model, options.text, listener=listener)
-    console.explained(explanation)
+        explanation = api.explain(options.model, options.text, html=options.html, listener=listener)
+    console.explained(explanation, options.html)
+    return 0
+
+
+def report(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Write a page that shows what runs learnt."""
+    from firstwords import api
+
+    pictures = {kind: folder for kind, folder in (("png", options.png), ("pdf", options.pdf)) if folder is not None}
+    with console.progress() as listener:
+        found = api.report(options.runs, out=options.out, pictures=pictures, listener=listener)
+    console.reported(found)
     return 0
 
 

@@ -1,46 +1,31 @@
-"""What a person sees: progress on standard error, results on standard output. The only module that prints.
-
-On a terminal progress is a live line; elsewhere it is plain lines, a few a minute.
-"""
+"""What a person sees: progress on standard error, results on standard output. Only this and `progress` print."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
-import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from firstwords import api
+from firstwords.app.progress import LiveDisplay, PlainDisplay
+from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError
-from firstwords.model import cost
-from firstwords.training.events import (
-    Evaluated,
-    Listener,
-    Notice,
-    Planned,
-    Preparing,
-    RolledBack,
-    Sampled,
-    Started,
-    StepDone,
-    Told,
-)
+from firstwords.runs.folder import RunFolder
+from firstwords.training.events import Listener
 
 if TYPE_CHECKING:
-    from firstwords.api import Exported, Imported
+    from firstwords.api import Exported, Imported, Reported
     from firstwords.insight.explain import Explanation, TokenExplained
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
@@ -52,22 +37,17 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import Evaluation
     from firstwords.verify import Verdict
 
-PLAIN_LINE_EVERY_S = 10.0
 SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
-SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
-HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 BAR_PER_BIT, LONGEST_BAR_BITS = 2, 12  # of the scale of bits per byte, where 8 is chance
 GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
-
-
-def visible(text: str) -> str:
-    r"""Return text with control characters spelled out (`\x1b`), so that no output can steer a terminal."""
-    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def one_line(text: str) -> str:
-    """Return text as one visible line."""
-    return visible(text).replace("\n", "⏎").replace("\t", " ")
+# How the surprise map is coloured, from the heat that stands first on: in many colours, and in sixteen.
+HEATS = (
+    (0.0, ("", "")),
+    (0.125, ("black on #fff1c2", "yellow")),
+    (0.25, ("black on #ffd48a", "black on yellow")),
+    (0.5, ("black on #f79d5c", "black on bright_red")),
+    (0.8, ("white on #c1401f", "bold white on red")),
+)
 
 
 class _Output(RichConsole):
@@ -129,6 +109,9 @@ class Console:
         self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
         self.out.print(f'speak     firstwords generate {run} --prompt "..."')
         self.out.print(f'explain   firstwords explain {run} "..."')
+        report = RunFolder(Path(result.run)).report
+        if report.exists():
+            self.out.print(f"report    {visible(str(report))}")
         self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
 
     def evaluated(self, found: Scale | None, scores: Sequence[TaskScore] | None) -> None:
@@ -142,11 +125,16 @@ class Console:
         if scores is not None:
             self.out.print(_task_table(scores))
 
-    def explained(self, explanation: Explanation) -> None:
-        """Show the six steps: a table of the tokens, then what they come to."""
+    def explained(self, explanation: Explanation, page: str | None = None) -> None:
+        """Show the six steps: the text in the colours of its surprise, a table of the tokens, what they come to."""
         if self.as_json:
             self._json(explanation.as_dict())
             return
+        if page is not None:
+            self.out.print(f"page      {visible(page)}")
+        if self.out.is_terminal and self.out.color_system is not None:
+            column = 1 if self.out.color_system == "standard" else 0
+            self.out.print(_surprise_map(explanation, column), _legend(column), sep="\n\n")
         table = Table(box=rich.box.SIMPLE_HEAD)
         for heading in ("token", "id", "probability", "log", "rank"):
             table.add_column(heading, justify="left" if heading == "token" else "right")
@@ -157,6 +145,17 @@ class Console:
         mean = explanation.evaluation.nats_per_token
         self.out.print(f"mean log probability  {-mean:.4f}\ncross-entropy         {mean:.4f} (its negative)")
         self._figures(explanation.evaluation)
+
+    def reported(self, found: Reported) -> None:
+        """Say where the report is."""
+        if self.as_json:
+            self._json(vars(found))
+            return
+        self.out.print(
+            f"report    {visible(found.report)} ({found.size_bytes / 1e6:.1f} MB; any browser opens it, without a network)"
+        )
+        for picture in found.pictures:
+            self.out.print(f"picture   {visible(picture)}")
 
     def speaks(self, prompt: str, stream: Iterator[str]) -> None:
         """Show a text as it is drawn."""
@@ -299,6 +298,27 @@ def _scale_table(found: Scale) -> Table:
     return table
 
 
+def _surprise_map(explanation: Explanation, column: int) -> Text:
+    """Return the text with each token coloured by -log p."""
+    from firstwords.insight.surprise import heat
+
+    shown = Text()
+    for token in explanation.tokens:
+        styles = [styles for least, styles in HEATS if heat(token.log_probability) >= least][-1]
+        shown.append(visible(token.text).replace("\n", "⏎\n"), styles[column])
+    return shown
+
+
+def _legend(column: int) -> Text:
+    """Return what the colours of the map mean, in nats."""
+    from firstwords.insight.surprise import HOTTEST
+
+    shown = Text("surprise in nats, from: ", "dim")
+    for least, styles in HEATS[1:]:
+        shown.append(f" {least * HOTTEST:g} ", styles[column])
+    return shown
+
+
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:
     if token.probability is None:
         return Text(one_line(token.text), "dim"), str(token.id), "", "", "", Text("(nothing stands before it)", "dim")
@@ -312,149 +332,6 @@ def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:
         f"{token.rank:,}",
         Text(rather),
     )
-
-
-class PlainDisplay:
-    """Progress as plain lines."""
-
-    def __init__(self, console: RichConsole) -> None:
-        self.console = console
-        self.config_steps: int | None = None
-        self.for_s: float | None = None
-        self.first: StepDone | None = None
-        self.recent: deque[StepDone] = deque(maxlen=SHOWN_STEPS)
-        self.held_out: float | None = None
-        self._line_s = -PLAIN_LINE_EVERY_S
-        self._what = ""
-
-    def __enter__(self) -> PlainDisplay:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        return
-
-    def tell(self, told: Told) -> None:
-        """Show one thing that happened."""
-        match told:
-            case Notice(text):
-                self.line(Text(f"note: {visible(text)}", "yellow"))
-            case Preparing(what, share):
-                self.preparing(what, share)
-            case Started():
-                self.config_steps, self.for_s = told.config.steps, told.config.for_s
-                self.line(Text("\n".join(_introduction(told)), "bold"))
-            case Planned(_, total_steps, _):
-                self.config_steps = total_steps
-            case RolledBack(step, _, first, last, reason):
-                self.first = None
-                self.recent.clear()
-                self.line(Text(f"{visible(reason)}; going on from step {step} without batches {first} to {last}", "yellow"))
-            case StepDone():
-                self.first = self.first or told
-                self.recent.append(told)
-                self.stepped(told)
-            case Evaluated(step, _, evaluation, best, _) if evaluation is not None:
-                self.held_out = evaluation.bits_per_byte
-                mark = " (best so far)" if best else ""
-                self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
-            case Sampled(_, text):
-                self.line(Text.assemble("             ", (f"{one_line(text)}", "italic")))
-
-    def line(self, text: Text) -> None:
-        """Show one line for good; a reader who has left must not end a run."""
-        with suppress(BrokenPipeError):
-            self.console.print(text)
-
-    def preparing(self, what: str, share: float | None) -> None:
-        """Show what is done before training, when it begins and then now and then."""
-        now_s = time.perf_counter()
-        if what != self._what or now_s - self._line_s >= PLAIN_LINE_EVERY_S:
-            self._what, self._line_s = what, now_s
-            self.line(Text(visible(what) if share is None else f"{visible(what)}: {share:.0%}"))
-
-    def stepped(self, done: StepDone) -> None:
-        """Show the numbers now and then."""
-        now_s = time.perf_counter()
-        if now_s - self._line_s >= PLAIN_LINE_EVERY_S or done.step == self.config_steps:
-            self._line_s = now_s
-            self.line(Text(self.numbers(done)))
-
-    def numbers(self, done: StepDone) -> str:
-        """Return step, loss, speed and time left as one line."""
-        of = f"/{self.config_steps}" if self.config_steps else ""
-        held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
-        loss = statistics.mean(step.nats_per_token for step in self.recent)
-        speed = statistics.mean(step.tokens_per_s for step in self.recent)
-        left_s = self._left_s(done)
-        left = "" if left_s is None else f"  {duration(left_s)} left"
-        return f"step {done.step:>6}{of}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s{left}"
-
-    def _left_s(self, done: StepDone) -> float | None:
-        """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
-        if self.for_s is not None:
-            return self.for_s - done.elapsed_s
-        if self.config_steps is None or self.first is None or done.step == self.first.step:
-            return None
-        since = (done.elapsed_s - self.first.elapsed_s) / (done.step - self.first.step)
-        return since * (self.config_steps - done.step)
-
-
-class LiveDisplay(PlainDisplay):
-    """Progress as a live line at the bottom of the terminal."""
-
-    def __init__(self, console: RichConsole) -> None:
-        super().__init__(console)
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-        self.bar = Progress(*columns, console=console, transient=True)
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> LiveDisplay:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    def line(self, text: Text) -> None:
-        """Show one line for good, above the live one."""
-        self.bar.console.print(text)
-
-    def preparing(self, what: str, share: float | None) -> None:
-        """Show what is done before training."""
-        self._show(visible(what), share, 1.0)
-
-    def stepped(self, done: StepDone) -> None:
-        """Show the numbers of every step."""
-        self._show(self.numbers(done), done.step, self.config_steps)
-
-    def _show(self, description: str, completed: float | None, total: float | None) -> None:
-        if self._task is None:
-            self._task = self.bar.add_task(description, total=total)
-        total = None if completed is None else total
-        self.bar.update(self._task, description=description, completed=completed or 0, total=total)
-
-
-def _introduction(told: Started) -> list[str]:
-    """Return the lines that say what will be trained on what."""
-    config, corpus = told.config, told.corpus
-    shape = f"{config.model.n_layers} layers of {config.model.emb_dim}, context {config.model.context_length}"
-    length = f"{config.steps:,} steps" if config.steps else f"for {duration(config.for_s or 0)}"
-    return [
-        f"text   {corpus.train.n_tokens:,} tokens to learn from, {corpus.val.n_tokens:,} held out ({config.tokenizer})",
-        f"model  {cost.parameters(config.model):,} parameters: {shape} ({config.preset})",
-        f"run    {visible(str(told.run))}, {length} of {config.batch_size} sequences, {config.precision},"
-        f" {config.threads} {'thread' if config.threads == 1 else 'threads'}"
-        + (f", from step {told.step}" if told.step else ""),
-    ]
-
-
-def duration(seconds: float) -> str:
-    """Return a time for a person: `45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def train(text: Any = None, *, progress: bool = True, **options: Any) -> TrainResult:

@@ -33,6 +33,7 @@ class TokenExplained:
     text: str
     probability: float | None = None
     log_probability: float | None = None
+    logit: float | None = None  # softmax: e^logit / sum of e^logits = probability
     rank: int | None = None  # 1: the model's first choice
     top: tuple[Guess, ...] = ()
 
@@ -77,10 +78,11 @@ def _explain_window(lm: LanguageModel, ids: list[int], window: Window) -> list[T
     logits = lm.model(inputs)[0, window.skip :].float().cpu()  # (counted targets, V)
     log_probabilities = torch.log_softmax(logits, dim=-1)
     targets = ids[window.start + window.skip + 1 : window.start + window.length + 1]
-    return [_explain_token(lm.tokenizer, target, row) for target, row in zip(targets, log_probabilities, strict=True)]
+    rows = zip(targets, logits, log_probabilities, strict=True)
+    return [_explain_token(lm.tokenizer, target, float(row[target]), logs) for target, row, logs in rows]
 
 
-def _explain_token(tokenizer: Tokenizer, target: int, log_probabilities: torch.Tensor) -> TokenExplained:
+def _explain_token(tokenizer: Tokenizer, target: int, logit: float, log_probabilities: torch.Tensor) -> TokenExplained:
     own = log_probabilities[target]
     best = log_probabilities[: tokenizer.vocab_size].topk(min(TOP, tokenizer.vocab_size))
     return TokenExplained(
@@ -88,6 +90,7 @@ def _explain_token(tokenizer: Tokenizer, target: int, log_probabilities: torch.T
         _show(tokenizer, target),
         float(own.exp()),
         float(own),
+        logit,
         int((log_probabilities > own).sum()) + 1,
         tuple(
             Guess(token, _show(tokenizer, token), float(np.exp(value)))

@@ -51,6 +51,11 @@ class RunFolder:
         return Journal(self.path / "samples.jsonl")
 
     @property
+    def report(self) -> Path:
+        """The page that shows what it learnt."""
+        return self.path / "report.html"
+
+    @property
     def exists(self) -> bool:
         """Whether a run was started here."""
         return self.config.is_file()

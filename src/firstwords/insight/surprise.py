@@ -1,0 +1,37 @@
+"""The surprise map: which passage is shown, and how hot each token is."""
+
+from __future__ import annotations
+
+import re
+
+from firstwords.text.corpus import Part
+from firstwords.text.tokenizer import Tokenizer
+
+PASSAGE_BYTES = 700  # some 200 tokens of a BPE: half a page of text, explained in a moment
+MOST_IDS = 4096  # that are looked at for it
+HOTTEST = 8.0  # nats from which a token is shown at full heat: one chance in 3,000
+
+
+def passage(part: Part, tokenizer: Tokenizer) -> str | None:
+    """Return the beginning of a held-out text, from its first whole line or else word on; None where there is too little.
+
+    The same part gives the same passage. It ends where its document does.
+    """
+    ids = [int(token) for token in part.ids[1:MOST_IDS]]
+    if tokenizer.end_of_text in ids:
+        ids = ids[: ids.index(tokenizer.end_of_text)]
+    text = b"".join(map(tokenizer.token_bytes, ids))[: 2 * PASSAGE_BYTES].decode(errors="ignore")
+    for mark in ("\n", " "):
+        before, found, after = text.partition(mark)
+        if found and len(before.encode()) < PASSAGE_BYTES // 2 and after.strip():
+            text = after.lstrip("\n")
+            break
+    if len(text.encode()) > PASSAGE_BYTES:
+        text = text.encode()[:PASSAGE_BYTES].decode(errors="ignore")
+        text = re.sub(r"\s+\S{0,40}\Z", "", text)  # no half word at the end, where words are parted at all
+    return text if len(tokenizer.encode(text)) > 1 else None
+
+
+def heat(log_probability: float | None) -> float:
+    """Return how surprising a token is, from 0 (certain) to 1 (`HOTTEST` nats or more)."""
+    return 0.0 if log_probability is None else min(1.0, -log_probability / HOTTEST)

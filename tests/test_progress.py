@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on, and a text in the colours of its surprise."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+from rich.text import Text
+
+from command import ESC, Command
+from conftest import STORY, TINY
+from firstwords import api
+from firstwords.app.progress import WIDTH, Curve, LiveDisplay, PlainDisplay
+from firstwords.app.words import BLOCKS, sparkline
+from firstwords.insight.surprise import HOTTEST, heat
+from firstwords.training.events import Sampled, StepDone
+
+
+def step(number: int, nats: float = 1.0) -> StepDone:
+    return StepDone(number, number, nats, 1e-3, 1.0, 10.0, 0.1, number * 0.1)
+
+
+def live(width: int = 100) -> LiveDisplay:
+    return LiveDisplay(RichConsole(file=io.StringIO(), force_terminal=True, width=width))
+
+
+def below(display: LiveDisplay) -> list[str]:
+    return [line.plain for line in display.bar.below]
+
+
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_a_sparkline_is_as_wide_as_asked_and_as_high_as_its_values(width: int) -> None:
+    assert len(sparkline([3.0, 1.0, 2.0], width)) == width
+    assert sparkline([8.0, 1.0], 2) == BLOCKS[-1] + BLOCKS[0]
+    assert sparkline([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 8) == BLOCKS
+    assert sparkline([5.0, 5.0], 2) == 2 * BLOCKS[0]
+    assert sparkline([], width) == ""
+
+
+def test_a_curve_of_any_length_is_few_points_that_keep_the_mean() -> None:
+    for n in (1, 2 * WIDTH, 2 * WIDTH + 1, 1000, 64 * WIDTH):
+        curve = Curve()
+        for i in range(n):
+            curve.add(float(i))
+        assert len(curve.points) <= 2 * WIDTH
+        assert curve.points == sorted(curve.points)
+        # what waits for its point to be full is left out: at most a point's worth at the end
+        assert sum(curve.points) / len(curve.points) == pytest.approx((n - 1) / 2, abs=n / WIDTH)
+
+
+def test_the_live_display_draws_the_curves_and_shows_the_newest_sample_in_the_place_of_the_last() -> None:
+    display = live()
+    with display:
+        for number in range(1, 9):
+            display.tell(step(number, 9.0 - number))
+        display.tell(Sampled(8, "first\nwords"))
+        display.tell(Sampled(9, f"second {ESC}[2J"))
+    training, said = below(display)
+    assert "█▇▆▅▄▃▂▁  8.00 -> 1.00 nats/token" in training
+    assert said.strip() == r"it says   second \x1b[2J"
+    assert "first" not in said
+
+
+@pytest.mark.parametrize("word", ["word ", "漢字"])
+def test_a_long_sample_takes_one_line_of_the_terminal(word: str) -> None:
+    display = live(width=50)
+    display.tell(Sampled(1, word * 1000))
+    (said,) = display.bar.below
+    assert len(display.console.render_lines(said, pad=False)) == 1
+
+
+def test_a_run_told_to_a_live_display_leaves_its_curves(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    display = live()
+    with display:
+        api.train(tmp_path / "story.txt", out=tmp_path / "run", listener=display.tell, steps=4, eval_every=2, **TINY)
+    assert [line.split()[0] for line in below(display)] == ["training", "held-out", "it"]
+
+
+def test_where_there_is_no_terminal_samples_are_lines() -> None:
+    out = io.StringIO()
+    PlainDisplay(RichConsole(file=out)).tell(Sampled(1, "words"))
+    assert out.getvalue().strip() == "words"
+
+
+def test_heat_follows_surprise() -> None:
+    assert heat(None) == heat(0.0) == 0.0
+    assert heat(-HOTTEST / 2) == 0.5
+    assert heat(-2 * HOTTEST) == 1.0
+
+
+def test_explain_colours_the_text_on_a_terminal_only(command: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"The word{ESC}[2J\n of"
+    plain = command("explain", a_run, text).out
+    assert "surprise in nats" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = command("explain", a_run, text).out
+    shown, _, _ = coloured.partition("surprise in nats")
+    assert Text.from_ansi(shown).plain.strip() == r"The word\x1b[2J⏎" + "\n of"
+    assert f"{ESC}[30;48;2" in shown or f"{ESC}[37;48;2" in shown
+    assert f"{ESC}[2J" not in coloured
