@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FOR ?= 2m
 
-.PHONY: demo test unit reliability llama-cpp peers kenlm lm-eval check format clean
+.PHONY: demo test unit reliability llama-cpp peers kenlm lm-eval browser check format clean
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
@@ -34,6 +34,10 @@ kenlm: $(VENV)/installed-test  ## the n-gram model needs as many bits as kenlm's
 lm-eval: $(VENV)/installed-test  ## lm-eval's figures for a model are the same through us and through transformers on its export
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]'
 	$(BIN)/python -m pytest tests/test_lm_eval.py
+
+browser: $(VENV)/installed-test  ## reports as Chromium shows them (Debian: apt install chromium chromium-driver)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest tests/test_browser.py
 
 check: $(VENV)/installed-dev  ## what a contribution must pass: format, lint, types, tests; prints the package's size
 	$(BIN)/ruff format --check .
