@@ -405,7 +405,7 @@ def test_every_evaluation_stands_in_the_journal_with_the_first_and_last_step(com
 def test_a_run_s_journal_begins_with_start_and_ends_with_stop(a_run: Path):
     lines = [json.loads(line)["event"] for line in (a_run / "metrics.jsonl").read_text().splitlines()]
     assert (lines[0], lines[-1], lines.count("start"), lines.count("stop")) == ("start", "stop", 1, 1)
-    assert set(lines) <= {"start", "step", "evaluation", "sample", "save", "plan", "resume", "stop"}
+    assert set(lines) <= {"start", "step", "evaluation", "memorisation", "sample", "save", "plan", "resume", "stop"}
     assert [save["step"] for save in events(a_run, "save")] == [0, 1, 2]
 
 

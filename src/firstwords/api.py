@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from firstwords.insight.baselines import Given
     from firstwords.insight.explain import Explanation
     from firstwords.insight.harness import HarnessModel
+    from firstwords.insight.memorisation import Memorisation
     from firstwords.insight.record import Record
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
@@ -55,6 +56,9 @@ BENCH_PRESETS = ("laptop", "gpt2-124m")
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
 REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
+METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
+PROMPT_TOKENS = 4  # that it is given to go on from
+EVALUATED_SAMPLES, EVALUATED_TOKENS = 8, 200  # of a model that nobody trains
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def train(
             evaluate=evaluate,
             sample=sample,
             forward=_forward(recorder),
-            should_stop=stop,
+            should_stop=lambda: stop() or recorder.best_is_behind(),
         )
         with recorder.naming_the_last_good_checkpoint():
             while not recorder.stopped:
@@ -247,12 +251,15 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
 
 
 def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
-    """Return what the loop asks at a step: how good the model is, and what it says."""
+    """Return what the loop asks at a step: how good the model is, and what it says; the recorder measures the latter."""
+    from firstwords.insight.memorisation import Meter
     from firstwords.model.language_model import LanguageModel
     from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
     from firstwords.training.evaluate import evaluate as evaluate_part
     from firstwords.training.evaluate import evaluate_training, held_out_tokens
+    from firstwords.training.events import Evaluated
+    from firstwords.training.loop import diverged
     from firstwords.training.state import taken
 
     config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
@@ -263,11 +270,42 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
         held_out = evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step))
         return evaluate_training(model, batches, step, dtype), held_out
 
+    drawn: dict[int, str] = {}  # what was said when it was measured, at that step
+    meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
+
+    def measure(event: Evaluated, at_last: bool) -> Memorisation | None:
+        if not (meter.text.is_kept or at_last):
+            return None
+        prompts, held_out = _prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
+        seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]
+        try:
+            said = lm.generate_batch(prompts, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seeds=seeds)
+            samples = [one.text for one in said]
+        except DivergedError as error:
+            raise diverged(error.what, event.step) from error
+        drawn.clear()
+        drawn[event.step] = samples[0]
+        return meter.measure(samples, held_out.nats_per_token - event.train_nats_per_token if held_out else None)
+
     def sample(step: int) -> str:
+        if step in drawn:
+            return drawn.pop(step)
         seed = config.seed + step
         return lm.generate(config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
 
+    recorder.measure = measure if config.meter else None
     return evaluate, sample
+
+
+def _prompts(corpus: Corpus, first: str, count: int) -> list[str]:
+    """Return prompts for samples that are measured: `first`, then the beginnings of held-out text from places evenly spread.
+
+    All samples from `<|endoftext|>` would begin as the documents do, which a model learns by heart before all else.
+    """
+    from firstwords.insight.memorisation import held_out_pieces
+
+    held_out = held_out_pieces(corpus.val, corpus.tokenizer, PROMPT_TOKENS, count - 1)
+    return [first, *held_out, *[first] * (count - 1 - len(held_out))]
 
 
 def _forward(recorder: Recorder) -> Forward:
@@ -407,17 +445,33 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     """Return the text that a model learnt from, where that is still prepared."""
     from firstwords.insight.baselines import Given
 
-    try:
-        run = _run_of(Path(source))
-        recorded = resolve.recorded_corpus(run) if run.exists else None
-        corpus = None if recorded is None else corpora.load(recorded)
-    except (DataError, NoInputError):
-        corpus = None
+    corpus = _kept_corpus(Path(source))
     if corpus is None:
         listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
         return None
     n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
     return Given(n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer))
+
+
+def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisation | None:
+    """Return how much of what a run's best model says is learnt by heart; None where its text is not known or not kept.
+
+    Raises:
+        NoInputError: No such model.
+    """
+    lm, corpus = load(source, notice=resolve.noticed(listener)), _kept_corpus(Path(source))
+    if corpus is None or corpus.tokenizer.sha256 != lm.tokenizer.sha256:
+        return None
+
+    from firstwords.insight.memorisation import Meter
+
+    prompts = _prompts(corpus, "", EVALUATED_SAMPLES)
+    meter = Meter(corpus.train, corpus.val, corpus.tokenizer, EVALUATED_TOKENS)
+    samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
+    lines = _run_of(Path(source)).metrics.lines()
+    of_it = [line for line in lines if line["event"] == "evaluation" and line["step"] == lm.step]
+    known = [line for line in of_it if line["nats_per_token"] is not None]
+    return meter.measure(samples, known[-1]["nats_per_token"] - known[-1]["train_nats_per_token"] if known else None)
 
 
 def evaluate_tasks(
@@ -816,6 +870,16 @@ def _checkpoint(source: Path, notice: Callable[[str], None]) -> Checkpoint:
     if found is None:
         raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")
     return found
+
+
+def _kept_corpus(source: Path) -> Corpus | None:
+    """Return the prepared text of the run that a source is or belongs to; None where it is not here, or damaged."""
+    run = _run_of(source)
+    try:
+        recorded = resolve.recorded_corpus(run) if run.exists else None
+        return None if recorded is None else corpora.load(recorded)
+    except (DataError, NoInputError):
+        return None
 
 
 def _held_out(source: Path, listener: Listener) -> Part:

@@ -33,6 +33,7 @@ Compile = Literal["auto", "on", "off"]
 MOST_DOTS = 100  # in a line of TOML, outside strings
 TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'""")
 OnNan = Literal["stop", "rollback"]
+Until = Literal["end", "best"]
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
 
@@ -139,6 +140,8 @@ class RunConfig:
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
     for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
+    until: Until = option("end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best")
+    meter: bool = option(True, "measure at each evaluation how much of what the model says is copied from the text")
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
     batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)

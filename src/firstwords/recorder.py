@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor
 from firstwords import store
 from firstwords.config import RunConfig
 from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
+from firstwords.insight import overfitting
+from firstwords.insight.memorisation import Memorisation
 from firstwords.planning import machine
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
@@ -29,6 +31,7 @@ from firstwords.training.events import (
     Evaluated,
     Event,
     Listener,
+    Measured,
     Notice,
     Planned,
     RolledBack,
@@ -44,6 +47,8 @@ MOST_FAILED_SAVES = 3  # in a row, before a run gives up
 MOST_ROLLBACKS = 3  # to one checkpoint
 RETRY_S = 1.0  # between two tries of the last save, which no later one makes good
 EVALUATION_KEYS = tuple(field.name for field in dataclasses.fields(Evaluation))
+# Given an evaluation, and whether now is the time even for a text that takes long to go through.
+Measure = Callable[[Evaluated, bool], Memorisation | None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class TrainResult:
     weights_sha256: str  # of the best checkpoint
     precision: str
     seed: int
-    stopped: str  # done, or the name of the signal
+    stopped: str  # done, best, or the name of the signal
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,14 @@ class Recorder:
     copy: BestCopy | None = None  # newer than `newest`
     last_train: float | None = None  # nats per token of the last evaluation, on training text
     last_held_out: float | None = None  # and on held-out text
+    history: list[tuple[int, float]] = dataclasses.field(
+        default_factory=list
+    )  # step and held-out figure of every evaluation
+    measure: Measure | None = None  # of what the model says; None: nobody asks
     failed_saves: int = 0  # in a row
     rollbacks: int = 0  # since the newest save
     journal_failed: bool = False
-    stopped: str = ""  # done, or the name of the signal
+    stopped: str = ""  # done, best, or the name of the signal
 
     def take(self, event: Event) -> None:
         """Record one event of the loop and pass it on.
@@ -124,8 +133,27 @@ class Recorder:
                 self.stopped = reason
                 self.note("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
         self.listener(event)
+        if isinstance(event, Evaluated):
+            self._look_closer(event)
         if self.budget is not None:
             self._plan(event, self.budget)
+
+    def _look_closer(self, event: Evaluated) -> None:
+        """Measure how much is learnt by heart, and say so where the run has turned."""
+        if event.evaluation is not None:
+            self.history.append((event.step, event.evaluation.nats_per_token))
+        turns = None if event.evaluation is None else overfitting.turns(self.history)
+        at_last = turns is not None or event.step == self.state.total_steps
+        figures = None if self.measure is None else self.measure(event, at_last)
+        if figures is not None:
+            self.note("memorisation", {"step": event.step, **figures.as_dict()})
+            self.listener(Measured(event.step, figures))
+        if turns is not None:
+            self._notice(overfitting.sentence(turns, None if figures is None else figures.copied_share))
+
+    def best_is_behind(self) -> str | None:
+        """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
+        return "best" if self.config.until == "best" and overfitting.turned(self.history) else None
 
     def note(self, event: str, values: Mapping[str, Any], journal: Journal | None = None) -> None:
         """Add a line to a journal, by default metrics.jsonl; that it cannot be written is told once and ends nothing."""
@@ -275,15 +303,15 @@ class Recorder:
             return
         saved = self._load(found)
         self._extend(more_time=more_time)
-        for line in self.run.metrics.lines():
-            if line["event"] == "evaluation":
-                self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
+        self.stopped = self.best_is_behind() or ""
+        if self.stopped:
+            self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         self._notice(f"not bit-exact because: {changed}" if changed else "bit-exact resume")
 
     def _load(self, found: Checkpoint) -> store.Json:
         """Make a checkpoint the state of the run, cut the journals back to it, and return its `state.json`."""
-        saved = found.json(checkpoint.STATE)
+        saved, lines = found.json(checkpoint.STATE), list[tuple[int, float | None]]()
         match saved:
             case {"fingerprint": dict(), "journal_bytes": {"metrics.jsonl": int(metrics), "samples.jsonl": int(samples)}}:
                 pass
@@ -294,6 +322,11 @@ class Recorder:
         states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
+        for line in self.run.metrics.lines():
+            if line["event"] == "evaluation":
+                self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
+                lines.append((line["step"], line["nats_per_token"]))
+        self.history = [(step, nats) for step, nats in lines if nats is not None]
         self.newest, self.copy = found, None
         return saved
 

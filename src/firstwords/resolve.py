@@ -45,6 +45,8 @@ RESUMABLE = frozenset(
         "compile",
         "save_every_s",
         "on_nan",
+        "until",
+        "meter",
         "keep",
         "sample_prompt",
         "report",
@@ -260,6 +262,9 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
     from firstwords.planning import machine
 
     config = asked.config
+    if config.until == "best" and not prepared.val.n_tokens:
+        do = "leave it out, or give a --val-fraction or --val"
+        raise ConfigError("there is no held-out text to tell the best by", where="--until", do=do)
     if "model.vocab_size" not in asked.given:
         config = _with_model(config, vocab_size=prepared.tokenizer.vocab_size)
     if config.model.vocab_size < prepared.tokenizer.vocab_size:

@@ -275,7 +275,7 @@ def train(options: argparse.Namespace, console: Console, started_s: float) -> in
             **overrides,
         )
     console.trained(result)
-    return 0 if result.stopped == "done" else signals.exit_code(result.stopped)
+    return 0 if result.stopped in ("done", "best") else signals.exit_code(result.stopped)
 
 
 def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
@@ -288,7 +288,7 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
 
     from firstwords import api
 
-    figures, scores = None, None
+    figures, scores, memorised = None, None, None
     with console.progress() as listener:
         if kept is not None or out is not None:
             scores = api.evaluate_tasks(
@@ -303,7 +303,8 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
                 encoding=options.encoding,
                 listener=listener,
             )
-    console.evaluated(figures, scores)
+            memorised = api.memorisation(options.model, listener=listener)
+    console.evaluated(figures, scores, memorised)
     return 0
 
 

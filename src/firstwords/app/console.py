@@ -27,6 +27,7 @@ from firstwords.training.events import Listener
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported, Reported
     from firstwords.insight.explain import Explanation, TokenExplained
+    from firstwords.insight.memorisation import Memorisation
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.generate import Drawn
@@ -103,10 +104,13 @@ class Console:
                 f" (best checkpoint: step {result.best_step})"
             )
         self.out.print(f"run       {run}: {result.steps} steps in {duration(result.elapsed_s)}")
-        if result.stopped != "done":
+        if result.stopped == "best":
+            self.out.print(f"stopped   its best was behind; to go on: firstwords train --resume --out {run} --until end")
+        elif result.stopped != "done":
             self.out.print(f"stopped   by {result.stopped}; go on: firstwords train --resume --out {run}")
             return
-        self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
+        else:
+            self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
         self.out.print(f'speak     firstwords generate {run} --prompt "..."')
         self.out.print(f'explain   firstwords explain {run} "..."')
         report = RunFolder(Path(result.run)).report
@@ -114,16 +118,31 @@ class Console:
             self.out.print(f"report    {visible(str(report))}")
         self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
 
-    def evaluated(self, found: Scale | None, scores: Sequence[TaskScore] | None) -> None:
-        """Show how good a model is and what that is worth: on a text, at tasks, or both."""
+    def evaluated(self, found: Scale | None, scores: Sequence[TaskScore] | None, memorised: Memorisation | None) -> None:
+        """Show how good a model is and what that is worth: on a text, at tasks, or both; how much is learnt by heart."""
         if self.as_json:
             tasks = {} if scores is None else {"tasks": [score.as_dict() for score in scores]}
-            self._json({**(found.as_dict() if found else {}), **tasks})
+            memorisation = None if memorised is None else memorised.as_dict()
+            figures = {} if found is None else {**found.as_dict(), "memorisation": memorisation}
+            self._json({**figures, **tasks})
             return
         if found is not None:
             self._scaled(found)
+        if memorised is not None:
+            self._memorised(memorised)
         if scores is not None:
             self.out.print(_task_table(scores))
+
+    def _memorised(self, found: Memorisation) -> None:
+        def beside(share: float, natural: float | None) -> str:
+            return f"{share:.0%}" if natural is None else f"{share:.0%} (held-out text: {natural:.0%})"
+
+        self.out.print(f"copied of what it says {beside(found.copied_share, found.held_out_copied_share)}")
+        if found.place is not None:
+            place = f"document {found.place.document + 1}, character {found.place.character + 1}"
+            self.out.print(f"longest copy          {found.longest_copy_chars} characters, from {place}")
+            self.out.print(f"                      {one_line(found.longest_copy)!r}")
+        self.out.print(f"goes round in circles {beside(found.repeated, found.held_out_repeated)}")
 
     def explained(self, explanation: Explanation, page: str | None = None) -> None:
         """Show the six steps: the text in the colours of its surprise, a table of the tokens, what they come to."""

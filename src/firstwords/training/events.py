@@ -11,6 +11,7 @@ from firstwords.config import RunConfig
 from firstwords.text.corpus import Corpus
 
 if TYPE_CHECKING:
+    from firstwords.insight.memorisation import Memorisation
     from firstwords.training.evaluate import Evaluation
 
 
@@ -125,7 +126,15 @@ class RolledBack:
     reason: str
 
 
-Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack
+@dataclass(frozen=True)
+class Measured:
+    """It was measured how much of what the model says is learnt by heart."""
+
+    step: int
+    memorisation: Memorisation
+
+
+Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack | Measured
 Listener = Callable[[Told], None]
 
 
