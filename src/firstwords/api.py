@@ -274,7 +274,8 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
 
     def measure(event: Evaluated, at_last: bool) -> Memorisation | None:
-        if not (meter.text.is_kept or at_last):
+        due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
+        if not (at_last or (due and meter.text.is_kept)):
             return None
         prompts, held_out = _prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
         seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]

@@ -141,7 +141,7 @@ class RunConfig:
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
     for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
     until: Until = option("end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best")
-    meter: bool = option(True, "measure at each evaluation how much of what the model says is copied from the text")
+    meter: bool = option(True, "measure where evaluation and sample meet how much of what the model says is copied")
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
     batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
