@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from firstwords.runs.checkpoint import Checkpoint
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.loop import Forward
+    from firstwords.training.state import TrainState
     from firstwords.verify import Verdict
 
 Found = TypeVar("Found")
@@ -140,7 +141,6 @@ def train(
             loop.fit,
             recorder.state,
             taken(resolve.batches(settled, prepared), recorder.state),
-            resolve.fit_config(settled),
             evaluate=evaluate,
             sample=sample,
             forward=_forward(recorder),
@@ -149,7 +149,7 @@ def train(
         with recorder.naming_the_last_good_checkpoint():
             while not recorder.stopped:
                 try:
-                    for event in fit():
+                    for event in fit(resolve.fit_config(recorder.config)):
                         recorder.take(event)
                 except DivergedError as error:
                     recorder.roll_back(error)
@@ -187,20 +187,19 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     from firstwords.planning import machine
     from firstwords.recorder import Recorder
     from firstwords.training.evaluate import cost_in_tokens
-    from firstwords.training.state import initial
 
-    run, resume, device = asked.run, asked.texts is None, torch.device(config.device)
+    run, resume = asked.run, asked.texts is None
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
     if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
-    dtype = machine.DTYPES[config.precision]
-    state = initial(config.model, config.optim, config.seed, config.device, dtype, _start(config, run, listener))
+    config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
-    fingerprint = machine.fingerprint(device, config.precision, config.compile)
+    fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
     recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
     if resume:
         recorder.restore(more_time=asked.more_time)
+    if resume or checks:
         store.write(run.config, to_toml(config).encode())
     now_s = time.perf_counter()
     if config.for_s is not None:
@@ -210,9 +209,31 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
         deadline_s = started_s + config.for_s - used_s - report_s
         recorder.budget = budget.Budget(deadline_s, config.for_s, now_s, evaluation_steps)
     state.elapsed_s += now_s - started_s
-    recorder.note("resume" if resume else "start", {"step": state.step, "total_steps": state.total_steps})
+    begun = {"step": state.step, "total_steps": state.total_steps, "checks": checks}
+    recorder.note("resume" if resume else "start", begun)
     listener(Started(run.path, config, prepared, state.step))
     return recorder
+
+
+def _trusted(
+    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
+) -> tuple[RunConfig, TrainState, list[dict[str, Any]]]:
+    """Return the configuration with a way of computing that was checked, the state at step 0, and what the checks found."""
+    import torch
+
+    from firstwords.planning import machine, trust
+    from firstwords.training.state import initial
+
+    start = _start(config, asked.run, listener)
+    way, state, checks = trust.begun(
+        lambda way: initial(config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start),
+        resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
+        trust.Way(config.device, config.precision, config.compile),
+        lambda: machine.precision(asked.config.precision, torch.device("cpu")),
+        insist=config.trust_device,
+        notice=resolve.noticed(listener),
+    )
+    return dataclasses.replace(config, **vars(way)), state, [check.as_dict() for check in checks]
 
 
 def _described(source: str) -> tuple[dict[str, Any], bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from firstwords import store
-from firstwords.config import RunConfig
+from firstwords.config import RunConfig, to_toml
 from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
@@ -32,6 +32,7 @@ from firstwords.training.events import (
     Event,
     Listener,
     Measured,
+    MicroBatchCut,
     Notice,
     Planned,
     RolledBack,
@@ -126,6 +127,8 @@ class Recorder:
                 self._save()
             case CopyDue():
                 self._copy()
+            case MicroBatchCut():
+                self._cut(event)
             case Stopped(step, reason):
                 while self.newest is None or self.newest.step != step:
                     time.sleep(RETRY_S)
@@ -213,6 +216,16 @@ class Recorder:
             self.corpus.tokenizer.json,
             self.identity,
         )
+
+    def _cut(self, event: MicroBatchCut) -> None:
+        """Take over a smaller micro-batch, for a resumed run too; where that cannot be written, it finds it again."""
+        self.config = dataclasses.replace(self.config, micro_batch_size=event.micro_batch_size)
+        self.note("memory", dataclasses.asdict(event))
+        self._notice(f"the device's memory ran out; going on with micro-batches of {event.micro_batch_size}")
+        try:
+            store.write(self.run.config, to_toml(self.config).encode())
+        except FirstwordsError as error:
+            self._notice(f"{error}; the smaller micro-batch is not recorded")
 
     def _plan(self, event: Event, budget: Budget) -> None:
         """Let the time budget hear of the event, and take over its plan when one is due."""

@@ -43,6 +43,8 @@ RESUMABLE = frozenset(
         "precision",
         "threads",
         "compile",
+        "trust_device",
+        "micro_batch_size",
         "save_every_s",
         "on_nan",
         "until",

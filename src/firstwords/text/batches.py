@@ -28,6 +28,10 @@ class Batch:
     targets: Tensor  # (B, T) int64, IGNORE where a window is shorter than the context
     n_targets: int  # counted targets
 
+    def rows(self, end: int) -> Batch:
+        """Return the first `end` sequences."""
+        return Batch(self.tokens[:end], self.targets[:end], int((self.targets[:end] != IGNORE).sum()))
+
 
 @dataclass(frozen=True)
 class Batches:

@@ -70,7 +70,15 @@ class Stopped:
     reason: str
 
 
-Event = StepDone | Evaluated | Sampled | SaveDue | CopyDue | Stopped  # what the loop yields
+@dataclass(frozen=True)
+class MicroBatchCut:
+    """Memory ran out in an update, which is done again, as those to come, in smaller micro-batches."""
+
+    step: int  # updates done
+    micro_batch_size: int  # from here on
+
+
+Event = StepDone | Evaluated | Sampled | SaveDue | CopyDue | MicroBatchCut | Stopped  # what the loop yields
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,17 @@ from firstwords.errors import DivergedError
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
 from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import CopyDue, Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
+from firstwords.training.events import CopyDue, Evaluated, Event, MicroBatchCut, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState, all_finite, batch_index
 
 SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
 FIRST_SAVE = 3.0  # later saves hold AdamW's two means too, and take so many times as long as the one at step 0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
+
+
+class TooLargeError(Exception):
+    """A micro-batch does not fit into the device's memory; the state is as before its step."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def fit(
     A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
     model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, every
     `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless the last save took more than
-    a fiftieth of the time since: then a copy is due.
+    a fiftieth of the time since: then a copy is due. Where a device's memory runs out, the micro-batch is halved and the
+    update done again: its gradient is the same, up to rounding.
 
     Args:
         state: Changed in place.
@@ -76,7 +82,13 @@ def fit(
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
         batch, lr = batches(state.step), learning_rate(state.step, config.optim, state.total_steps)
-        losses = train_step(state, batch, config, lr, forward)
+        losses = None
+        with suppress(TooLargeError):  # which holds on to the step's memory until it is gone
+            losses = train_step(state, batch, config, lr, forward)
+        if losses is None:
+            config = dataclasses.replace(config, micro_batch_size=_smaller(config.micro_batch_size, len(batch.tokens)))
+            yield MicroBatchCut(state.step, config.micro_batch_size)
+            continue
         yield _count(state, batch.n_targets, lr, losses, started_s, began_s)
         last = state.step == state.total_steps
         due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
@@ -122,6 +134,11 @@ def _count(
     )
 
 
+def _smaller(micro_batch_size: int, batch_size: int) -> int:
+    """Return the largest micro-batch of at most half the size that divides the batch."""
+    return max(rows for rows in range(1, micro_batch_size // 2 + 1) if batch_size % rows == 0)
+
+
 def _look(
     state: TrainState,
     evaluate: Callable[[int], tuple[float, Evaluation | None]],
@@ -158,11 +175,12 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
 
     Raises:
         DivergedError: The loss, a gradient, a weight or an optimizer's number is not finite. Nothing is updated.
+        TooLargeError: The device's memory ran out while the gradient was formed. Nothing is updated.
     """
     model, device = state.model, state.model.tok_emb.weight.device
     model.train()
     loss = torch.zeros((), device=device)
-    with _seeded(config.seed, state.step, device):
+    with _fitting(model, config.micro_batch_size), _seeded(config.seed, state.step, device):
         for start in range(0, len(batch.tokens), config.micro_batch_size):
             rows = slice(start, start + config.micro_batch_size)
             tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
@@ -197,6 +215,18 @@ def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> float:
     """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had."""
     limit = math.inf if max_grad_norm is None else max_grad_norm
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+@contextmanager
+def _fitting(model: torch.nn.Module, micro_batch_size: int) -> Iterator[None]:
+    """Raise a TooLargeError where a device's memory runs out inside and the micro-batch can be smaller."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, or on some devices one that only says so
+        if micro_batch_size == 1 or "out of memory" not in str(error).lower():
+            raise
+        model.zero_grad(set_to_none=True)
+        raise TooLargeError from error
 
 
 @contextmanager
