@@ -229,7 +229,7 @@ def _trusted(
         lambda way: initial(config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
-        lambda: machine.precision(asked.config.precision, torch.device("cpu")),
+        lambda: machine.precision(asked.config.precision, torch.device("cpu"), resolve.cache_folder().parent),
         insist=config.trust_device,
         notice=resolve.noticed(listener),
     )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import Compile, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
+from firstwords.planning import known
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
@@ -277,7 +278,8 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         )
     device = machine.device(config.device)
     with machine.threads(config.threads):
-        precision = machine.precision(config.precision, device)
+        key, cache = machine.key(device), cache_folder().parent
+        precision = machine.precision(config.precision, device, cache)
         flops_per_s = machine.flops_per_s(device, machine.DTYPES[precision])
     config = _fitted(config, asked.given, prepared, flops_per_s)
     model, batch_size = config.model, config.batch_size
@@ -302,8 +304,22 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         device=str(device),
         precision=precision,
         threads=config.threads or torch.get_num_threads(),
-        compile="off" if config.compile == "auto" else config.compile,
+        compile=_compile(config, precision, flops_per_s, known.read(cache, key)),
     )
+
+
+def _compile(config: RunConfig, precision: Precision, flops_per_s: float, found: known.Known) -> Compile:
+    """Return whether to compile; for `auto`, where it was measured for this shape and the run is long enough."""
+    from firstwords.planning import recipe
+
+    if config.compile != "auto":
+        return config.compile
+    compiling = found.compiling.get(known.shape_of(config.model, precision))
+    if config.steps is None:
+        tokens = recipe.expected_tokens(config.model, config.for_s or 0.0, flops_per_s)
+    else:
+        tokens = float(config.steps * (config.batch_size or 1) * config.model.context_length)
+    return "on" if compiling is not None and compiling.pays(tokens) else "off"
 
 
 def _fitted(config: RunConfig, given: frozenset[str], prepared: Corpus, flops_per_s: float) -> RunConfig:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from firstwords.config import Precision
 from firstwords.errors import ConfigError, DataError
+from firstwords.planning import known, system
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MUCH_FASTER = 1.5  # bfloat16 must win by this much to be worth its rounding
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # What glibc itself comes to in a process that frees large blocks; set once, it adapts no more.
 GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-PROBE_SIZE, PROBE_TIMES = 512, 5
+PROBE_SIZE, PROBE_TIMES, RATE_TIMES = 512, 5, 15
 
 
 def device(name: str) -> torch.device:
@@ -90,23 +93,53 @@ def memory_kept() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def precision(name: Precision, where: torch.device) -> Precision:
-    """Return `float32` or `bfloat16`; for `auto`, bfloat16 if its matrix products are much faster on this device."""
+def precision(name: Precision, where: torch.device, cache: Path | None = None) -> Precision:
+    """Return `float32` or `bfloat16`; for `auto`, bfloat16 if its matrix products are much faster on this device.
+
+    Args:
+        name: What is wanted.
+        where: The device.
+        cache: Where measured rates are kept; None: they are measured, and not kept.
+    """
     if name != "auto":
         return name
-    faster = flops_per_s(where, torch.bfloat16) > MUCH_FASTER * flops_per_s(where, torch.float32)
-    return "bfloat16" if faster else "float32"
+    found = rates(where) if cache is None else known_rates(where, cache)
+    return "bfloat16" if found["bfloat16"] > MUCH_FASTER * found["float32"] else "float32"
+
+
+def known_rates(where: torch.device, cache: Path) -> dict[str, float]:
+    """Return `rates` as they were measured when this machine was first asked for them."""
+    found = known.read(cache, key(where))
+    if not found.rates.keys() >= DTYPES.keys():
+        found = known.Known(rates(where), found.compiling)
+        known.remember(cache, key(where), found)
+    return found.rates
+
+
+def rates(where: torch.device) -> dict[str, float]:
+    """Return the operations a second of square matrix products in each precision, at their best of some turns."""
+    times_s: dict[str, list[float]] = {name: [] for name in DTYPES}
+    for _ in range(RATE_TIMES):  # in turns: what else runs here slows all of them
+        for name, dtype in DTYPES.items():
+            times_s[name].append(_product_s(torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)))
+    return {name: 2 * PROBE_SIZE**3 / min(times) for name, times in times_s.items()}
 
 
 def flops_per_s(where: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of square matrix products, measured in some milliseconds."""
     a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
-    times_s = []
-    for _ in range(PROBE_TIMES):
-        started_s = time.perf_counter()
-        float((a @ a)[0, 0])  # reading a value waits for the device
-        times_s.append(time.perf_counter() - started_s)
-    return 2 * PROBE_SIZE**3 / statistics.median(times_s)
+    return 2 * PROBE_SIZE**3 / statistics.median(_product_s(a) for _ in range(PROBE_TIMES))
+
+
+def _product_s(a: torch.Tensor) -> float:
+    started_s = time.perf_counter()
+    float((a @ a)[0, 0])  # reading a value waits for the device
+    return time.perf_counter() - started_s
+
+
+def key(where: torch.device) -> dict[str, Any]:
+    """Return all that what was measured depends on."""
+    return {**fingerprint(where, "", ""), "machine": platform.machine(), "processor": system.processor()}
 
 
 def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:
@@ -128,8 +161,5 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def memory_bytes() -> int | None:
-    """Return this machine's memory, or None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    """Return the memory that this process may have, or None where the system does not tell."""
+    return system.look().memory_bytes
