@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, scale, tasks, explain, report, info, verify, import, export, bench.
+"""The verbs as functions: train, load, evaluate, scale, tasks, explain, report, info, verify, import, export, bench, doctor.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
+    from firstwords.planning.doctor import Report
     from firstwords.planning.measure import Mark
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
@@ -721,11 +722,12 @@ def verify(source: str | Path, *, replay: int | None = None) -> Verdict:
     return verify_run(run, replay)
 
 
-def bench(presets: Sequence[str] = BENCH_PRESETS) -> Iterator[Mark]:
+def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> Iterator[Mark]:
     """Yield how fast this machine is and where firstwords stands on it, as it is measured: about a minute in all.
 
     Args:
         presets: The models that learn and speak.
+        compiled: Measure instead what compiling them takes and gives, and keep it for `--compile auto`.
 
     Raises:
         ConfigError: No such preset.
@@ -736,7 +738,14 @@ def bench(presets: Sequence[str] = BENCH_PRESETS) -> Iterator[Mark]:
     from firstwords.planning import machine, measure
 
     with machine.threads(None):
-        yield from measure.marks(presets)
+        yield from measure.compiled_marks(presets, resolve.cache_folder().parent) if compiled else measure.marks(presets)
+
+
+def doctor() -> Report:
+    """Return what this machine is, what firstwords will use of it and what is wrong, measured anew in some seconds."""
+    from firstwords.planning.doctor import examine
+
+    return examine(resolve.cache_folder().parent, Path("runs"))
 
 
 def import_model(

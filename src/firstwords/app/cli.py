@@ -62,6 +62,10 @@ def main(arguments: Sequence[str]) -> int:
         if not _is_out_of_memory(error):
             raise
         return _failed(_out_of_memory(error), as_json=as_json, debug=debug)
+    except ImportError as error:
+        if "torch" not in (error.name or ""):
+            raise
+        return _failed(_no_torch(error), as_json=as_json, debug=debug)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
@@ -92,6 +96,11 @@ def _out_of_memory(error: Exception) -> ConfigError:
         why=(str(error) or type(error).__name__).partition("\n")[0],
         do="take a smaller preset, --micro-batch-size or --model.context-length, or end other programs",
     )
+
+
+def _no_torch(error: ImportError) -> ConfigError:
+    do = "firstwords doctor says more; or: pip install --force-reinstall 'torch>=2.11,<2.14'"
+    return ConfigError("PyTorch cannot be loaded", where="this machine", why=str(error).partition("\n")[0], do=do)
 
 
 def _failed(error: FirstwordsError, *, as_json: bool, debug: bool) -> int:
@@ -180,6 +189,8 @@ def parser() -> Parser:
     made.add_argument("--type", metavar="f32|f16|q8_0", help="of a GGUF file's matrices (default f32)")
     made = verb("bench", bench, "how fast this machine is, and where firstwords stands on it")
     made.add_argument("presets", nargs="*", metavar="PRESET", help="the models that learn and speak; default: two sizes")
+    made.add_argument("--compile", action="store_true", help="measure whether compiling pays, for --compile auto")
+    verb("doctor", doctor, "what this machine is, what firstwords will use of it, and what is wrong with it")
     return top
 
 
@@ -442,8 +453,16 @@ def bench(options: argparse.Namespace, console: Console, started_s: float) -> in
     """Say how fast this machine is."""
     from firstwords import api
 
-    console.benched(api.bench(options.presets or api.BENCH_PRESETS))
+    console.benched(api.bench(options.presets or api.BENCH_PRESETS, compiled=options.compile))
     return 0
+
+
+def doctor(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say what this machine is, and what is wrong with it."""
+    from firstwords import api
+
+    found = console.examined(api.doctor)
+    return 0 if found.ok else ConfigError.exit_code
 
 
 def _require_within(value: int, least: int, most: int, name: str) -> None:

@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.generate import Drawn
     from firstwords.model.language_model import Said
+    from firstwords.planning.doctor import Report
     from firstwords.planning.measure import Mark
     from firstwords.recorder import TrainResult
     from firstwords.text.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
 BAR_PER_BIT, LONGEST_BAR_BITS = 2, 12  # of the scale of bits per byte, where 8 is chance
+LEVELS = {"ok": "green", "warn": "yellow", "bad": "red"}
 GOOD, FAIR = 0.5, 0.05  # probabilities from which a token is shown green, yellow
 # How the surprise map is coloured, from the heat that stands first on: in many colours, and in sixteen.
 HEATS = (
@@ -265,6 +267,20 @@ class Console:
         for line in (*found.words, *([found.caveat] if found.caveat else [])):
             self.out.print(visible(line))
 
+    def examined(self, examine: Callable[[], Report]) -> Report:
+        """Show what a machine is and what is wrong with it, and return that."""
+        with self.err.status("looking and measuring"):
+            found = examine()
+        if self.as_json:
+            self._json(found.as_dict())
+            return found
+        for name, value in _described_machine(found):
+            self.out.print(f"{name:9} {visible(value)}")
+        for finding in found.findings:
+            do = f": {finding.do}" if finding.do else ""
+            self.out.print(Text(f"{finding.level:9} {visible(finding.what)}{visible(do)}", LEVELS[finding.level]))
+        return found
+
     def _figures(self, found: Evaluation) -> None:
         self.out.print(f"bits per byte         {found.bits_per_byte:.4f}")
         self.out.print(f"perplexity            {found.perplexity:.2f} (unsure among so many tokens)")
@@ -336,6 +352,28 @@ def _legend(column: int) -> Text:
     for least, styles in HEATS[1:]:
         shown.append(f" {least * HOTTEST:g} ", styles[column])
     return shown
+
+
+def _described_machine(found: Report) -> Iterator[tuple[str, str]]:
+    machine, torch, uses = found.machine, found.torch, found.uses
+    cores = f"{machine.usable_cores} of {machine.cores} cores"
+    quota = "" if machine.core_quota is None else f", the time of {machine.core_quota:g}"
+    yield "machine", f"{machine.name}, Python {machine.python}"
+    yield "processor", f"{machine.processor}, {cores}{quota}; {' '.join(machine.instructions)}"
+    if machine.memory_bytes is not None:
+        free = "" if machine.available_bytes is None else f", {machine.available_bytes / 1e9:.1f} GB free"
+        yield "memory", f"{machine.memory_bytes / 1e9:.1f} GB{free}"
+    for place in found.places:
+        yield place.what, f"{place.path}: {place.free_bytes / 1e9:.1f} GB free"
+    folder, size = found.compile_cache
+    yield "compiler", found.compiler or f"there; what it made is in {folder}: {size / 1e6:.0f} MB"
+    if torch is not None:
+        yield "PyTorch", f"{torch.version}, built for {torch.built_for}, {torch.capability}, {torch.threads} threads"
+        yield "devices", ", ".join(f"{name} ({what})" for name, what in torch.devices.items())
+    if found.rates:
+        yield "measured", ", ".join(f"{mark.what} {mark.rate:,.0f} {mark.unit}" for mark in found.rates)
+    if uses:
+        yield "uses", f"{uses['device']} in {uses['precision']}, {uses['threads']} threads, compile {uses['compile']}"
 
 
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:

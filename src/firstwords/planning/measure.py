@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 
 from firstwords import store
 from firstwords.config import RunConfig, run_config
+from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import machine
+from firstwords.planning import known, machine
+from firstwords.planning.known import Compiling
 from firstwords.text import corpus, sources
 from firstwords.text.batches import Batch
 from firstwords.text.tokenizer import byte_tokenizer, gpt2
@@ -76,6 +78,37 @@ def marks(presets: Sequence[str]) -> Iterator[Mark]:
         weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
         yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", reading / weight_bytes)
     yield Mark("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")
+
+
+def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
+    """Yield what compiling a model of each preset takes, how fast it learns as it is, and how fast compiled.
+
+    It is kept for runs of the same shape, which `--compile auto` then compiles where they are long enough.
+
+    Raises:
+        ConfigError: It cannot be compiled here.
+    """
+    key = machine.key(torch.device("cpu"))
+    for name in presets:
+        context_length, config = run_config({"preset": name}).model.context_length, bench_config(name)
+        config = replace(config, model=replace(config.model, context_length=context_length))
+        rows = max(1, ROWS * CONTEXT // config.model.context_length)
+        tokens = rows * config.model.context_length
+        plain, compiled = training_step(config, rows), training_step(config, rows, torch.compile)
+        plain()
+        plain_s = seconds(plain, STEPS)
+        try:
+            first_s = seconds(compiled, 1)
+        except RuntimeError as error:
+            raise ConfigError("cannot be compiled", where=name, why=str(error).strip().partition("\n")[0]) from error
+        compiled_s = seconds(compiled, STEPS)
+        found = Compiling(max(0.0, first_s - compiled_s), (plain_s - compiled_s) / tokens)
+        before = known.read(cache, key)
+        shape = known.shape_of(config.model, config.precision)
+        known.write(cache, key, replace(before, compiling={**before.compiling, shape: found}))
+        yield Mark(f"compiling, {name}", found.takes_s, "s")
+        yield Mark(f"learning, {name}", tokens / plain_s, "tokens/s")
+        yield Mark(f"learning, {name}, compiled", tokens / compiled_s, "tokens/s")
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
