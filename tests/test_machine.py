@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from firstwords.planning import machine
+from command import Command, write
+from firstwords.config import run_config
+from firstwords.planning import known, machine, measure
+from firstwords.planning.known import Compiling, Known
 
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
@@ -48,3 +53,140 @@ def test_tiny_numbers_count_as_zero_inside_only() -> None:
     with machine.threads(None):
         assert (tiny * 0.5).item() == 0
     assert (tiny * 0.5).item() > 0
+
+
+CPU = torch.device("cpu")
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> list[None]:
+    """Let measuring give these rates; the list grows with each measurement."""
+    times: list[None] = []
+
+    def rates(where: torch.device) -> dict[str, float]:
+        times.append(None)
+        return {"float32": 1e9, "bfloat16": bfloat16}
+
+    monkeypatch.setattr(machine, "rates", rates)
+    return times
+
+
+def test_the_precision_is_measured_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = measured(monkeypatch, 4e9)
+    assert [machine.precision("auto", CPU, tmp_path) for _ in range(3)] == ["bfloat16"] * 3
+    assert len(times) == 1
+    assert machine.precision("float32", CPU, tmp_path) == "float32"
+    measured(monkeypatch, 1e9)
+    assert machine.precision("auto", CPU, tmp_path) == "bfloat16"  # what is known counts, until doctor measures anew
+    assert machine.precision("auto", CPU) == "float32"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"key": {}, "rates": {"float32": 1, "bfloat16": 9}, "compiling": {}}',
+        b'{"key": KEY, "rates": {"float32": "fast", "bfloat16": 9}, "compiling": {}}',
+        b'{"key": KEY, "rates": {"float32": -1, "bfloat16": 9}, "compiling": {}}',
+        b'{"key": KEY, "rates": {"float32": true, "bfloat16": NaN}, "compiling": {}}',
+        b'{"key": KEY, "rates": [], "compiling": {}}',
+        b'{"key": KEY, "rates": {}, "compiling": 1}',
+    ],
+)
+def test_what_is_damaged_or_of_another_machine_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    times = measured(monkeypatch, 4e9)
+    machine.precision("auto", CPU, tmp_path)
+    (path,) = (tmp_path / known.FOLDER).iterdir()
+    good = path.read_bytes()
+    write(path, content.replace(b"KEY", json.dumps(machine.key(CPU)).encode()))
+    assert machine.precision("auto", CPU, tmp_path) == "bfloat16"
+    assert len(times) == 2
+    assert path.read_bytes() == good
+
+
+def test_what_was_measured_with_other_threads_or_another_pytorch_is_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = measured(monkeypatch, 4e9)
+    machine.precision("auto", CPU, tmp_path)
+    with machine.threads(2):
+        machine.precision("auto", CPU, tmp_path)
+    monkeypatch.setattr(torch, "__version__", "2.12.0")
+    machine.precision("auto", CPU, tmp_path)
+    assert len(times) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = measured(monkeypatch, 4e9)
+    place = write(tmp_path / "a file", "in the way")
+    assert [machine.precision("auto", CPU, place) for _ in range(2)] == ["bfloat16"] * 2
+    assert len(times) == 2
+
+
+def test_what_is_known_is_read_as_it_was_written(tmp_path: Path) -> None:
+    wanted = Known({"float32": 1.5e11, "bfloat16": 9e11}, {"0123": Compiling(21.0, -1e-5), "4567": Compiling(9.0, 2e-5)})
+    known.write(tmp_path, {"a": 1}, wanted)
+    assert known.read(tmp_path, {"a": 1}) == wanted
+    assert known.read(tmp_path, {"a": 2}) == Known()
+
+
+def test_compiling_pays_in_long_runs_and_never_where_it_is_slower() -> None:
+    faster, slower = Compiling(20.0, 1e-4), Compiling(20.0, -1e-4)
+    assert [faster.pays(tokens) for tokens in (1e5, 1e6)] == [False, True]
+    assert not slower.pays(1e12)
+
+
+def test_the_compiled_part_depends_on_the_shape_and_not_on_the_vocabulary() -> None:
+    model = run_config().model
+    shape = known.shape_of(model, "float32")
+    assert known.shape_of(dataclasses.replace(model, vocab_size=999, tied_head=False), "float32") == shape
+    others = [
+        known.shape_of(model, "bfloat16"),
+        *(
+            known.shape_of(dataclasses.replace(model, **change), "float32")
+            for change in ({"emb_dim": 96}, {"drop_rate": 0.1})
+        ),
+    ]
+    assert shape not in others
+
+
+def test_a_run_is_compiled_where_that_was_measured_to_pay(
+    tmp_path: Path, command: Command, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda features: features)  # the choice is looked at, not the compiler
+    flags = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
+    flags += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64"]
+    flags += ["--model.context-length=32"]
+
+    def recorded(out: str) -> str:
+        assert command("train", text, "--out", out, *flags).code == 0
+        return next(line for line in Path(out, "config.toml").read_text().splitlines() if line.startswith("compile"))
+
+    assert recorded("unknown") == 'compile = "off"'
+    model = run_config({"model.emb_dim": 32, "model.n_heads": 2, "model.n_layers": 1, "model.ff_dim": 64}).model
+    model = dataclasses.replace(model, context_length=32)
+    for number, saves_s in enumerate((1.0, 1e-6)):
+        with machine.threads(1):
+            found = Known({}, {known.shape_of(model, "float32"): Compiling(20.0, saves_s)})
+            known.write(tmp_path / "cache", machine.key(CPU), found)
+        assert recorded(f"known-{number}") == f'compile = "{"on" if saves_s == 1.0 else "off"}"'
+
+
+def test_bench_measures_whether_compiling_pays_and_keeps_it(
+    command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda features: features)
+    monkeypatch.setattr(measure, "STEPS", 1)
+    marks = command("bench", "laptop-small", "--compile", "--json").json["marks"]
+    assert [mark["what"] for mark in marks] == [
+        "compiling, laptop-small",
+        "learning, laptop-small",
+        "learning, laptop-small, compiled",
+    ]
+    (kept,) = (here / "cache" / known.FOLDER).iterdir()
+    (compiling,) = json.loads(kept.read_text())["compiling"].values()
+    assert compiling["takes_s"] == marks[0]["rate"]
