@@ -236,13 +236,13 @@ def memory_for(rows: int) -> Iterator[list[int]]:
     """Let the device's memory run out inside where a micro-batch has more rows; yields the sizes that were tried."""
     features, tried = GPTModel.features, list[int]()
 
-    def within(self: GPTModel, tokens: Tensor, cache: Any = None) -> Tensor:
-        if not self.training or cache is not None or tokens.shape[1] < self.config.context_length:
-            return features(self, tokens, cache)
+    def within(self: GPTModel, tokens: Tensor, *cached: Any) -> Tensor:
+        if not self.training or cached or tokens.shape[1] < self.config.context_length:
+            return features(self, tokens, *cached)
         tried.append(len(tokens))
         if len(tokens) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return features(self, tokens, cache)
+        return features(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPTModel, "features", within)
