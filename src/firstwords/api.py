@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
-    from firstwords.planning.doctor import Report
+    from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
@@ -741,7 +741,7 @@ def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> 
         yield from measure.compiled_marks(presets, resolve.cache_folder().parent) if compiled else measure.marks(presets)
 
 
-def doctor() -> Report:
+def doctor() -> Diagnosis:
     """Return what this machine is, what firstwords will use of it and what is wrong, measured anew in some seconds."""
     from firstwords.planning.doctor import examine
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.generate import Drawn
     from firstwords.model.language_model import Said
-    from firstwords.planning.doctor import Report
+    from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
     from firstwords.recorder import TrainResult
     from firstwords.text.tokenizer import Tokenizer
@@ -267,7 +267,7 @@ class Console:
         for line in (*found.words, *([found.caveat] if found.caveat else [])):
             self.out.print(visible(line))
 
-    def examined(self, examine: Callable[[], Report]) -> Report:
+    def examined(self, examine: Callable[[], Diagnosis]) -> Diagnosis:
         """Show what a machine is and what is wrong with it, and return that."""
         with self.err.status("looking and measuring"):
             found = examine()
@@ -354,7 +354,7 @@ def _legend(column: int) -> Text:
     return shown
 
 
-def _described_machine(found: Report) -> Iterator[tuple[str, str]]:
+def _described_machine(found: Diagnosis) -> Iterator[tuple[str, str]]:
     machine, torch, uses = found.machine, found.torch, found.uses
     cores = f"{machine.usable_cores} of {machine.cores} cores"
     quota = "" if machine.core_quota is None else f", the time of {machine.core_quota:g}"

@@ -75,7 +75,7 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """All that was found."""
 
     machine: System
@@ -97,7 +97,7 @@ class Report:
         return {"ok": self.ok, **asdict(self), "rates": [mark.as_dict() for mark in self.rates]}
 
 
-def examine(cache: Path, runs: Path, environment: Mapping[str, str] = os.environ) -> Report:
+def examine(cache: Path, runs: Path, environment: Mapping[str, str] = os.environ) -> Diagnosis:
     """Return what is found, measured anew in some seconds; the rates are kept in `cache` for the runs to come.
 
     Args:
@@ -110,13 +110,13 @@ def examine(cache: Path, runs: Path, environment: Mapping[str, str] = os.environ
     findings = [*of_system(machine), *of_places(places)]
     if problem := torch_problem():
         findings.append(Finding("bad", f"PyTorch does not work: {problem}", INSTALL))
-        return Report(machine, places, compiler, compiled, None, findings=tuple(findings))
+        return Diagnosis(machine, places, compiler, compiled, None, findings=tuple(findings))
     torch = _torch()
     findings += [*of_torch(torch, nvidia=Path("/proc/driver/nvidia").exists()), *of_threads(torch, machine, environment)]
     findings += [Finding("warn", f"there is no compiling: {compiler}", "only --compile on needs it")] if compiler else []
     rates, uses, measured = _measured(cache, machine, torch, compiler)
     findings += measured
-    return Report(machine, places, compiler, compiled, torch, rates, uses, tuple(findings))
+    return Diagnosis(machine, places, compiler, compiled, torch, rates, uses, tuple(findings))
 
 
 def of_system(machine: System) -> Iterator[Finding]:
