@@ -115,11 +115,8 @@ class Recorder:
         match event:
             case StepDone():
                 self.note("step", dataclasses.asdict(event))
-            case Evaluated(step, train_nats_per_token, evaluation, best, _):
-                figures = dict.fromkeys(EVALUATION_KEYS) if evaluation is None else evaluation.as_dict()
-                line = {"step": step, "train_nats_per_token": train_nats_per_token, **figures, "best": best}
-                self.note("evaluation", line)
-                self.last_train, self.last_held_out = train_nats_per_token, figures["nats_per_token"]
+            case Evaluated():
+                self._evaluated(event)
             case Sampled(step, text):
                 self.note("sample", {"step": step, "text": text}, self.run.samples)
                 self.note("sample", {"step": step})
@@ -129,17 +126,27 @@ class Recorder:
                 self._copy()
             case MicroBatchCut():
                 self._cut(event)
-            case Stopped(step, reason):
-                while self.newest is None or self.newest.step != step:
-                    time.sleep(RETRY_S)
-                    self._save()
-                self.stopped = reason
-                self.note("stop", {"step": step, "reason": reason, "elapsed_s": self.state.elapsed_s})
+            case Stopped():
+                self._stop(event)
         self.listener(event)
         if isinstance(event, Evaluated):
             self._look_closer(event)
         if self.budget is not None:
             self._plan(event, self.budget)
+
+    def _evaluated(self, event: Evaluated) -> None:
+        figures = dict.fromkeys(EVALUATION_KEYS) if event.evaluation is None else event.evaluation.as_dict()
+        learnt = {"step": event.step, "train_nats_per_token": event.train_nats_per_token}
+        self.note("evaluation", {**learnt, **figures, "best": event.best})
+        self.last_train, self.last_held_out = event.train_nats_per_token, figures["nats_per_token"]
+
+    def _stop(self, event: Stopped) -> None:
+        """Journal the end, once its state is saved."""
+        while self.newest is None or self.newest.step != event.step:
+            time.sleep(RETRY_S)
+            self._save()
+        self.stopped = event.reason
+        self.note("stop", {"step": event.step, "reason": event.reason, "elapsed_s": self.state.elapsed_s})
 
     def _look_closer(self, event: Evaluated) -> None:
         """Measure how much is learnt by heart, and say so where the run has turned."""
