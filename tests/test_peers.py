@@ -149,6 +149,6 @@ def test_going_on_makes_a_model_from_elsewhere_better(tmp_path: Path, transforme
     evaluations = [line for line in api.RunFolder(tmp_path / "run").metrics.lines() if line["event"] == "evaluation"]
     assert run.bits_per_byte is not None
     print(f"\nheld-out bits per byte: {evaluations[0]['bits_per_byte']:.3f} before, {run.bits_per_byte:.3f} after 100 steps")
-    assert run.bits_per_byte < evaluations[0]["bits_per_byte"] / 2
+    assert run.bits_per_byte < evaluations[0]["bits_per_byte"] - 1  # the words' frequencies alone are worth that
     lm = api.load(tmp_path / "run")
     assert lm.model.out_head.weight is lm.model.tok_emb.weight
