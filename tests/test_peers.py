@@ -145,7 +145,15 @@ def test_going_on_makes_a_model_from_elsewhere_better(tmp_path: Path, transforme
     gpt2_json = tmp_path / "theirs/tokenizer.json"
     gpt2_json.write_bytes(gpt2().json)
     text = texts / "tinyshakespeare.txt"
-    run = api.train(text, out=tmp_path / "run", from_=str(tmp_path / "theirs"), steps=100, batch_size=8)
+    run = api.train(
+        text,
+        out=tmp_path / "run",
+        from_=str(tmp_path / "theirs"),
+        steps=100,
+        batch_size=8,
+        eval_every=100,
+        val_fraction=0.02,
+    )
     evaluations = [line for line in api.RunFolder(tmp_path / "run").metrics.lines() if line["event"] == "evaluation"]
     assert run.bits_per_byte is not None
     print(f"\nheld-out bits per byte: {evaluations[0]['bits_per_byte']:.3f} before, {run.bits_per_byte:.3f} after 100 steps")
