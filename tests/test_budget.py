@@ -66,3 +66,21 @@ def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: P
     rates = [line["lr"] for line in lines if line["event"] == "step"]
     assert plans[-1]["total_steps"] == run.steps == len(rates)
     assert rates[-1] < 0.05 * max(rates)
+
+
+def test_a_run_whose_plan_was_changed_on_the_way_replays_exactly(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    run = tmp_path / "run"
+    steps = api.train(tmp_path / "story.txt", out=run, for_s=4, keep=1000, optim={"decay": "linear"}, **TINY).steps
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    plans = [json.loads(line) for line in lines if json.loads(line)["event"] == "plan"]
+    assert len(plans) >= 2
+    assert 0 < plans[0]["step"] < plans[-1]["step"] < steps
+    found = api.verify(run, replay=steps).replay
+    assert found is not None
+    assert found.ok, found.problem
+    changed = [line.replace('"total_steps": ', '"total_steps": 1') if '"plan"' in line else line for line in lines]
+    (run / "metrics.jsonl").write_text("\n".join(changed) + "\n")
+    other = api.verify(run, replay=steps).replay  # the negative control: the rates follow the plans
+    assert other is not None
+    assert not other.ok

@@ -10,7 +10,6 @@ import pytest
 
 from conftest import STORY
 from firstwords import api
-from firstwords.config import run_config
 from firstwords.planning import recipe
 
 
@@ -34,12 +33,20 @@ def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(c
     assert rows == 1 or recipe.BATCH_TOKENS / 1.5 < rows * context_length < recipe.BATCH_TOKENS * 1.5
 
 
-def test_more_time_is_more_tokens_in_proportion_and_a_larger_model_learns_from_fewer() -> None:
-    small, large = (run_config({"preset": name}).model for name in ("laptop", "laptop-large"))
-    once, twice, thrice = (recipe.expected_tokens(small, seconds, 1e11) for seconds in (60, 120, 180))
-    assert thrice - twice == pytest.approx(twice - once)
+def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() -> None:
+    once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, held_out_tokens=0) for seconds in (600, 1200, 1800))
+    assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
     assert once > 0
-    assert recipe.expected_tokens(large, 60, 1e11) < once
+    assert recipe.expected_tokens(600, 1e4, held_out_tokens=50_000) < once
+
+
+@pytest.mark.parametrize("seconds", [30.0, 180.0, 3600.0])
+@pytest.mark.parametrize("held_out_tokens", [0, 50_000])
+def test_the_time_that_tokens_take_is_the_inverse_of_the_tokens_that_a_time_gives(
+    seconds: float, held_out_tokens: int
+) -> None:
+    tokens = recipe.expected_tokens(seconds, 2e4, held_out_tokens)
+    assert recipe.elapsed_s(tokens, 2e4, held_out_tokens) == pytest.approx(seconds, rel=0.09)  # the share of evaluations
 
 
 def test_a_text_that_is_read_often_is_learnt_with_more_dropout() -> None:

@@ -1,4 +1,4 @@
-"""The verbs as functions: train, load, evaluate, scale, tasks, explain, report, info, verify, import, export, bench, doctor.
+"""The verbs as functions: plan, train, load, evaluate, scale, explain, report, info, verify, import, export, bench, doctor.
 
 Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
 stand inside the functions.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,14 +21,14 @@ from firstwords import reading, resolve, store
 from firstwords.config import RunConfig, did_you_mean, flatten, from_toml, model_config, run_config, to_toml
 from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError, FirstwordsError, NoInputError
 from firstwords.model import cost
-from firstwords.planning import budget
+from firstwords.planning import budget, facts
 from firstwords.runs import folder as run_folder
 from firstwords.runs import signals
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Notice, Preparing, Started, ignore
+from firstwords.training.events import Listener, Notice, Preparing, ignore
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
+    from firstwords.planning.plan import Plan
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
     from firstwords.runs.checkpoint import Checkpoint
@@ -126,17 +129,20 @@ def train(
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
     prepared = resolve.prepare(asked, listener)
     listener(Preparing("starting PyTorch", None))
+    with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
+        looked_at = beside.submit(_looked_at, prepared)
 
-    from firstwords.planning import machine
-    from firstwords.training import loop
-    from firstwords.training.state import taken
+        from firstwords.planning import machine
+        from firstwords.training import loop
+        from firstwords.training.state import taken
 
-    settled = resolve.settled(asked, prepared)
+    settled, expected = resolve.settled(asked, prepared, *looked_at.result())
     with machine.threads(settled.threads), machine.memory_kept(), asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
         store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))
         recorder = _begin(asked, settled, prepared, listener, started_s)
+        recorder.begin(None if resume else expected.as_dict())
         evaluate, sample = _looks(recorder)
         fit = functools.partial(
             loop.fit,
@@ -181,6 +187,12 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     store.write(run.report, report.report([record.read(run, corpus)], _passage_explained(lm, corpus)))
 
 
+def _looked_at(prepared: Corpus) -> tuple[float, float]:
+    """Return how hard a prepared text is, and how much of it repeats itself."""
+    sample = facts.sample_of(prepared)
+    return sample.difficulty(prepared.tokenizer), sample.repeated
+
+
 def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float) -> Recorder:
     """Return the record of a run at its first or resumed step; the caller holds the run's lock."""
     import torch
@@ -205,14 +217,12 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     now_s = time.perf_counter()
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
-        evaluation_steps = cost_in_tokens(prepared.val) / ((config.batch_size or 1) * config.model.context_length)
+        evaluation_steps = cost_in_tokens(prepared.val.n_tokens) / ((config.batch_size or 1) * config.model.context_length)
         report_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
         deadline_s = started_s + config.for_s - used_s - report_s
         recorder.budget = budget.Budget(deadline_s, config.for_s, now_s, evaluation_steps)
     state.elapsed_s += now_s - started_s
-    begun = {"step": state.step, "total_steps": state.total_steps, "checks": checks}
-    recorder.note("resume" if resume else "start", begun)
-    listener(Started(run.path, config, prepared, state.step))
+    recorder.checks = checks
     return recorder
 
 
@@ -235,6 +245,57 @@ def _trusted(
         notice=resolve.noticed(listener),
     )
     return dataclasses.replace(config, **vars(way)), state, [check.as_dict() for check in checks]
+
+
+def plan(
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    for_s: float | str | None = None,
+    target_bits_per_byte: float | None = None,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> Plan:
+    """Return what could be trained on a text in a time, how good it would be, and what to take; some ten seconds.
+
+    Args:
+        text: Files and folders, or "-"; None: the built-in text.
+        for_s: The time budget: seconds, or `3m`; by default three minutes.
+        target_bits_per_byte: How good it should be, instead; the answer is how long that takes.
+        encoding: Of the text files; by default recognised.
+        listener: Told what happens.
+
+    Raises:
+        FirstwordsError: No such text, an empty one, an impossible time or target.
+    """
+    if for_s is not None and target_bits_per_byte is not None:
+        raise ConfigError("a time and a target are both named", where="--target-bits-per-byte", do="give one of them")
+    if target_bits_per_byte is not None and not 0 < target_bits_per_byte < math.inf:
+        what = f"cannot be {target_bits_per_byte}"
+        raise ConfigError(what, where="--target-bits-per-byte", do="give a number above 0, such as 2.1")
+    config = run_config({} if for_s is None else {"for_s": for_s})
+    named = () if text is None else _named(text)
+    texts = sources.read(named, encoding=encoding, notice=resolve.noticed(listener))
+    found = facts.read(
+        texts, val_fraction=config.val_fraction, progress=lambda what, share: listener(Preparing(what, share))
+    )
+    listener(Preparing("starting PyTorch", None))
+
+    import torch
+
+    from firstwords.planning import machine, measure, speed
+    from firstwords.planning import plan as plans
+
+    where = torch.device("cpu")
+    with machine.threads(None):
+        precision = machine.precision("auto", where)
+        listener(Preparing("measuring this machine", None))
+        measured = measure.learning_speed(precision)
+        fingerprint = machine.fingerprint(where, precision, "off")
+    speed.remember(resolve.cache_folder().parent, fingerprint, measured)
+    here = plans.Machine(measured, precision, machine.free_bytes())
+    listener(Preparing("planning", None))
+    made = plans.plan(found, here, config.for_s or resolve.DEFAULT_FOR_S, target_bits_per_byte)
+    return dataclasses.replace(made, machine=made.machine | fingerprint)
 
 
 def _described(source: str) -> tuple[dict[str, Any], bytes]:

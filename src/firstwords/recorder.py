@@ -39,6 +39,7 @@ from firstwords.training.events import (
     Sampled,
     Saved,
     SaveDue,
+    Started,
     StepDone,
     Stopped,
 )
@@ -70,6 +71,8 @@ class TrainResult:
     precision: str
     seed: int
     stopped: str  # done, best, or the name of the signal
+    memory_bytes: int | None  # the most that the process had
+    predicted: dict[str, Any] | None  # before the first step: steps, elapsed_s, memory_bytes, bits_per_byte and more
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,16 @@ class Recorder:
     rollbacks: int = 0  # since the newest save
     journal_failed: bool = False
     stopped: str = ""  # done, best, or the name of the signal
+    predicted: dict[str, Any] | None = None  # of the run as a whole, before its first step
+    checks: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the device, before its first step
+
+    def begin(self, predicted: dict[str, Any] | None) -> None:
+        """Journal that training begins, with what is expected of it; or, where nothing is predicted now, that it goes on."""
+        fresh = predicted is not None
+        self.predicted = predicted or self.predicted
+        line = {"step": self.state.step, "total_steps": self.state.total_steps, "checks": self.checks}
+        self.note("start" if fresh else "resume", {**line, "predicted": predicted} if fresh else line)
+        self.listener(Started(self.run.path, self.config, self.corpus, self.state.step, self.predicted))
 
     def take(self, event: Event) -> None:
         """Record one event of the loop and pass it on.
@@ -146,7 +159,8 @@ class Recorder:
             time.sleep(RETRY_S)
             self._save()
         self.stopped = event.reason
-        self.note("stop", {"step": event.step, "reason": event.reason, "elapsed_s": self.state.elapsed_s})
+        told = {"elapsed_s": self.state.elapsed_s, "memory_bytes": machine.peak_bytes(), "predicted": self.predicted}
+        self.note("stop", {"step": event.step, "reason": event.reason, **told})
 
     def _look_closer(self, event: Evaluated) -> None:
         """Measure how much is learnt by heart, and say so where the run has turned."""
@@ -292,6 +306,8 @@ class Recorder:
             precision=self.config.precision,
             seed=self.config.seed,
             stopped=self.stopped,
+            memory_bytes=machine.peak_bytes(),
+            predicted=self.predicted,
         )
 
     def _best(self) -> tuple[int, float | None, str]:
@@ -323,6 +339,9 @@ class Recorder:
             return
         saved = self._load(found)
         self._extend(more_time=more_time)
+        starts = [line for line in self.run.metrics.lines() if line["event"] == "start"]
+        if starts and not more_time:
+            self.predicted = self._still_true(starts[-1].get("predicted"))
         self.stopped = self.best_is_behind() or ""
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
@@ -387,6 +406,12 @@ class Recorder:
             what = f"the run has {state.step} steps already"
             raise ConfigError(what, where="--steps", do=f"give more than {state.step}, or begin a new run")
         state.total_steps = self.config.steps
+
+    def _still_true(self, predicted: Any) -> dict[str, Any] | None:
+        """Return what was predicted, unless another number of steps is wanted by now."""
+        if not isinstance(predicted, dict) or self.config.steps not in (None, predicted.get("steps")):
+            return None
+        return predicted
 
     def _notice(self, line: str) -> None:
         self.listener(Notice(line))

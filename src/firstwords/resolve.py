@@ -29,11 +29,18 @@ from firstwords.text.sources import Texts
 from firstwords.training.events import Listener, Notice, Preparing
 
 if TYPE_CHECKING:
+    import torch
+
+    from firstwords.config import Precision
+    from firstwords.planning.plan import Candidate, Machine, Tokens
+    from firstwords.planning.speed import Speed
     from firstwords.text.batches import Batches
+    from firstwords.text.corpus import Part
     from firstwords.training.loop import FitConfig
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+COUNTED_TOKENS = 1 << 22  # whose bytes are counted one by one; of more, a sample
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (
@@ -254,15 +261,21 @@ def recorded_corpus(run: RunFolder) -> Path | None:
         ) from error
 
 
-def settled(asked: Asked, prepared: Corpus) -> RunConfig:
-    """Return the configuration with everything decided that was left open: what the run records.
+def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0) -> tuple[RunConfig, Candidate]:
+    """Return the configuration with everything decided that was left open, which the run records, and what to expect of it.
+
+    Args:
+        asked: What the caller wants.
+        prepared: The text.
+        difficulty: Of the text; see `planning.difficulty`.
+        repeated: Of its sample; see `planning.facts`.
 
     Raises:
         ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
     """
     import torch
 
-    from firstwords.planning import machine
+    from firstwords.planning import machine, plan
 
     config = asked.config
     if config.until == "best" and not prepared.val.n_tokens:
@@ -280,20 +293,23 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
     with machine.threads(config.threads):
         key, cache = machine.key(device), cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
-        flops_per_s = machine.flops_per_s(device, machine.DTYPES[precision])
-    config = _fitted(config, asked.given, prepared, flops_per_s)
+        rate = speed(device, precision, config.compile)
+    config = dataclasses.replace(config, precision=precision)
+    tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
+    here = plan.Machine(rate, precision, machine.free_bytes())
+    config = _fitted(_chosen(config, asked, tokens, here), asked.given, tokens, here, prepared)
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
-    needed, there = cost.training_bytes(model, micro), machine.memory_bytes()
+    needed, there = cost.training_bytes(model, micro, precision), machine.memory_bytes()
     if device.type == "cpu" and there is not None and needed > there:
         raise ConfigError(
             f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
             where="--model.emb-dim",
             do="take a smaller preset, --micro-batch-size or --model.context-length",
         )
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         text=_absolute(config.text),
         val=None if config.val is None else _absolute((config.val,))[0],
@@ -302,41 +318,78 @@ def settled(asked: Asked, prepared: Corpus) -> RunConfig:
         micro_batch_size=micro,
         eval_every=config.eval_every or (max(1, config.steps // EVALUATIONS) if config.steps else None),
         device=str(device),
-        precision=precision,
         threads=config.threads or torch.get_num_threads(),
-        compile=_compile(config, precision, flops_per_s, known.read(cache, key)),
     )
+    expected = plan.of_config(config, tokens, here)
+    learnt = float(expected.steps * expected.batch_size * config.model.context_length)
+    return dataclasses.replace(config, compile=_compile(config, learnt, known.read(cache, key))), expected
 
 
-def _compile(config: RunConfig, precision: Precision, flops_per_s: float, found: known.Known) -> Compile:
-    """Return whether to compile; for `auto`, where it was measured for this shape and the run is long enough."""
-    from firstwords.planning import recipe
-
+def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:
+    """Return whether to compile; for `auto`, where it was measured for this shape and so many tokens are worth it."""
     if config.compile != "auto":
         return config.compile
-    compiling = found.compiling.get(known.shape_of(config.model, precision))
-    if config.steps is None:
-        tokens = recipe.expected_tokens(config.model, config.for_s or 0.0, flops_per_s)
-    else:
-        tokens = float(config.steps * (config.batch_size or 1) * config.model.context_length)
+    compiling = found.compiling.get(known.shape_of(config.model, config.precision))
     return "on" if compiling is not None and compiling.pays(tokens) else "off"
 
 
-def _fitted(config: RunConfig, given: frozenset[str], prepared: Corpus, flops_per_s: float) -> RunConfig:
+def speed(device: torch.device, precision: Precision, compiled: str) -> Speed:
+    """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds."""
+    from firstwords.planning import machine
+    from firstwords.planning import speed as speeds
+
+    known = speeds.remembered(cache_folder().parent, machine.fingerprint(device, precision, "off"))
+    if known is not None and compiled != "on":
+        return known
+    return speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+
+
+def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: float) -> Tokens:
+    """Return a prepared text as a plan sees it."""
+    from firstwords.planning.plan import Tokens
+
+    train = prepared.train
+    n_bytes = int(train.id_bytes[train.ids].sum()) if train.n_tokens <= COUNTED_TOKENS else _estimated_bytes(train)
+    name = "bpe" if tokenizer == "bpe" else prepared.tokenizer.name
+    return Tokens(name, prepared.tokenizer.vocab_size, len(train.ids), n_bytes, prepared.val.n_tokens, difficulty, repeated)
+
+
+def _estimated_bytes(part: Part) -> int:
+    step = len(part.ids) // COUNTED_TOKENS
+    return int(part.id_bytes[part.ids[::step]].mean() * len(part.ids))
+
+
+def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> RunConfig:
+    """Return the configuration with the preset that is recommended, where neither it nor a part of it was named."""
+    from firstwords.planning import plan
+
+    named = any(key == "preset" or key.startswith(("model.", "optim.")) for key in asked.given)
+    if named or asked.texts is None or config.from_ is not None or config.steps is not None or config.epochs is not None:
+        return config
+    for_s = config.for_s or DEFAULT_FOR_S
+    best = plan.recommended([plan.of_preset(tokens, preset, for_s, here) for preset in plan.PRESETS])
+    if best is None or best.preset == config.preset:
+        return config
+    other = run_config({"preset": best.preset, "model.vocab_size": config.model.vocab_size})
+    return dataclasses.replace(config, preset=best.preset, model=other.model, optim=other.optim)
+
+
+def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Machine, prepared: Corpus) -> RunConfig:
     """Return the configuration with what the run's length decides: batch, steps or time, and dropout."""
     from firstwords.planning import recipe
 
-    ring, context_length = len(prepared.train.ids), config.model.context_length
+    ring, context_length = tokens.training, config.model.context_length
     for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
-    tokens = None if config.epochs is None else config.epochs * ring
-    tokens = tokens if for_s is None else recipe.expected_tokens(config.model, for_s, flops_per_s)
-    batch_size = config.batch_size or recipe.batch_size(context_length, tokens)
+    learnt = None if config.epochs is None else config.epochs * ring
+    if for_s is not None:
+        learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out)
+    batch_size = config.batch_size or recipe.batch_size(context_length, learnt)
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:
-        tokens = steps * batch_size * context_length
-    if "model.drop_rate" not in given and tokens is not None and config.preset.startswith("laptop"):
-        config = _with_model(config, drop_rate=recipe.drop_rate(tokens / ring))
+        learnt = steps * batch_size * context_length
+    if "model.drop_rate" not in given and learnt is not None and config.preset.startswith("laptop"):
+        config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring))
     return dataclasses.replace(config, steps=steps, epochs=None)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from firstwords.app.console import Console
 
 EXAMPLES = """examples:
+  firstwords plan notes/ --for 10m               how good will it be, and will it fit?
   firstwords train notes/ --for 10m              pretrain on your text for ten minutes
   firstwords train --resume --out runs/notes     go on with a run
   firstwords generate runs/notes --prompt "Dear"
@@ -156,6 +157,11 @@ def parser() -> Parser:
         return made
 
     _train_flags(verb("train", train, "pretrain a GPT on text"))
+    made = verb("plan", plan, "what could be trained on a text, how long it takes and how good it will be")
+    made.add_argument("text", nargs="*", metavar="TEXT", help="files and folders, or -; default: a built-in text")
+    made.add_argument("--for", dest="for_s", metavar="TIME", help="the time budget, all in (default 3m)")
+    made.add_argument("--target-bits-per-byte", metavar="X", help="how good it should be; the answer is how long that takes")
+    made.add_argument("--encoding", help="encoding of the text files; by default recognised")
     for name, run, meaning in (
         ("eval", evaluate, "how good a model is on a text"),
         ("generate", generate, "let a model speak"),
@@ -287,6 +293,25 @@ def train(options: argparse.Namespace, console: Console, started_s: float) -> in
         )
     console.trained(result)
     return 0 if result.stopped in ("done", "best") else signals.exit_code(result.stopped)
+
+
+def plan(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+    """Say what could be trained."""
+    wish = options.target_bits_per_byte
+    target = None if wish is None else _number(wish, float, "--target-bits-per-byte")
+
+    from firstwords import api
+
+    with console.progress() as listener:
+        found = api.plan(
+            options.text or None,
+            for_s=options.for_s,
+            target_bits_per_byte=target,
+            encoding=options.encoding,
+            listener=listener,
+        )
+    console.planned(found, options.text)
+    return 0
 
 
 def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from firstwords import api
+from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import Said
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
+    from firstwords.planning.plan import Plan
     from firstwords.recorder import TrainResult
     from firstwords.text.tokenizer import Tokenizer
     from firstwords.training.evaluate import Evaluation
@@ -113,12 +115,42 @@ class Console:
             return
         else:
             self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
+        if result.predicted is not None:
+            self.out.print(f"predicted {plans.comparison(result, result.predicted)}")
         self.out.print(f'speak     firstwords generate {run} --prompt "..."')
         self.out.print(f'explain   firstwords explain {run} "..."')
         report = RunFolder(Path(result.run)).report
         if report.exists():
             self.out.print(f"report    {visible(str(report))}")
         self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
+
+    def planned(self, found: Plan, text: Sequence[str]) -> None:
+        """Show what could be trained, and what to take."""
+        if self.as_json:
+            self._json(found.as_dict())
+            return
+        self.out.print("\n".join(plans.text_lines(found)))
+        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        speed = "tokens/s" if found.target is None else "time"
+        for heading in ("candidate", "batch", "memory", speed, "steps", "epochs", "bits/byte", "by heart"):
+            table.add_column(heading, justify="left" if heading in ("candidate", "by heart") else "right", no_wrap=True)
+        for candidate in found.candidates:
+            style = "bold" if candidate == found.recommended else None
+            table.add_row(*plans.row(candidate, with_time=found.target is not None), style=style)
+        self.out.print(table)
+        self.out.print("bits/byte: held-out, in four runs of five; by heart: will it learn the text itself?")
+        beyond = dict.fromkeys(word for one in found.candidates if one.expected for word in one.expected.beyond)
+        if not all(one.fits for one in found.candidates):
+            self.out.print("! more memory than is free")
+        if beyond:
+            self.out.print(f"* a wide guess: {', '.join(beyond)}")
+        self.out.print(f"\ntake      {plans.taken(found)}\nbecause   {found.why}")
+        if found.recommended is not None:
+            named = " ".join(map(shlex.quote, text))
+            length = plans.time_flag(found.recommended.elapsed_s)
+            self.out.print(f"train     {visible(' '.join(filter(None, ('firstwords train', named, '--for', length))))}")
+        if found.hint:
+            self.out.print(f"hint      {found.hint}")
 
     def evaluated(self, found: Scale | None, scores: Sequence[TaskScore] | None, memorised: Memorisation | None) -> None:
         """Show how good a model is and what that is worth: on a text, at tasks, or both; how much is learnt by heart."""

@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from firstwords.app import plans
 from firstwords.app.words import duration, one_line, sparkline, visible
 from firstwords.model import cost
 from firstwords.training.events import (
@@ -225,4 +226,5 @@ def _introduction(told: Started) -> list[str]:
         f"run    {visible(str(told.run))}, {length} of {config.batch_size} sequences, {config.precision},"
         f" {config.threads} {'thread' if config.threads == 1 else 'threads'}"
         + (f", from step {told.step}" if told.step else ""),
+        *plans.expectation(told.predicted),
     ]

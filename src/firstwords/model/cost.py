@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from firstwords.config import ModelConfig
+from firstwords.config import ModelConfig, Precision
+
+PROCESS_BYTES = 395 << 20  # Python, PyTorch, a prepared text
+KEPT_BYTES = {("qwen3", 2): 1.8, ("qwen3", 4): 2.3, ("gpt2", 2): 1.3, ("gpt2", 4): 2.0}  # of each of `kept_numbers`
+EVALUATED_AT_ONCE = 8192  # tokens; training.evaluate
+LOGITS_BYTES, LOGITS_SHARE = 128 << 20, 1.5  # of a chunk of logits, at most; with what is formed of it
 
 
 def parameters(config: ModelConfig) -> int:
@@ -29,15 +34,22 @@ def training_flops(config: ModelConfig) -> int:
     return 6 * weights + 12 * config.n_layers * C * config.context_length
 
 
-def training_bytes(config: ModelConfig, micro_batch_size: int) -> int:
-    """Return a rough upper estimate of the memory of training, in bytes: state and activations in float32.
+def kept_numbers(config: ModelConfig) -> int:
+    """Return the numbers that a token leaves for backward: about 20 C + 6 hidden channels a layer, by the modules."""
+    return config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
 
-    State: weights, gradients and AdamW's two means, 16 bytes a parameter. Activations: about 20 C + 6 hidden channels a
-    token and layer are kept for backward (counted from the modules), doubled for what is temporary.
+
+def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precision = "float32") -> int:
+    """Return about the peak memory of a process that trains on a processor, in bytes.
+
+    Python with PyTorch; weights, gradients and AdamW's two means (or Muon's one, and its work), 16 bytes a parameter; what a
+    micro-batch leaves for backward; the logits of an evaluation. The factors are measured: less is kept than the modules
+    compute, as much of it is formed a second time.
     """
-    tokens = micro_batch_size * config.context_length
-    kept = config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
-    return 16 * parameters(config) + 2 * 4 * tokens * kept
+    item = 2 if precision == "bfloat16" else 4
+    kept = KEPT_BYTES[config.block, item] * micro_batch_size * config.context_length * kept_numbers(config)
+    logits = LOGITS_SHARE * min(LOGITS_BYTES, EVALUATED_AT_ONCE * config.vocab_size * item)
+    return int(PROCESS_BYTES + 16 * parameters(config) + kept + logits)
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
@@ -47,9 +59,9 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 def micro_batch_size(config: ModelConfig, batch_size: int) -> int:
     """Return the largest divisor of `batch_size` whose forward pass has at most 8,192 tokens and keeps at most 4 GiB."""
-    state = training_bytes(config, 0)
 
     def fits(rows: int) -> bool:
-        return rows * config.context_length <= 8192 and training_bytes(config, rows) - state <= 4 << 30
+        tokens = rows * config.context_length
+        return tokens <= 8192 and 8 * tokens * kept_numbers(config) <= 4 << 30
 
     return max((rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and fits(rows)), default=1)

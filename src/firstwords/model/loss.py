@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firstwords.model.cost import LOGITS_BYTES
 from firstwords.text.batches import IGNORE
 
-CHUNK_BYTES = 128 << 20  # of logits: each chunk adds once to the gradient of the whole table, so few are better
+CHUNK_BYTES = LOGITS_BYTES  # of logits: each chunk adds once to the gradient of the whole table, so few are better
 WORDS_AT_ONCE = 8192  # rows of the table whose gradient is formed together: products of that size are the fastest
 TINY = 1e-30  # far above the smallest float32
 PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache

@@ -75,11 +75,16 @@ class Budget:
         self._planned_looks, look_s = self._looks, self._look_s
         left_s = max(0.0, self.deadline_s - self.now_s)
         if eval_every is None:
-            looks = min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * self.total_s / max(look_s, 1e-3))))
-            eval_every = max(1, int(GROWTH * max(0.0, left_s - looks * look_s) / step_s / looks))
+            planned = looks(self.total_s, look_s)
+            eval_every = max(done + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
         steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
         self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
         return done + steps, eval_every
+
+
+def looks(total_s: float, look_s: float) -> int:
+    """Return how many evaluations of so many seconds a budget has room for."""
+    return min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * total_s / max(look_s, 1e-3))))
 
 
 def _steps_within(left_s: float, step_s: float, look_s: float, done: int, eval_every: int) -> int:

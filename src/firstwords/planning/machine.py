@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # What glibc itself comes to in a process that frees large blocks; set once, it adapts no more.
 GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 PROBE_SIZE, PROBE_TIMES, RATE_TIMES = 512, 5, 15
+CGROUP_FILES = ("memory.max", "memory.current")
 
 
 def device(name: str) -> torch.device:
@@ -83,6 +85,7 @@ def memory_kept() -> Iterator[None]:
     if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
+    libc.malloc_trim(0)  # what preparing a text left
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -167,3 +170,37 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def memory_bytes() -> int | None:
     """Return the memory that this process may have, or None where the system does not tell."""
     return system.look().memory_bytes
+
+
+def free_bytes() -> int | None:
+    """Return the memory that a new process can have now, or None where the system does not tell."""
+    known = [count for count in (_available_bytes(), _allowed_bytes()) if count is not None]
+    return min(known) if known else memory_bytes()
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that this process ever had, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _available_bytes() -> int | None:
+    """Return what Linux has free, with what it would give up at once."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _allowed_bytes() -> int | None:
+    """Return what is left of the limit that a container sets, where one does."""
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip() for name in CGROUP_FILES)
+    except OSError:
+        return None
+    return int(limit) - int(used) if limit.isdecimal() else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from firstwords import store
-from firstwords.config import RunConfig, run_config
+from firstwords.config import Precision, RunConfig, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel
@@ -24,6 +24,7 @@ from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import known, machine
 from firstwords.planning.known import Compiling
+from firstwords.planning.speed import Speed
 from firstwords.text import corpus, sources
 from firstwords.text.batches import Batch
 from firstwords.text.tokenizer import byte_tokenizer, gpt2
@@ -31,6 +32,7 @@ from firstwords.training import loop, state
 
 ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
+MEASURED_PRESETS, MEASURED_TOKENS, MEASURED_STEPS = ("laptop-small", "laptop", "laptop-large"), 2048, 3
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
 READ_BYTES = 1 << 30
@@ -58,6 +60,17 @@ def bench_config(preset: str) -> RunConfig:
     shape = {"model.vocab_size": vocab_size, "model.context_length": min(CONTEXT, config.model.context_length)}
     precision = machine.precision("auto", torch.device("cpu"))
     return run_config({"preset": preset, "precision": precision, **shape})
+
+
+def learning_speed(precision: Precision) -> Speed:
+    """Return how fast this machine's CPU learns, from whole training steps of some sizes: some seconds in all."""
+    points = []
+    for preset in MEASURED_PRESETS:
+        shape = {"model.vocab_size": BPE_WORDS, "precision": precision}
+        config = run_config({"preset": preset, **shape})
+        rows = max(1, MEASURED_TOKENS // config.model.context_length)
+        points.append((config.model, step_s(config, rows, MEASURED_STEPS) / (rows * config.model.context_length)))
+    return Speed(tuple(points))
 
 
 def marks(presets: Sequence[str]) -> Iterator[Mark]:

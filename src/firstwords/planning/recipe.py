@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 
-from firstwords.config import ModelConfig
-from firstwords.model import cost
+from firstwords.planning import budget
+from firstwords.training.evaluate import cost_in_tokens
 
-START_S = 4.0  # of a time budget pass before the first step, about
-PRODUCT_SHARE = 0.43  # of the machine's matrix products, about, that a small model reaches from there on, all in
+START_S = 4.0  # pass before the first step, about
+END_S = 1.0  # pass after the last evaluation, with the report, about
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
 
 
-def expected_tokens(model: ModelConfig, for_s: float, flops_per_s: float) -> float:
+def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float) -> float:
     """Return from how many tokens a run of so many seconds will learn, about.
 
     Args:
-        model: Its shape.
         for_s: The time budget, all in.
-        flops_per_s: Of this machine's matrix products, in the run's precision.
+        tokens_per_s: At which this machine learns.
+        held_out_tokens: Of the text that the run judges itself by.
     """
-    return max(1.0, for_s - START_S) * PRODUCT_SHARE * flops_per_s / cost.training_flops(model)
+    look_s = cost_in_tokens(held_out_tokens) / tokens_per_s
+    left_s = for_s - START_S - END_S - budget.looks(for_s, look_s) * look_s
+    return tokens_per_s * max(1.0, left_s)
+
+
+def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float) -> float:
+    """Return how long a run on so many tokens takes, all in, about: the inverse of `expected_tokens`."""
+    look_s, learning_s = cost_in_tokens(held_out_tokens) / tokens_per_s, tokens / tokens_per_s
+    return START_S + END_S + learning_s + budget.looks(learning_s, look_s) * look_s
 
 
 def batch_size(context_length: int, run_tokens: float | None) -> int:

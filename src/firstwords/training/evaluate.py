@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from firstwords.model.cost import EVALUATED_AT_ONCE
 from firstwords.model.gpt import GPTModel
 from firstwords.model.loss import bits_per_byte, perplexity, token_figures, token_nats
 from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
-TOKENS_AT_ONCE = 8192  # fixed, so that a figure never depends on a run's batch size
+TOKENS_AT_ONCE = EVALUATED_AT_ONCE  # fixed, so that a figure never depends on a run's batch size
 HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
 FIRST_TOKENS = 4096  # and at step 0, when nothing is learnt that would be worth more time
 TRAINING_TOKENS = 512  # that the training figure of an evaluation is made from, at least
@@ -157,12 +158,12 @@ def held_out_tokens(step: int) -> int:
     return HELD_OUT_TOKENS if step else FIRST_TOKENS
 
 
-def cost_in_tokens(part: Part) -> float:
-    """Return from how many tokens a run could learn while it judges itself on a part, about.
+def cost_in_tokens(held_out_tokens: float) -> float:
+    """Return from how many tokens a run could learn while it judges itself on a part of so many, about.
 
     The windows overlap by half, and a forward pass takes a third of a step.
     """
-    return (2 * min(part.n_tokens, HELD_OUT_TOKENS) + TRAINING_TOKENS) / 3
+    return (2 * min(held_out_tokens, HELD_OUT_TOKENS) + TRAINING_TOKENS) / 3
 
 
 def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from firstwords.config import RunConfig
 from firstwords.text.corpus import Corpus
@@ -104,6 +104,7 @@ class Started:
     config: RunConfig
     corpus: Corpus
     step: int
+    predicted: dict[str, Any] | None = None  # as JSON has it; None: nothing was
 
 
 @dataclass(frozen=True)

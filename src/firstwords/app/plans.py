@@ -1,0 +1,83 @@
+"""A plan in words: what could be trained, what is expected of a run, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from firstwords.app.words import duration
+
+if TYPE_CHECKING:
+    from firstwords.planning.plan import Candidate, Plan
+    from firstwords.recorder import TrainResult
+
+RISKS = {"low": "hardly", "some": "in part", "high": "likely"}  # will the text be learnt by heart?
+
+
+def text_lines(found: Plan) -> list[str]:
+    """Return the lines that say what the text is and what the machine has."""
+    text, free = found.text, found.machine.get("free_bytes")
+    count = "1 document" if text["n_documents"] == 1 else f"{text['n_documents']:,} documents"
+    scripts = ", ".join(f"{name} {share:.0%}" for name, share in text["scripts"].items()) or "no letters"
+    tokens = ", ".join(f"{count:,} ({name})" for name, count in text["tokens"].items())
+    memory = "" if free is None else f", {free / 1e9:.1f} GB of memory free"
+    return [
+        f"text      {text['n_bytes']:,} bytes in {count}; {scripts}; {text['repeated']:.0%} of it stood before",
+        f"tokens    about {tokens}",
+        f"machine   {found.machine['threads']} threads, {found.machine['precision']}{memory}",
+    ]
+
+
+def row(candidate: Candidate, *, with_time: bool) -> tuple[str, ...]:
+    """Return a candidate's cells: its speed, or with a target its time."""
+    memory = f"{candidate.memory_bytes / 1e9:.1f} GB" + ("" if candidate.fits else " !")
+    expected = candidate.expected
+    return (
+        f"{candidate.preset} {candidate.tokenizer}",
+        str(candidate.batch_size),
+        memory,
+        duration(candidate.elapsed_s) if with_time else f"{candidate.tokens_per_s:,.0f}",
+        f"{candidate.steps:,}",
+        f"{candidate.epochs:.1f}",
+        "" if expected is None else f"{expected.low:.2f}-{expected.high:.2f}" + ("*" if expected.beyond else " "),
+        RISKS[candidate.by_heart],
+    )
+
+
+def taken(found: Plan) -> str:
+    """Return which candidate is recommended."""
+    best = found.recommended
+    return "none of them" if best is None else f"{best.tokenizer}, {best.preset}, batch {best.batch_size}"
+
+
+def expectation(predicted: Mapping[str, Any] | None) -> list[str]:
+    """Return the line that says what is expected of a run."""
+    if predicted is None:
+        return []
+    bits = predicted["bits_per_byte"]
+    good = "" if bits is None else f", {bits[0]:.2f} to {bits[2]:.2f} bits per byte held out"
+    rough = " (rough: " + "; ".join(predicted["beyond"]) + ")" if predicted["beyond"] else ""
+    return [
+        f"plan   about {predicted['steps']:,} steps, {predicted['epochs']:.1f} epochs, {duration(predicted['elapsed_s'])},"
+        f" {predicted['memory_bytes'] / 1e9:.1f} GB of memory{good}{rough}"
+    ]
+
+
+def comparison(result: TrainResult, predicted: Mapping[str, Any]) -> str:
+    """Return what was predicted against what came of it."""
+    bits, memory = predicted["bits_per_byte"], result.memory_bytes
+    parts = [
+        f"{predicted['steps']:,} steps (came to {result.steps:,})",
+        f"{duration(predicted['elapsed_s'])} ({duration(result.elapsed_s)})",
+        f"{predicted['memory_bytes'] / 1e9:.2f} GB" + ("" if memory is None else f" ({memory / 1e9:.2f})"),
+    ]
+    if bits is not None and result.bits_per_byte is not None:
+        parts.append(f"{bits[0]:.2f} to {bits[2]:.2f} bits per byte ({result.bits_per_byte:.3f})")
+    return ", ".join(parts)
+
+
+def time_flag(seconds: float) -> str:
+    """Return a time as the command line takes it: `90s`, `3m`."""
+    whole = max(1, math.ceil(seconds))
+    return f"{whole // 60}m" if whole % 60 == 0 else f"{whole}s"

@@ -1,0 +1,230 @@
+"""What of a text decides what can be learnt from it: size, writing, what it repeats, and how hard it is to predict."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from firstwords.planning import difficulty
+from firstwords.text import corpus as corpora
+from firstwords.text.corpus import Corpus, Part, Progress, silent
+from firstwords.text.sources import Document, Texts
+from firstwords.text.tokenizer import Tokenizer
+
+PASSAGE_BYTES = 64  # repeated to the letter, they are no chance
+FINGERPRINTS = 64  # one passage of so many is remembered
+FINGERPRINT_BYTES = 64 << 20  # of a text are searched for repeated passages
+FEWEST_SHARE = 0.01  # of the letters that a script must have to be named
+ENGLISH = re.compile(rb"\b(?:the|and|of|to|in|that|he|was|it|is|for|with|as|his|on|be|at|by|I)\b")
+ENGLISH_SHARE, PROSE_SIGNS = 0.15, 0.02  # of the words; of the characters that are brackets and the like
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Evenly spread parts of a text, to learn from and held out, of at most so many bytes as `difficulty` says."""
+
+    training: tuple[bytes, ...]  # chunks in order
+    held_out: tuple[bytes, ...]
+
+    def difficulty(self, tokenizer: Tokenizer) -> float:
+        """Return how hard the text is; see `planning.difficulty`. Without held-out text, the last tenth is judged."""
+        training, held_out = b"".join(self.training), b"".join(self.held_out)
+        packed = [_heads(self.training, difficulty.PACKED_TRAINING), _heads(self.held_out, difficulty.PACKED_HELD_OUT)]
+        if not held_out:
+            cut = len(training) - max(1, len(training) // 10)
+            training, held_out = training[:cut], training[cut:]
+            packed = [training[-difficulty.PACKED_TRAINING :], held_out[: difficulty.PACKED_HELD_OUT]]
+        known, new = (np.concatenate([*tokenizer.stream([part.decode(errors="ignore")])]) for part in (training, held_out))
+        _, pairs, triples = difficulty.ngram_bits(known, new, tokenizer.vocab_size, most=3)
+        return difficulty.bits_per_byte(pairs / len(held_out), triples / len(held_out), difficulty.xz_bits(*packed))
+
+    @property
+    def repeated(self) -> float:
+        """Share of the passages that stood somewhere before in the sample, to the letter."""
+        passages = _Passages()
+        for chunk in self.training:
+            passages.add(chunk)
+        return passages.repeated
+
+
+def _heads(chunks: Sequence[bytes], most_bytes: int) -> bytes:
+    """Return the beginnings of the chunks, about `most_bytes` in all."""
+    return b"".join(chunk[: most_bytes // max(1, len(chunks))] for chunk in chunks)
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What was found in a text. Bytes are of UTF-8."""
+
+    n_bytes: int
+    n_chars: int
+    n_documents: int
+    training_chars: int
+    training_bytes: int
+    held_out_bytes: int
+    scripts: dict[str, float]  # share of the letters in the sample, the most used first
+    repeated: float  # share of the passages that stood somewhere before, to the letter
+    sample: Sample
+
+    @property
+    def is_english_prose(self) -> bool:
+        """Whether it looks like it: enough of the commonest words, few brackets."""
+        seen = _heads(self.sample.training, difficulty.PACKED_TRAINING)
+        words, signs = len(re.findall(rb"[A-Za-z]+", seen)), len(re.findall(rb"[{}()\[\]<>=;_\\]", seen))
+        return signs < PROSE_SIGNS * len(seen) and len(ENGLISH.findall(seen)) > ENGLISH_SHARE * max(1, words)
+
+
+def read(texts: Texts, *, val_fraction: float = 0.1, val: Texts | None = None, progress: Progress = silent) -> TextFacts:
+    """Return what is in a text; it is read twice, in constant memory.
+
+    Args:
+        texts: The documents.
+        val_fraction: The share of each document's end that is held out, as in training.
+        val: Texts that are held out as a whole, instead.
+        progress: Told what is done.
+
+    Raises:
+        DataError: No text, or nothing but white space.
+    """
+    found = corpora.survey(texts, progress)
+    fraction = 0.0 if val is not None else val_fraction
+    cuts = [int((1 - fraction) * n) for n in found.n_chars]
+    training, held_out = _Spread(sum(cuts), difficulty.TRAINING_BYTES), _Spread(found.total_chars - sum(cuts))
+    passages = _Passages()
+    for document, cut in zip(texts, cuts, strict=True):
+        _take(document, cut, training, held_out, passages)
+    if val is not None:
+        held_out = _Spread(corpora.survey(val, progress).total_chars)
+        for document in val:
+            _take(document, 0, training, held_out, None)
+    sample = Sample(training.sample, held_out.sample)
+    return TextFacts(
+        n_bytes=training.n_bytes + held_out.n_bytes,
+        n_chars=found.total_chars,
+        n_documents=len(found.n_chars),
+        training_chars=sum(cuts),
+        training_bytes=training.n_bytes,
+        held_out_bytes=held_out.n_bytes,
+        scripts=scripts(_heads(sample.training, difficulty.PACKED_TRAINING).decode(errors="ignore")),
+        repeated=passages.repeated,
+        sample=sample,
+    )
+
+
+def sample_of(corpus: Corpus) -> Sample:
+    """Return about the sample that `read` takes, from a prepared text."""
+    parts = ((corpus.train, difficulty.TRAINING_BYTES), (corpus.val, difficulty.HELD_OUT_BYTES))
+    return Sample(*(_decoded(part, corpus, most_bytes) for part, most_bytes in parts))
+
+
+def _decoded(part: Part, corpus: Corpus, most_bytes: int) -> tuple[bytes, ...]:
+    if not part.n_tokens:
+        return ()
+    token_bytes = max(1e-9, float(part.id_bytes[part.ids[: 1 << 16]].mean()))
+    ranges = _ranges(len(part.ids), difficulty.CHUNKS, int(most_bytes / difficulty.CHUNKS / token_bytes))
+    chunks = (part.ids[start:end] for start, end in ranges)
+    last = corpus.tokenizer.end_of_text
+    return tuple(corpus.tokenizer.encoding.decode_bytes(ids[ids != last].tolist()) for ids in chunks)
+
+
+def scripts(text: str) -> dict[str, float]:
+    """Return the writing systems of the letters with their shares, the most used first; rare ones are left out.
+
+    Unicode's names begin with the script: LATIN SMALL LETTER A.
+    """
+    letters = Counter(letter for letter in text if letter.isalpha())
+    names: Counter[str] = Counter()
+    for letter, count in letters.items():
+        names[unicodedata.name(letter, "OTHER").split(" ")[0].split("-")[0].capitalize()] += count
+    total = sum(names.values())
+    return {name: count / total for name, count in names.most_common() if count >= FEWEST_SHARE * total}
+
+
+def _take(document: Document, cut: int, training: _Spread, held_out: _Spread, passages: _Passages | None) -> None:
+    at = 0
+    for piece in document.pieces():
+        before = max(0, min(len(piece), cut - at))
+        training.add(piece[:before])
+        held_out.add(piece[before:])
+        if passages is not None:
+            passages.add(piece.encode())
+        at += len(piece)
+
+
+@dataclass
+class _Spread:
+    """Takes evenly spread chunks out of a stream of known length as it passes."""
+
+    total_chars: int
+    most_bytes: int = difficulty.HELD_OUT_BYTES
+    n_bytes: int = 0
+    _at: int = 0
+    _taken: dict[int, list[str]] = field(default_factory=dict)
+
+    def add(self, text: str) -> None:
+        self.n_bytes += len(text.encode())
+        for number, (start, end) in enumerate(self._wanted()):
+            if start < self._at + len(text) and end > self._at:
+                self._taken.setdefault(number, []).append(text[max(0, start - self._at) : end - self._at])
+        self._at += len(text)
+
+    def _wanted(self) -> Ranges:
+        return _ranges(self.total_chars, difficulty.CHUNKS, self.most_bytes // difficulty.CHUNKS)
+
+    @property
+    def sample(self) -> tuple[bytes, ...]:
+        """What was taken: of writings of several bytes a letter, the beginning of each chunk."""
+        size = self.most_bytes // max(1, len(self._taken))
+        return tuple("".join(parts).encode()[:size] for parts in self._taken.values())
+
+
+def _ranges(total: int, count: int, size: int) -> Ranges:
+    """Return `count` evenly spread ranges of `size`; one, of all, where that is not more."""
+    if total <= count * size:
+        return [(0, total)]
+    starts = (i * (total - size) // (count - 1) for i in range(count))
+    return [(start, start + size) for start in starts]
+
+
+class _Passages:
+    """Counts the passages that stood somewhere before, by a sample of their hashes.
+
+    Which passages are in the sample depends on their bytes alone, so that a copy is in it where its original is: Manber
+    1994, "Finding similar files in a large file system".
+    """
+
+    def __init__(self) -> None:
+        self._hashes: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        self._n_bytes = 0
+
+    def add(self, data: bytes) -> None:
+        """Take note of the passages of a piece."""
+        if self._n_bytes >= FINGERPRINT_BYTES or len(data) < PASSAGE_BYTES:
+            return
+        self._n_bytes += len(data)
+        hashes = _rolling(np.frombuffer(data, np.uint8).astype(np.uint64))
+        self._hashes.append(hashes[hashes >> np.uint64(58) == 0])  # 6 of 64 bits: one of 64
+
+    @property
+    def repeated(self) -> float:
+        """Share of the passages that are the second of their kind, or a later one."""
+        hashes: Iterator[Any] = iter(self._hashes)
+        every = np.concatenate([np.empty(0, np.uint64), *hashes])
+        return 1 - len(np.unique(every)) / len(every) if len(every) else 0.0
+
+
+def _rolling(data: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return a hash of the 64 bytes at each place: halves are joined again and again, all places at once."""
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    hashes, width = (data + np.uint64(1)) * odd, 1
+    while width < PASSAGE_BYTES:
+        hashes = (hashes[:-width] ^ (hashes[:-width] >> np.uint64(29))) * odd + hashes[width:]
+        width *= 2
+    return (hashes ^ (hashes >> np.uint64(32))) * odd

@@ -1,0 +1,309 @@
+"""What could be trained on this text in this time on this machine, how good it would be, and which of it to take.
+
+Pure: the text's facts, the machine's speed and its free memory come in, a table comes out. A run that chooses nothing takes
+the same recommendation, from the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from firstwords.config import ModelConfig, Precision, RunConfig, run_config
+from firstwords.model import cost
+from firstwords.planning import prediction, recipe
+from firstwords.planning.facts import TextFacts
+from firstwords.planning.prediction import Prediction, Situation
+from firstwords.planning.speed import Speed
+from firstwords.text import corpus as corpora
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.tokenizer import Tokenizer
+
+PRESETS = ("laptop-small", "laptop", "laptop-large")  # among them a run that names none chooses
+CHOICES = (*(("bpe", preset) for preset in PRESETS), ("bytes", "laptop"), ("gpt2", "gpt2-124m"))
+BETTER = 0.95  # of the expected bits per byte of `laptop` at which another preset is taken instead
+FREE_SHARE = 0.9  # of the free memory may be planned for
+FEW_EPOCHS, MANY_EPOCHS = 4, 15  # Muennighoff et al. 2023: until the first, a text read again is worth almost a new one
+BITS_A_PARAMETER = 3.6  # that a GPT can hold of a text: Morris et al. 2025 (arXiv:2505.24832)
+SMALL_TEXT_BYTES = 20 << 20  # below it a model that has read much else knows more English than the text can teach
+UNTRIED_RECIPE, UNTRIED_TOKENIZER = "a recipe that was not tried", "a tokenizer that was not tried"
+UNTRIED_TEXT = "a text that repeats itself a lot"
+Risk = Literal["low", "some", "high"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as a tokenizer makes it, as far as a plan depends on it."""
+
+    tokenizer: str
+    vocab_size: int
+    training: float  # tokens
+    training_bytes: float
+    held_out: float  # tokens
+    difficulty: float  # of the text; see `planning.difficulty`
+    repeated: float = 0.0  # of the text's sample
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan depends on of the machine."""
+
+    speed: Speed
+    precision: Precision
+    free_bytes: int | None = None  # None: the system does not tell
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that could be trained, and what would come of it."""
+
+    tokenizer: str
+    preset: str
+    parameters: int
+    batch_size: int
+    fits: bool
+    memory_bytes: int
+    tokens_per_s: float  # all in
+    steps: int
+    epochs: float
+    elapsed_s: float
+    expected: Prediction | None  # None: the law does not know a model that has learnt elsewhere
+    by_heart: Risk
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the candidate as JSON has it."""
+        expected, values = self.expected, dict(vars(self))
+        del values["expected"]
+        return {
+            **values,
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "epochs": round(self.epochs, 3),
+            "elapsed_s": round(self.elapsed_s, 1),
+            "bits_per_byte": expected and expected.range,
+            "beyond": list(expected.beyond) if expected else [],
+        }
+
+
+def of_preset(tokens: Tokens, preset: str, for_s: float, machine: Machine) -> Candidate:
+    """Return what a preset comes to on a text within a time budget."""
+    named = {"preset": preset, "tokenizer": tokens.tokenizer, "model.vocab_size": tokens.vocab_size}
+    return of_config(run_config(named, {"for_s": for_s, "precision": machine.precision}), tokens, machine)
+
+
+def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
+    """Return what a configuration comes to on a text.
+
+    Args:
+        config: With a time budget, or with a batch and steps.
+        tokens: The text.
+        machine: The machine.
+    """
+    model, rate = config.model, machine.speed.tokens_per_s(config.model)
+    learnt = float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
+    if config.for_s is not None:
+        learnt = recipe.expected_tokens(config.for_s, rate, tokens.held_out)
+    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt)
+    steps = max(1, int(learnt / (batch_size * model.context_length)))
+    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out)
+    micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
+    memory = cost.training_bytes(model, micro, config.precision)
+    return Candidate(
+        tokenizer=tokens.tokenizer,
+        preset=config.preset,
+        parameters=cost.parameters(model),
+        batch_size=batch_size,
+        fits=machine.free_bytes is None or memory <= FREE_SHARE * machine.free_bytes,
+        memory_bytes=memory,
+        tokens_per_s=steps * batch_size * model.context_length / elapsed_s,
+        steps=steps,
+        epochs=epochs,
+        elapsed_s=elapsed_s,
+        expected=_expected(config, tokens, learnt),
+        by_heart=by_heart(epochs, cost.parameters(model), tokens),
+    )
+
+
+def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | None:
+    if config.from_ is not None:
+        return None
+    read_bytes, parameters = learnt * bytes_a_token(tokens), cost.parameters(config.model)
+    situation = Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters)
+    return prediction.law().predict(situation, untried(config, tokens))
+
+
+def bytes_a_token(tokens: Tokens) -> float:
+    """Return the bytes of the text that a token stands for."""
+    return tokens.training_bytes / max(1.0, tokens.training)
+
+
+def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
+    """Return in what a configuration differs in kind from all runs that the law was fitted to."""
+    differs = {
+        UNTRIED_RECIPE: config.preset not in PRESETS,
+        UNTRIED_TOKENIZER: not tokens.tokenizer.startswith("bpe"),
+        UNTRIED_TEXT: tokens.repeated > prediction.MOST_REPEATED,
+    }
+    return tuple(name for name, is_so in differs.items() if is_so)
+
+
+def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:
+    """Return the risk that a model learns its text by heart: how often it reads it, and how much of it it can hold."""
+    can_hold = BITS_A_PARAMETER * parameters / max(1.0, tokens.difficulty * tokens.training_bytes)
+    if epochs <= FEW_EPOCHS:
+        return "low"
+    return "high" if epochs > MANY_EPOCHS and can_hold > 0.5 else "some"
+
+
+def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the candidate to take: `laptop` with a vocabulary of the text's own, unless another is clearly better.
+
+    Only what fits into memory, and whose recipe was tried, is recommended; and instead of `laptop` only what lies within
+    all that was tried.
+    """
+    known = _eligible(candidates)
+    usual = next((one for one in known if one.preset == "laptop"), None)
+    if usual is None:
+        return min(known, key=_bits, default=None)
+    surer = [one for one in known if one.expected and not one.expected.beyond and _bits(one) < BETTER * _bits(usual)]
+    return min(surer, key=_bits, default=usual)
+
+
+def _bits(candidate: Candidate) -> float:
+    return candidate.expected.mid if candidate.expected else math.inf
+
+
+def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> float | None:
+    """Return the seconds in which a preset would be as good as `bits`, most likely; None: in none."""
+    law, model = prediction.law(), _model(tokens, preset)
+    situation = Situation(tokens.difficulty, tokens.training_bytes, 0.0, cost.parameters(model))
+    n_bytes = law.text_for(bits, situation)
+    if n_bytes is None:
+        return None
+    learnt = n_bytes / bytes_a_token(tokens)
+    return recipe.elapsed_s(learnt, machine.speed.tokens_per_s(model), tokens.held_out)
+
+
+def _model(tokens: Tokens, preset: str) -> ModelConfig:
+    return run_config({"preset": preset, "model.vocab_size": tokens.vocab_size}).model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All candidates for a text, and which of them to take."""
+
+    machine: dict[str, Any]
+    text: dict[str, Any]
+    candidates: tuple[Candidate, ...]
+    recommended: Candidate | None
+    why: str
+    hint: str | None
+    target: float | None = None  # bits per byte that were wished for
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON has it."""
+        return {
+            "machine": self.machine,
+            "text": self.text,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "recommended": self.recommended and self.recommended.as_dict(),
+            "why": self.why,
+            "hint": self.hint,
+            "target_bits_per_byte": self.target,
+        }
+
+
+def tokenized(facts: TextFacts) -> dict[str, Tokens]:
+    """Return a text as each tokenizer of `CHOICES` makes it, estimated from its sample."""
+    known = {name: _tokenizer(name, facts) for name in dict.fromkeys(name for name, _ in CHOICES)}
+    seen = b"".join(facts.sample.held_out or facts.sample.training).decode(errors="ignore")
+    difficulty, found = facts.sample.difficulty(known["bpe"]), {}
+    repeated = facts.sample.repeated
+    for name, tokenizer in known.items():
+        share = len(tokenizer.encode(seen)) / len(seen.encode())  # tokens a byte
+        training, held_out = share * facts.training_bytes + facts.n_documents, share * facts.held_out_bytes
+        found[name] = Tokens(name, tokenizer.vocab_size, training, facts.training_bytes, held_out, difficulty, repeated)
+    return found
+
+
+def _tokenizer(name: str, facts: TextFacts) -> Tokenizer:
+    match name:
+        case "gpt2":
+            return tokenizers.gpt2()
+        case "bytes":
+            return tokenizers.byte_tokenizer()
+        case _:
+            size = corpora.fitting_vocab_size(facts.training_chars)
+            return tokenizers.train_bpe((chunk.decode(errors="ignore") for chunk in facts.sample.training), size)
+
+
+def plan(facts: TextFacts, machine: Machine, for_s: float, target: float | None = None) -> Plan:
+    """Return what each of `CHOICES` comes to within a time budget, or in the time that it takes to be as good as wished.
+
+    Args:
+        facts: The text.
+        machine: The machine.
+        for_s: The time budget.
+        target: Bits per byte to reach instead; what never gets there is left out.
+    """
+    texts = tokenized(facts)
+    times = {
+        choice: for_s if target is None else time_for(texts[choice[0]], choice[1], target, machine) for choice in CHOICES
+    }
+    found = [of_preset(texts[name], preset, s, machine) for (name, preset), s in times.items() if s is not None]
+    best = recommended(found) if target is None else soonest(found)
+    return Plan(
+        machine={"precision": machine.precision, "free_bytes": machine.free_bytes},
+        text=_described(facts, texts),
+        candidates=tuple(found),
+        recommended=best,
+        why=why(best, found, target),
+        hint=hint(facts),
+        target=target,
+    )
+
+
+def soonest(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return what reaches a target first, of what fits and whose recipe was tried."""
+    return min(_eligible(candidates), key=lambda one: one.elapsed_s, default=None)
+
+
+def _eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [one for one in candidates if one.fits and one.preset in PRESETS and one.tokenizer.startswith("bpe")]
+
+
+def why(best: Candidate | None, candidates: Sequence[Candidate], target: float | None) -> str:
+    """Return in words why a candidate is recommended, or why none is."""
+    if best is None and target is not None:
+        return f"no candidate that fits is expected to reach {target} bits per byte on this text, however long it learns"
+    if best is None:
+        return "none of the candidates fits into the free memory"
+    if target is not None:
+        return f"it is expected to reach {target} bits per byte first"
+    if best.preset == "laptop":
+        return f"no other that fits and was tried is expected to be better by more than {1 - BETTER:.0%}"
+    usual = next(one for one in candidates if (one.tokenizer, one.preset) == ("bpe", "laptop"))
+    return f"it is expected to be better than laptop by {1 - _bits(best) / _bits(usual):.0%}"
+
+
+def hint(facts: TextFacts) -> str | None:
+    """Return a hint where a model that has read much English would be likely to do better; None elsewhere."""
+    if not facts.is_english_prose or facts.n_bytes > SMALL_TEXT_BYTES:
+        return None
+    return (
+        "this looks like English prose, and a small text of it: starting from GPT-2 (--from gpt2) would be likely to do"
+        " better, at more memory and time a step; a hint, not measured here"
+    )
+
+
+def _described(facts: TextFacts, texts: dict[str, Tokens]) -> dict[str, Any]:
+    return {
+        "n_bytes": facts.n_bytes,
+        "n_documents": facts.n_documents,
+        "scripts": {name: round(share, 3) for name, share in facts.scripts.items()},
+        "repeated": round(facts.repeated, 4),
+        "difficulty": round(next(iter(texts.values())).difficulty, 3),
+        "tokens": {name: round(tokens.training + tokens.held_out) for name, tokens in texts.items()},
+        "vocab_size": {name: tokens.vocab_size for name, tokens in texts.items()},
+    }

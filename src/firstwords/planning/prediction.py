@@ -1,0 +1,154 @@
+"""How good will it be? Held-out bits per byte as a range, from the text and the plan, by a law fitted to our own runs.
+
+The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size:
+
+    bits per byte = h'^g * (e + a (D' / 10^6)^-b + n (N / 10^6)^-m),    h' = h min(1, U / 2^22)^s
+    D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
+
+h is the text's own difficulty (`planning.difficulty`), which seems larger where less than four megabytes could be seen;
+what a small text lacks is in D' already. N parameters, D bytes of text learnt from, repetitions included, U bytes of the
+training text: bytes, so that the law does not depend on how a tokenizer counts. The sum of powers: Kaplan et al. 2020
+(arXiv:2001.08361), Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2). That a text read again and again is worth ever less:
+Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes, fitted by
+benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firstwords import reading
+from firstwords.planning.difficulty import TRAINING_BYTES
+
+LAW = Path(__file__).with_name("prediction.json")
+MILLION = 1e6
+MOST_BYTES = 1e13  # no plan is looked for beyond
+MOST_REPEATED = 0.4  # of a text that the law is fitted to: what consists of copies follows another law
+UNTRIED = 3.0  # factors of e for which what is unlike in kind counts
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a prediction depends on."""
+
+    difficulty: float  # bits a byte
+    text_bytes: float  # of the training text: U
+    read_bytes: float  # learnt from, repetitions included: D
+    parameters: float  # N
+
+    @property
+    def epochs(self) -> float:
+        """How often the text is read."""
+        return self.read_bytes / max(1.0, self.text_bytes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Held-out bits per byte, four times of five from low to high; and in what the plan lies beyond all that was tried."""
+
+    low: float
+    mid: float
+    high: float
+    beyond: tuple[str, ...] = ()
+
+    @property
+    def range(self) -> list[float]:
+        """Low, mid and high, as JSON has them."""
+        return [round(bits, 3) for bits in (self.low, self.mid, self.high)]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The coefficients, named as in the formula, how far runs lay from them, and where they were."""
+
+    g: float
+    e: float
+    a: float
+    b: float
+    n: float
+    m: float
+    s: float
+    repeats: float  # R*
+    spread: float  # four of five runs lay within a factor of exp(+-spread), each text predicted without its own runs
+    tried: Mapping[str, tuple[float, float]]  # the least and the most of each of a situation's numbers
+    widening: float  # added to the spread for each factor of e beyond what was tried
+
+    def bits(self, at: Situation) -> float:
+        """Return what is most likely."""
+        learnt = effective_bytes(at.read_bytes, at.text_bytes, self.repeats)
+        gap = self.a * (learnt / MILLION) ** -self.b + self.n * (at.parameters / MILLION) ** -self.m
+        difficulty = at.difficulty * min(1.0, at.text_bytes / TRAINING_BYTES) ** self.s
+        return float(difficulty**self.g * (self.e + gap))
+
+    def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
+        """Return the range; it is wider for what lies beyond all that was tried, and says so.
+
+        Args:
+            at: The situation.
+            untried: What else is unlike all that was tried.
+        """
+        outside = {name: self._outside(name, value) for name, value in numbers(at).items()}
+        spread = self.spread + self.widening * (sum(map(abs, outside.values())) + UNTRIED * len(untried))
+        bits = self.bits(at)
+        beyond = tuple(WORDS[name][by > 0] for name, by in outside.items() if by)
+        return Prediction(bits * math.exp(-spread), bits, bits * math.exp(spread), (*beyond, *untried))
+
+    def _outside(self, name: str, value: float) -> float:
+        """Return by how many factors of e a number is above (or, negative, below) what was tried."""
+        least, most = self.tried[name]
+        return math.log(max(value, 1e-9) / min(max(value, least), most))
+
+    def text_for(self, bits: float, at: Situation) -> float | None:
+        """Return from how many bytes a model must learn to be as good as that, most likely; None: from no number."""
+        low, high = 1.0, MOST_BYTES
+
+        def reached(read_bytes: float) -> bool:
+            return self.bits(replace(at, read_bytes=read_bytes)) <= bits
+
+        if not reached(high):
+            return None
+        while high / low > 1.001:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
+
+
+# What is said of a number below, or above, what was tried.
+WORDS = {
+    "difficulty": ("a text as easy as none that was tried", "a text as hard as none that was tried"),
+    "text_bytes": ("a smaller text than any that was tried", "a larger text than any that was tried"),
+    "read_bytes": ("a shorter run than any that was tried", "a longer run than any that was tried"),
+    "parameters": ("a smaller model than any that was tried", "a larger model than any that was tried"),
+    "epochs": ("", "a text read more often than any that was tried"),
+}
+
+
+def numbers(at: Situation) -> dict[str, float]:
+    """Return the numbers of a situation by which it is within what was tried, or not; less than one epoch is one."""
+    return {
+        "difficulty": at.difficulty,
+        "text_bytes": at.text_bytes,
+        "read_bytes": at.read_bytes,
+        "parameters": at.parameters,
+        "epochs": max(1.0, at.epochs),
+    }
+
+
+def effective_bytes(read_bytes: float, text_bytes: float, repeats: float) -> float:
+    """Return how many bytes, each read for the first time, those of a text that is read again and again are worth."""
+    again = read_bytes / text_bytes - 1
+    return read_bytes if again <= 0 else text_bytes * (1 + repeats * -math.expm1(-again / repeats))
+
+
+@functools.cache
+def law() -> Law:
+    """Return the law that comes with the package."""
+    found: dict[str, Any] = json.loads(reading.read_bytes(LAW))
+    tried = {name: (float(least), float(most)) for name, (least, most) in found["tried"].items()}
+    return Law(**found["coefficients"], spread=found["spread"], widening=found["widening"], tried=tried)

@@ -1,0 +1,78 @@
+"""How fast this machine learns: measured on real training steps, or guessed from its matrix products; for any shape.
+
+A shape that was measured is as fast as that; any other needs its operations at the rate of the measured shape that is
+nearest to it in width, for wider products are more efficient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from firstwords import reading, store
+from firstwords.config import ModelConfig, model_config
+from firstwords.errors import FirstwordsError
+from firstwords.model import cost
+
+PRODUCT_SHARE = 0.45  # of the machine's matrix products that a small model reaches, about; where nothing was measured
+BELIEVED_S = 86400.0  # a machine is measured anew after a day
+FILE = "speed.json"
+Point = tuple[ModelConfig, float]  # a shape, and the seconds that learning from one token took
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured; or, where nothing was, the operations a second that learning is believed to reach."""
+
+    points: tuple[Point, ...] = ()
+    flops_per_s: float = 0.0
+
+    def tokens_per_s(self, model: ModelConfig) -> float:
+        """Return from how many tokens a second a model of this shape learns."""
+        if not self.points:
+            return self.flops_per_s / cost.training_flops(model)
+        shape, token_s = min(self.points, key=lambda point: _distance(point[0], model))
+        return 1 / token_s if same_work(shape, model) else cost.training_flops(shape) / cost.training_flops(model) / token_s
+
+
+def guessed(flops_per_s: float) -> Speed:
+    """Return the speed of a machine of which only the matrix products are known."""
+    return Speed(flops_per_s=PRODUCT_SHARE * flops_per_s)
+
+
+def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float]:
+    return not same_work(shape, model), abs(math.log(shape.emb_dim / model.emb_dim))
+
+
+def same_work(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two shapes take the same time: all but what only changes numbers; a vocabulary up to twice the size."""
+    free = {"vocab_size", "drop_rate", "init_std", "norm_eps", "gelu_cubic", "rope_base"}
+    one, other = ({key: value for key, value in asdict(shape).items() if key not in free} for shape in (a, b))
+    return one == other and 0.5 <= a.vocab_size / b.vocab_size <= 2
+
+
+def remember(cache: Path, machine: Mapping[str, Any], speed: Speed) -> None:
+    """Keep what was measured, for the runs of the next day on this machine; that it cannot be kept ends nothing."""
+    points = [[asdict(shape), token_s] for shape, token_s in speed.points]
+    kept = {"machine": dict(machine), "measured_s": time.time(), "points": points}
+    try:
+        store.make_folder(cache)
+        store.write(cache / FILE, store.canonical_json(kept))
+    except FirstwordsError:
+        return
+
+
+def remembered(cache: Path, machine: Mapping[str, Any]) -> Speed | None:
+    """Return what was measured on this machine within a day; None where nothing was, or it cannot be read."""
+    try:
+        kept = json.loads(reading.read_bytes(cache / FILE))
+        points = [(model_config(shape, str(cache / FILE)), float(token_s)) for shape, token_s in kept["points"]]
+        fresh = 0 <= time.time() - kept["measured_s"] < BELIEVED_S and kept["machine"] == dict(machine)
+    except (FirstwordsError, ValueError, TypeError, KeyError):
+        return None
+    return Speed(tuple(points)) if fresh and points and all(token_s > 0 for _, token_s in points) else None

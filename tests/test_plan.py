@@ -1,0 +1,306 @@
+"""What could be trained, said before anything is: what fits, how long it takes, how good it will be; and what to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import TEXT, Command, Refused, write
+from command import TINY as FLAGS
+from conftest import STORY, TINY, journal
+from firstwords import api, resolve
+from firstwords.config import run_config
+from firstwords.model import cost
+from firstwords.planning import facts, measure, plan, recipe, speed
+from firstwords.planning.plan import Candidate, Machine, Tokens
+from firstwords.planning.prediction import Prediction
+from firstwords.planning.speed import Speed
+from firstwords.text import sources
+from firstwords.training.events import ignore
+
+GIB = 1 << 30
+FAST = Speed(flops_per_s=1e12)
+TOKENS = Tokens("bpe", 2048, training=350_000, training_bytes=1e6, held_out=40_000, difficulty=2.6)
+KEYS = {"tokenizer", "preset", "batch_size", "fits", "memory_bytes", "tokens_per_s", "steps", "epochs", "elapsed_s"}
+
+
+def here(speed: Speed = FAST, free_bytes: int | None = 64 * GIB) -> Machine:
+    return Machine(speed, "bfloat16", free_bytes)
+
+
+def laptop(for_s: float, **changes: Any) -> Candidate:
+    return plan.of_preset(dataclasses.replace(TOKENS, **changes), "laptop", for_s, here())
+
+
+def bits(candidate: Candidate) -> float:
+    assert candidate.expected is not None
+    return candidate.expected.mid
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> facts.TextFacts:
+    return facts.read(sources.read([write(tmp_path / "story.txt", STORY * 30)]))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is measured on one small step: the real one, in less time."""
+    monkeypatch.setattr(measure, "MEASURED_PRESETS", ("laptop-small",))
+    monkeypatch.setattr(measure, "MEASURED_TOKENS", 256)
+    monkeypatch.setattr(measure, "MEASURED_STEPS", 1)
+
+
+def test_more_time_is_more_steps_and_never_worse() -> None:
+    candidates = [laptop(seconds) for seconds in (30, 60, 180, 600, 3600)]
+    assert [one.steps * one.batch_size for one in candidates] == sorted(one.steps * one.batch_size for one in candidates)
+    assert [bits(one) for one in candidates] == sorted((bits(one) for one in candidates), reverse=True)
+
+
+def test_a_harder_text_is_expected_to_come_out_worse() -> None:
+    assert bits(laptop(180, difficulty=1.5)) < bits(laptop(180)) < bits(laptop(180, difficulty=3.5))
+
+
+def test_what_does_not_fit_into_free_memory_says_so_and_is_not_recommended(found: facts.TextFacts) -> None:
+    made = plan.plan(found, here(free_bytes=GIB), for_s=180)
+    fits = {(one.tokenizer, one.preset): one.fits for one in made.candidates}
+    assert fits["bpe", "laptop"]
+    assert not fits["gpt2", "gpt2-124m"]
+    assert made.recommended is not None
+    assert made.recommended.fits
+    nothing = plan.plan(found, here(free_bytes=GIB // 8), for_s=180)
+    assert not any(one.fits for one in nothing.candidates)
+    assert nothing.recommended is None
+    assert "memory" in nothing.why
+    unknown = plan.plan(found, here(free_bytes=None), for_s=180)
+    assert all(one.fits for one in unknown.candidates)
+
+
+@pytest.mark.parametrize("seconds", [60, 600])
+def test_the_time_for_a_target_reaches_it_and_is_the_soonest(seconds: float, found: facts.TextFacts) -> None:
+    slow = here(Speed(flops_per_s=1e10))
+    usual = plan.plan(found, slow, for_s=seconds).candidates[1]
+    target = bits(usual)
+    made = plan.plan(found, slow, for_s=180, target=target)
+    best, again = made.recommended, next(one for one in made.candidates if one.preset == "laptop")
+    assert best is not None
+    assert bits(again) == pytest.approx(target, rel=0.02)  # whole evaluations and whole steps
+    assert again.elapsed_s == pytest.approx(seconds, rel=0.1)
+    assert best.elapsed_s == min(one.elapsed_s for one in made.candidates if one.tokenizer == "bpe")
+    easier = plan.plan(found, slow, for_s=180, target=1.1 * target).recommended
+    assert easier is not None
+    assert easier.elapsed_s < best.elapsed_s
+
+
+def test_a_target_that_nothing_reaches_says_so(found: facts.TextFacts) -> None:
+    made = plan.plan(found, here(), for_s=180, target=0.01)
+    assert made.candidates == ()
+    assert made.recommended is None
+    assert "0.01" in made.why
+
+
+def candidate(preset: str, mid: float, *, fits: bool = True, tokenizer: str = "bpe") -> Candidate:
+    expected = Prediction(mid - 0.1, mid, mid + 0.1)
+    return dataclasses.replace(laptop(60), preset=preset, tokenizer=tokenizer, fits=fits, expected=expected)
+
+
+def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
+    usual = candidate("laptop", 2.0)
+    assert plan.recommended([usual, candidate("laptop-large", 1.99)]) == usual
+    better = candidate("laptop-large", 1.8)
+    assert plan.recommended([usual, better]) == better
+    assert plan.recommended([usual, dataclasses.replace(better, fits=False)]) == usual
+    assert plan.recommended([usual, candidate("gpt2-124m", 1.0, tokenizer="gpt2")]) == usual  # nobody tried it
+    assert plan.recommended([]) is None
+
+
+def test_the_risk_of_learning_by_heart_grows_with_epochs_and_size() -> None:
+    small, large = (cost.parameters(run_config({"preset": name}).model) for name in ("laptop-small", "laptop-large"))
+    assert plan.by_heart(1, large, TOKENS) == "low"
+    assert plan.by_heart(8, large, TOKENS) == "some"
+    assert plan.by_heart(40, large, TOKENS) == "high"
+    long_text = dataclasses.replace(TOKENS, training_bytes=1e9)
+    assert plan.by_heart(40, small, long_text) == "some"  # it cannot hold a gigabyte
+
+
+def test_what_nobody_tried_is_named() -> None:
+    assert laptop(40, repeated=0.1).as_dict()["beyond"] == []
+    copies = laptop(40, repeated=0.9).expected
+    assert copies is not None
+    assert copies.beyond == (plan.UNTRIED_TEXT,)
+    of_gpt2 = plan.of_preset(TOKENS, "gpt2-124m", 600, here()).expected
+    assert of_gpt2 is not None
+    assert plan.UNTRIED_RECIPE in of_gpt2.beyond
+
+
+def test_gpt2_is_hinted_at_for_english_prose_only(texts: Path, tmp_path: Path) -> None:
+    english = plan.hint(facts.read(sources.read([texts / "the-verdict.txt"])))
+    assert english is not None
+    assert "hint" in english
+    russian = write(tmp_path / "russian.txt", "Однажды весною, в час небывало жаркого заката. " * 200)
+    assert plan.hint(facts.read(sources.read([russian]))) is None
+
+
+def test_tokens_are_counted_from_a_sample_for_each_tokenizer(found: facts.TextFacts) -> None:
+    tokens = plan.tokenized(found)
+    assert tokens["bytes"].training == pytest.approx(found.training_bytes, rel=0.01)
+    assert tokens["bpe"].training < tokens["gpt2"].training < tokens["bytes"].training  # its own words are the longest
+    assert plan.bytes_a_token(tokens["bpe"]) > 2
+
+
+def test_a_measured_shape_is_as_fast_as_it_was_and_another_as_its_operations_say() -> None:
+    small, usual, large = (run_config({"preset": name}).model for name in plan.PRESETS)
+    found = Speed(((small, 1e-5), (usual, 3e-5)))
+    assert found.tokens_per_s(small) == pytest.approx(1e5)
+    assert found.tokens_per_s(usual) == pytest.approx(1 / 3e-5)
+    expected = cost.training_flops(usual) / cost.training_flops(large) / 3e-5
+    assert found.tokens_per_s(large) == pytest.approx(expected)  # by the nearest in width
+    more_words = dataclasses.replace(usual, vocab_size=4 * usual.vocab_size)
+    assert found.tokens_per_s(more_words) < found.tokens_per_s(usual)
+
+
+def test_a_measured_speed_is_remembered_for_the_same_machine_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Speed(((run_config().model, 2e-5),))
+    speed.remember(tmp_path, {"threads": 2}, found)
+    assert speed.remembered(tmp_path, {"threads": 2}) == found
+    assert speed.remembered(tmp_path, {"threads": 4}) is None
+    now_s = speed.time.time()
+    monkeypatch.setattr(speed.time, "time", lambda: now_s + speed.BELIEVED_S)
+    assert speed.remembered(tmp_path, {"threads": 2}) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"points": [1], "measured_s": 0, "machine": {}}'])
+def test_a_damaged_memory_of_the_speed_is_no_memory(tmp_path: Path, damage: bytes) -> None:
+    write(tmp_path / speed.FILE, damage)
+    assert speed.remembered(tmp_path, {}) is None
+
+
+@pytest.mark.usefixtures("measured")
+def test_plan_says_all_that_it_promises(command: Command, here: Path) -> None:
+    write(here / "story.txt", STORY * 20)
+    made = command("plan", "story.txt", "--for", "1m", "--json").json
+    assert set(made) == {"machine", "text", "candidates", "recommended", "why", "hint", "target_bits_per_byte"}
+    assert len(made["candidates"]) == len(plan.CHOICES)
+    for one in made["candidates"]:
+        assert set(one) >= KEYS
+        low, mid, high = one["bits_per_byte"]
+        assert 0 < low < mid < high
+        assert one["elapsed_s"] == 60
+        assert one["steps"] >= 1
+    assert made["recommended"] in made["candidates"]
+    assert made["text"]["n_bytes"] == len(STORY * 20)
+    assert made["text"]["repeated"] > 0.8
+    shown = command("plan", "story.txt", "--for", "1m").out
+    assert "firstwords train story.txt --for 1m" in shown
+    assert "because" in shown
+
+
+@pytest.mark.usefixtures("measured")
+def test_plan_tells_how_long_a_wish_takes(command: Command, here: Path) -> None:
+    write(here / "story.txt", STORY * 20)
+    made = command("plan", "story.txt", "--target-bits-per-byte", "0.3", "--json").json
+    assert made["target_bits_per_byte"] == 0.3
+    assert made["recommended"]["bits_per_byte"][1] <= 0.3 * 1.02  # whole steps
+    never = command("plan", "story.txt", "--target-bits-per-byte", "0.001")
+    assert never.code == 0
+    assert "none of them" in never.out
+
+
+def test_plan_refuses_what_it_cannot_plan(refused: Refused, here: Path) -> None:
+    write(here / "empty.txt", "")
+    write(here / "blank.txt", " \n" * 50)
+    write(here / "text.txt", TEXT)
+    refused(66, "plan", "no-such-file.txt")
+    refused(65, "plan", "empty.txt")
+    refused(65, "plan", "blank.txt")
+    refused(78, "plan", "text.txt", "--for", "soon")
+    refused(78, "plan", "text.txt", "--target-bits-per-byte", "good")
+    refused(78, "plan", "text.txt", "--target-bits-per-byte", "0")
+    refused(78, "plan", "text.txt", "--target-bits-per-byte", "2", "--for", "3m")
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_run_that_chooses_nothing_takes_what_plan_recommends(tmp_path: Path) -> None:
+    story = write(tmp_path / "story.txt", STORY * 10)
+    best = api.plan(story, for_s=6).recommended
+    assert best is not None
+    run = api.train(story, out=tmp_path / "run", for_s=6)
+    (start,) = journal(tmp_path / "run", "start")
+    wanted = {key: best.as_dict()[key] for key in ("tokenizer", "preset", "batch_size")}
+    assert {key: start["predicted"][key] for key in wanted} == wanted
+    assert run.predicted is not None
+    recorded = (tmp_path / "run/config.toml").read_text()
+    assert f'preset = "{best.preset}"' in recorded
+    assert f"batch_size = {best.batch_size}" in recorded
+
+
+def test_another_preset_is_taken_where_it_is_clearly_better_and_none_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = str(write(tmp_path / "story.txt", STORY))
+    monkeypatch.setattr(plan, "recommended", lambda candidates: next(c for c in candidates if c.preset == "laptop-small"))
+
+    def settled(**given: Any) -> tuple[str, int]:
+        asked = resolve.new(
+            tmp_path / f"run-{len(given)}", None, {"text": (story,), **given}, lambda source: ({}, b""), ignore
+        )
+        config, _ = resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)
+        return config.preset, config.model.emb_dim
+
+    assert settled() == settled(for_s=60.0) == ("laptop-small", 128)
+    assert settled(preset="laptop", for_s=60.0) == ("laptop", 192)
+    assert settled(steps=3) == ("laptop", 192)
+    assert settled(**{"model.n_layers": 3, "for_s": 60.0, "seed": 1}) == ("laptop", 192)
+
+
+def test_a_run_says_before_and_after_what_was_predicted(command: Command, here: Path) -> None:
+    write(here / "story.txt", STORY)
+    ended = command("train", "story.txt", "--out", "run", *FLAGS, "--json")
+    predicted = ended.json["predicted"]
+    assert predicted["steps"] == ended.json["steps"] == 2
+    assert ended.json["memory_bytes"] > 100 << 20  # Python with PyTorch
+    (start,), (stop,) = journal(here / "run", "start"), journal(here / "run", "stop")
+    assert {**start["predicted"], "elapsed_s": 0} == {**predicted, "elapsed_s": 0}
+    assert stop["predicted"]["bits_per_byte"] == predicted["bits_per_byte"]
+    assert stop["memory_bytes"] > 0
+    shown = command("train", "story.txt", "--out", "again", *FLAGS)
+    assert "plan   about 2 steps" in shown.err
+    assert "predicted 2 steps (came to 2)" in shown.out
+
+
+def test_what_was_predicted_is_kept_by_a_resume_and_dropped_with_another_length(tmp_path: Path) -> None:
+    story = write(tmp_path / "story.txt", STORY)
+    first = api.train(story, out=tmp_path / "run", steps=4, **TINY)
+    same = api.train(out=tmp_path / "run", resume=True)
+    assert first.predicted is not None
+    assert same.predicted == first.predicted
+    longer = api.train(out=tmp_path / "run", resume=True, steps=6)
+    assert longer.predicted is None
+
+
+def test_nothing_is_predicted_of_a_model_that_learnt_elsewhere(tmp_path: Path) -> None:
+    story = write(tmp_path / "story.txt", STORY)
+    api.train(story, out=tmp_path / "first", steps=1, **TINY)
+    on = api.train(story, out=tmp_path / "on", from_=str(tmp_path / "first"), steps=1, batch_size=2)
+    assert on.predicted is not None
+    assert on.predicted["bits_per_byte"] is None
+
+
+def test_plans_are_json_without_infinities(found: facts.TextFacts) -> None:
+    made = plan.plan(found, here(), for_s=60).as_dict()
+    json.dumps(made, allow_nan=False)
+    assert math.isfinite(made["text"]["difficulty"])
+
+
+def test_a_preset_s_batch_is_the_recipe_s() -> None:
+    one = laptop(180)
+    rate = FAST.tokens_per_s(run_config({"model.vocab_size": TOKENS.vocab_size}).model)
+    learnt = recipe.expected_tokens(180, rate, TOKENS.held_out)
+    assert one.batch_size == recipe.batch_size(256, learnt)
+    assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
