@@ -58,6 +58,7 @@ EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"
 KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
 BENCH_PRESETS = ("laptop", "gpt2-124m")
+QUICK_IDS = 1_500_000  # of a training text whose n-grams are counted for the report at the end of a run: a second
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
 REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
@@ -184,7 +185,31 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     run, corpus = recorder.run, recorder.corpus
     is_best = best_step == recorder.state.step
     lm = LanguageModel(recorder.state.model, corpus.tokenizer) if is_best else load(run.path)
-    store.write(run.report, report.report([record.read(run, corpus)], _passage_explained(lm, corpus)))
+    found = record.read(run, corpus, scale=_quick_scale(lm, corpus, run), predicted=recorder.predicted)
+    store.write(run.report, report.report([found], _passage_explained(lm, corpus)))
+
+
+def _quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, Any] | None:
+    """Return the scale of a run's model on its own held-out text, where that takes a moment; else None."""
+    from firstwords.insight import scale as scales
+    from firstwords.insight.baselines import Given, baselines
+    from firstwords.training.evaluate import evaluate_tokens
+
+    if len(corpus.train.ids) > QUICK_IDS or not 0 < corpus.val.n_tokens <= QUICK_IDS // 10:
+        return None
+    tokens, held_out = evaluate_tokens(lm.model, corpus.val, lm.dtype), corpora.documents(corpus.val, lm.tokenizer)
+    if tokens is None:
+        return None
+    given = Given(*_bytes_of(corpus))
+    blocks = scales.Blocks.of([len(document) for document in held_out])
+    rows = list(baselines(held_out, given, blocks.starts, quick=True))
+    return scales.scale(run.path.name, tokens, (), rows, blocks).as_dict()
+
+
+def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:
+    """Return how many bytes a training text has, and what gives its last ones."""
+    n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
+    return n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer)
 
 
 def _looked_at(prepared: Corpus) -> tuple[float, float]:
@@ -533,8 +558,7 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     if corpus is None:
         listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
         return None
-    n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
-    return Given(n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer))
+    return Given(*_bytes_of(corpus))
 
 
 def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisation | None:
@@ -682,13 +706,23 @@ def report(
         drawing.require_matplotlib(f"--{min(pictures)}")
     listener(Preparing("reading the run", None))
     texts = [_or_notice(functools.partial(_prepared, run, listener), listener) for run in folders]
-    records = [record.read(run, text, scale=scale, predicted=predicted) for run, text in zip(folders, texts, strict=True)]
     lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
+    if scale is None and lm is not None and texts[0] is not None:
+        scale = _quick_scale(lm, texts[0], folders[0])
+    records = [
+        record.read(run, text, scale=scale, predicted=predicted or _predicted(run))
+        for run, text in zip(folders, texts, strict=True)
+    ]
     explanation = _passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
     store.make_folder(place.absolute().parent)
     store.write(place, reporting.report(records, explanation))
     drawn = _drawn(records[0], lm, pictures)
     return Reported(str(place), store.size(place), tuple(map(str, drawn)))
+
+
+def _predicted(run: RunFolder) -> dict[str, Any] | None:
+    """Return what was expected of a run before its first step."""
+    return next((line.get("predicted") for line in run.metrics.lines() if line["event"] == "start"), None)
 
 
 def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str | Path]) -> list[Path]:

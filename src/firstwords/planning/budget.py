@@ -12,7 +12,7 @@ LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their sa
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
-REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.4, 4e8, 0.2  # of the report at the end: fixed, the best weights read, at most
+REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
 
 
 def report_s(total_s: float, checkpoint_bytes: int) -> float:
