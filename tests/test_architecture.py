@@ -28,6 +28,9 @@ ORDER = [
     "recorder",
     "resolve",
     "verify",
+    "loading",
+    "exchange",
+    "judging",
     "api",
     "app",
 ]

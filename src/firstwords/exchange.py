@@ -1,0 +1,167 @@
+"""Models from elsewhere and for elsewhere: import and export.
+
+What can be refused without torch is refused before it is imported; see `api`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firstwords import resolve, store
+from firstwords.config import did_you_mean, from_toml, run_config
+from firstwords.errors import CannotCreateError, ConfigError
+from firstwords.loading import load, located
+from firstwords.model import cost
+from firstwords.runs.folder import RunFolder
+from firstwords.training.events import Listener, Preparing, ignore
+
+if TYPE_CHECKING:
+    pass
+
+EXPORTS = ("hf", "gguf", "pth")
+KNOWN_PROMPT = "Every effort moves you"  # the chapter's
+KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import: the checkpoint folder, and what the model makes of a sentence and a prompt known to all."""
+
+    run: str
+    weights_sha256: str
+    parameters: int
+    nats_per_token: float
+    prompt: str
+    greedy: str
+    published: str  # what others say of a model of that name; empty where nothing is known
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export."""
+
+    path: str
+    read_back_by: str  # transformers where it is installed, else firstwords
+    max_logit_difference: float  # between what was read back and ours
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    n_heads: int | None = None,
+    listener: Listener = ignore,
+) -> Imported:
+    """Make a model from elsewhere ours: a checkpoint folder, with which every verb can go on.
+
+    Args:
+        source: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder for transformers (GPT-2 or Qwen3), the chapter's `.pth`,
+            or nanoGPT's `ckpt.pt`.
+        out: The folder to be made.
+        tokenizer: Where the source has none: gpt2, bytes, or a `tokenizer.json`.
+        n_heads: Of a `.pth` that is no size of GPT-2's.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: Nothing is there.
+        DataError: It is damaged, or a model that ours cannot be.
+        ConfigError: It does not say enough.
+        CannotCreateError: `out` exists.
+    """
+    if store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    listener(Preparing("reading the weights", None))
+
+    from firstwords.insight.explain import explain as explain_text
+    from firstwords.model.sampling import Sampling
+    from firstwords.runs import checkpoint
+    from firstwords.weights import reader
+
+    notice = resolve.noticed(listener)
+    lm = reader.read(located(source, notice), tokenizer=tokenizer, n_heads=n_heads, notice=notice)
+    weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+    store.make_folder(Path(out).absolute().parent)
+    saved = checkpoint.publish(Path(out), weights, dataclasses.asdict(lm.model.config), lm.tokenizer.json)
+    return Imported(
+        run=str(out),
+        weights_sha256=saved.weights_sha256,
+        parameters=cost.parameters(lm.model.config),
+        nats_per_token=explain_text(lm, KNOWN_SENTENCE).evaluation.nats_per_token,
+        prompt=KNOWN_PROMPT,
+        greedy=lm.generate(KNOWN_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
+        published=_published(str(source)),
+    )
+
+
+def _published(name: str) -> str:
+    """Return what the chapter prints of one of GPT-2's names."""
+    from firstwords.weights.hub import PUBLISHED
+
+    if name not in PUBLISHED:
+        return ""
+    training, held_out, greedy = PUBLISHED[name]
+    says = f"{KNOWN_PROMPT!r} goes on with {greedy!r}; " if greedy else ""
+    return f"{says}the-verdict.txt: {training} nats per token on its first nine tenths, {held_out} on the rest"
+
+
+def export(
+    source: str | Path, to: str, out: str | Path, *, kind: str | None = None, listener: Listener = ignore
+) -> Exported:
+    """Write a model for another tool, read it back, and compare its logits with ours.
+
+    Args:
+        source: As for `load`.
+        to: `hf`, a folder for transformers; `gguf`, a file for llama.cpp; `pth`, a file for the chapter's code.
+        out: The folder or file to be made.
+        kind: Of a GGUF file's matrices: f32 (by default), f16 or q8_0.
+        listener: Told what happens.
+
+    Raises:
+        ConfigError: An unknown `to`, or a model that the other tool cannot have.
+        CannotCreateError: `out` exists.
+        DataError: What was written does not give our logits.
+    """
+    if to not in EXPORTS:
+        raise ConfigError(f"no format {to!r}", where="--to", do=did_you_mean(to, EXPORTS))
+    if kind is not None and to != "gguf":
+        raise ConfigError("only a GGUF file has kinds", where="--type", do="leave it out")
+    if store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    lm = load(source, notice=resolve.noticed(listener))
+
+    import torch
+
+    from firstwords.weights import export as exporting
+
+    lm = dataclasses.replace(lm, dtype=torch.float32)
+    store.make_folder(Path(out).absolute().parent)
+    listener(Preparing("writing, and reading it back", None))
+    if to == "pth":
+        difference = exporting.to_pth(lm, Path(out))
+    elif to == "gguf":
+        difference = exporting.to_gguf(lm, Path(out), kind or "f32")
+    else:
+        shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
+        card = exporting.model_card(str(source), {**shape, **_figures(Path(source))})
+        difference = exporting.to_hf(lm, Path(out), card)
+    return Exported(str(out), exporting.reads_back(to), difference)
+
+
+def _figures(source: Path) -> dict[str, Any]:
+    """Return what a run knows of its model, for its card: how good it was held to be."""
+    run = RunFolder(source)
+    if not run.exists:
+        return {}
+    found = [line for line in run.metrics.lines() if line["event"] == "evaluation" and line["best"]]
+    steps = [line for line in run.metrics.lines() if line["event"] == "step"]
+    text = run_config(from_toml(resolve.read(run.config), str(run.config))).text
+    figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
+    if found and found[-1]["bits_per_byte"] is not None:
+        figures["held-out bits per byte"] = f"{found[-1]['bits_per_byte']:.3f} (step {found[-1]['step']})"
+    if steps:
+        figures["learnt from"] = f"{steps[-1]['tokens']:,} tokens in {steps[-1]['elapsed_s']:.0f} s"
+    return figures

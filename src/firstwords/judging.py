@@ -1,0 +1,392 @@
+"""What a model is worth: the verbs that judge, explain and report.
+
+What can be refused without torch is refused before it is imported; see `api`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from firstwords import reading, resolve, store
+from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
+from firstwords.exchange import KNOWN_PROMPT
+from firstwords.loading import (
+    kept_corpus,
+    load,
+    located,
+    model_and_text,
+    named_texts,
+    prepared_text,
+    require_there,
+    run_of,
+)
+from firstwords.runs import folder as run_folder
+from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus as corpora
+from firstwords.text.corpus import Corpus
+from firstwords.training.events import Listener, Notice, Preparing, ignore
+
+if TYPE_CHECKING:
+    from firstwords.insight.baselines import Given
+    from firstwords.insight.explain import Explanation
+    from firstwords.insight.harness import HarnessModel
+    from firstwords.insight.memorisation import Memorisation
+    from firstwords.insight.record import Record
+    from firstwords.insight.scale import Scale
+    from firstwords.insight.tasks import TaskScore
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.training.evaluate import Evaluation
+
+Found = TypeVar("Found")
+QUICK_IDS = 1_500_000  # of a training text whose n-grams are counted for the report at the end of a run: a second
+LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
+REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
+PROMPT_TOKENS = 4  # that a model is given to go on from
+EVALUATED_SAMPLES, EVALUATED_TOKENS = 8, 200  # of a model that nobody trains
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a report came to: its file, and the pictures beside it."""
+
+    report: str
+    size_bytes: int
+    pictures: tuple[str, ...]
+
+
+def evaluate(
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> Evaluation:
+    """Return how good a model is on a text; by default on the held-out part of its run.
+
+    Raises:
+        NoInputError: No such model or text.
+        DataError: The text is empty, or the run has no held-out part.
+    """
+    lm, part = model_and_text(source, text, encoding, listener)
+
+    from firstwords.training.evaluate import evaluate as evaluate_part
+
+    evaluation = evaluate_part(lm.model, part, lm.dtype)
+    if evaluation is None:
+        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    return evaluation
+
+
+def scale(
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    against: Sequence[str | Path] = (),
+    with_baselines: bool = True,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> Scale:
+    """Return how good a model is on a text, beside chance, compressors, an n-gram model and other models.
+
+    Args:
+        source: As for `load`.
+        text: By default the held-out part of its run.
+        against: Other models, as for `load`.
+        with_baselines: Compress the text and count n-grams; what is given the training text needs the run's prepared text.
+        encoding: Of the text files.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: No such model or text.
+        DataError: The text is empty, or the run has no held-out part.
+    """
+    for other in against:
+        require_there(located(other, resolve.noticed(listener)))
+    lm, part = model_and_text(source, text, encoding, listener)
+
+    from firstwords.insight import scale as scales
+    from firstwords.insight.baselines import LONGEST_HELD_OUT, baselines
+    from firstwords.training.evaluate import evaluate_tokens
+
+    tell = listener if part.n_tokens >= LONG_TEXT_TOKENS else ignore
+    tell(Preparing("reading the held-out text", None))
+    tokens = evaluate_tokens(lm.model, part, lm.dtype)
+    if tokens is None:
+        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    held_out = corpora.documents(part, lm.tokenizer)
+    others = []
+    for other in against:
+        tell(Preparing(f"reading it with {other}", None))
+        peer = load(other, notice=resolve.noticed(listener))
+        found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
+        assert found is not None
+        others.append((str(other), found))
+    blocks = scales.Blocks.of([len(document) for document in held_out])
+    rows = []
+    if with_baselines:
+        tell(Preparing("compressing it, and counting n-grams", None))
+        if tokens.evaluation.n_bytes > LONGEST_HELD_OUT:
+            listener(Notice(f"over {LONGEST_HELD_OUT >> 20} MB: compressing that takes long, and is left out"))
+        rows = list(baselines(held_out, _given(source, listener), blocks.starts))
+    return scales.scale(str(source), tokens, others, rows, blocks)
+
+
+def _given(source: str | Path, listener: Listener) -> Given | None:
+    """Return the text that a model learnt from, where that is still prepared."""
+    from firstwords.insight.baselines import Given
+
+    corpus = kept_corpus(Path(source))
+    if corpus is None:
+        listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
+        return None
+    return Given(*_bytes_of(corpus))
+
+
+def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, Any] | None:
+    """Return the scale of a run's model on its own held-out text, where that takes a moment; else None."""
+    from firstwords.insight import scale as scales
+    from firstwords.insight.baselines import Given, baselines
+    from firstwords.training.evaluate import evaluate_tokens
+
+    if len(corpus.train.ids) > QUICK_IDS or not 0 < corpus.val.n_tokens <= QUICK_IDS // 10:
+        return None
+    tokens, held_out = evaluate_tokens(lm.model, corpus.val, lm.dtype), corpora.documents(corpus.val, lm.tokenizer)
+    if tokens is None:
+        return None
+    given = Given(*_bytes_of(corpus))
+    blocks = scales.Blocks.of([len(document) for document in held_out])
+    rows = list(baselines(held_out, given, blocks.starts, quick=True))
+    return scales.scale(run.path.name, tokens, (), rows, blocks).as_dict()
+
+
+def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:
+    """Return how many bytes a training text has, and what gives its last ones."""
+    n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
+    return n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer)
+
+
+def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisation | None:
+    """Return how much of what a run's best model says is learnt by heart; None where its text is not known or not kept.
+
+    Raises:
+        NoInputError: No such model.
+    """
+    lm, corpus = load(source, notice=resolve.noticed(listener)), kept_corpus(Path(source))
+    if corpus is None or corpus.tokenizer.sha256 != lm.tokenizer.sha256:
+        return None
+
+    from firstwords.insight.memorisation import Meter
+
+    prompts = sample_prompts(corpus, "", EVALUATED_SAMPLES)
+    meter = Meter(corpus.train, corpus.val, corpus.tokenizer, EVALUATED_TOKENS)
+    samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
+    lines = run_of(Path(source)).metrics.lines()
+    of_it = [line for line in lines if line["event"] == "evaluation" and line["step"] == lm.step]
+    known = [line for line in of_it if line["nats_per_token"] is not None]
+    return meter.measure(samples, known[-1]["nats_per_token"] - known[-1]["train_nats_per_token"] if known else None)
+
+
+def sample_prompts(corpus: Corpus, first: str, count: int) -> list[str]:
+    """Return prompts for samples that are measured: `first`, then the beginnings of held-out text from places evenly spread.
+
+    All samples from `<|endoftext|>` would begin as the documents do, which a model learns by heart before all else.
+    """
+    from firstwords.insight.memorisation import held_out_pieces
+
+    held_out = held_out_pieces(corpus.val, corpus.tokenizer, PROMPT_TOKENS, count - 1)
+    return [first, *held_out, *[first] * (count - 1 - len(held_out))]
+
+
+def evaluate_tasks(
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    folder: str | Path | None = None,
+    out: str | Path | None = None,
+    encoding: str | None = None,
+    listener: Listener = ignore,
+) -> tuple[TaskScore, ...]:
+    """Return how many questions about a text a model answers: last words of passages, sentences beside a spoilt twin.
+
+    Args:
+        source: As for `load`.
+        text: What the tasks are made from; by default the held-out part of the run.
+        folder: Take the tasks from here instead.
+        out: Keep the tasks in this folder, for `folder` and for lm-eval.
+        encoding: Of the text.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: No such model, text or folder.
+        DataError: The text is too short, or the folder holds no tasks.
+        CannotCreateError: `out` exists.
+    """
+    from firstwords.insight import tasks as making
+
+    if out is not None and store.exists(Path(out)):
+        raise CannotCreateError("is there already", where=str(out), do="give another --tasks-out")
+    if folder is not None:
+        tasks, lm = making.read(Path(folder)), load(source, notice=resolve.noticed(listener))
+    else:
+        lm, part = model_and_text(source, text, encoding, listener)
+        texts = making.documents(part, lm.tokenizer)
+        tasks = making.make(texts)
+        if out is not None:
+            store.make_folder(Path(out).absolute().parent)
+            store.publish(Path(out), making.files(tasks, texts, Path(out)), lambda: {"kind": "tasks"})
+
+    from firstwords.insight.likelihood import answer
+
+    listener(Preparing("answering the tasks", None))
+    return answer(lm, tasks)
+
+
+def lm_eval_model(source: str | Path) -> HarnessModel:
+    """Return a model for `lm_eval.simple_evaluate(model=...)`.
+
+    Raises:
+        NoInputError: lm-eval is not installed, or there is no such model.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise NoInputError("lm-eval is not installed", where="lm_eval", do="pip install 'firstwords[lm-eval]'")
+    lm = load(source)
+
+    from firstwords.insight.harness import HarnessModel
+
+    return HarnessModel(lm)
+
+
+def explain(source: str | Path, text: str, *, html: str | Path | None = None, listener: Listener = ignore) -> Explanation:
+    """Return the chapter's six steps on `text`, token by token.
+
+    Args:
+        source: As for `load`.
+        text: At least two tokens.
+        html: A page to be written, with the text as a surprise map.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: No such model.
+        DataError: Fewer than two tokens.
+        CannotCreateError: Another file than a report of ours stands where the page is to be.
+    """
+    _require_free(html, "--html")
+    lm = load(source, notice=resolve.noticed(listener))
+
+    from firstwords.insight import report
+    from firstwords.insight.explain import explain as explain_text
+
+    explanation = explain_text(lm, text)
+    if html is not None:
+        store.make_folder(Path(html).absolute().parent)
+        store.write(Path(html), report.explained(explanation, str(source)))
+    return explanation
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    scale: Mapping[str, Any] | None = None,
+    predicted: Mapping[str, Any] | None = None,
+    listener: Listener = ignore,
+) -> Reported:
+    """Write one HTML file that shows what a run learnt, or several runs beside each other.
+
+    Args:
+        runs: Run folders.
+        out: The file; by default `report.html` in the run, for several runs `comparison.html` here.
+        pictures: Folders for pictures of one run, by kind: `{"png": "figures"}`; also `pdf`.
+        scale: How good the model is beside others: `{"scale": [{name, bits_per_byte, low, high}], "words": [...]}`.
+        predicted: What was expected of the run, by key: `{"steps": 900, "bits_per_byte": [1.9, 2.0, 2.1]}`.
+        listener: Told what happens.
+
+    Raises:
+        NoInputError: There is no such run.
+        ConfigError: Pictures of several runs, or without matplotlib.
+        CannotCreateError: Another file stands where the report is to be.
+    """
+    folders, pictures = [run_folder.existing(Path(name)) for name in named_texts(runs)], pictures or {}
+    _require_free(out, "--out")
+    if len(folders) > 1 and pictures:
+        raise ConfigError("pictures are of one run", where=f"--{min(pictures)}", do="name one run")
+    place = Path(out) if out is not None else folders[0].report if len(folders) == 1 else Path("comparison.html")
+
+    from firstwords.insight import pictures as drawing
+    from firstwords.insight import record
+    from firstwords.insight import report as reporting
+
+    if pictures:
+        drawing.require_matplotlib(f"--{min(pictures)}")
+    listener(Preparing("reading the run", None))
+    texts = [_or_notice(functools.partial(prepared_text, run, listener), listener) for run in folders]
+    lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
+    if scale is None and lm is not None and texts[0] is not None:
+        scale = quick_scale(lm, texts[0], folders[0])
+    records = [
+        record.read(run, text, scale=scale, predicted=predicted or _predicted(run))
+        for run, text in zip(folders, texts, strict=True)
+    ]
+    explanation = passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
+    store.make_folder(place.absolute().parent)
+    store.write(place, reporting.report(records, explanation))
+    drawn = _drawn(records[0], lm, pictures)
+    return Reported(str(place), store.size(place), tuple(map(str, drawn)))
+
+
+def _predicted(run: RunFolder) -> dict[str, Any] | None:
+    """Return what was expected of a run before its first step."""
+    return next((line.get("predicted") for line in run.metrics.lines() if line["event"] == "start"), None)
+
+
+def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str | Path]) -> list[Path]:
+    """Write the pictures of a run, each kind into its folder, and return their files."""
+    from firstwords.insight import pictures as drawing
+
+    figures, files = {}, []
+    if pictures:
+        figures["loss-plot"] = drawing.loss_plot(record)
+    if pictures and lm is not None:
+        prompt = str(record.config.get("sample_prompt") or KNOWN_PROMPT)
+        figures["temperature-plot"] = drawing.temperature_plot(lm, prompt)
+    for kind, folder in pictures.items():
+        store.make_folder(Path(folder))
+        for name, figure in figures.items():
+            files.append(Path(folder) / f"{name}.{kind}")
+            store.write(files[-1], drawing.drawn(figure, kind))
+    return files
+
+
+def _require_free(place: str | Path | None, where: str) -> None:
+    """Raise a CannotCreateError where something stands that is no report of ours, which a new one would replace."""
+    if place is None or not Path(place).exists():
+        return
+    if Path(place).is_file():
+        with reading.regular(Path(place)) as (file, _):
+            if REPORT_MARK in file.read(REPORT_HEAD_BYTES):
+                return
+    raise CannotCreateError("is there already, and is no report", where=str(place), do=f"give another {where}")
+
+
+def passage_explained(lm: LanguageModel, corpus: Corpus) -> Explanation | None:
+    """Return a held-out passage as a model sees it; None where there is none."""
+    from firstwords.insight import surprise
+    from firstwords.insight.explain import explain as explain_text
+
+    passage = surprise.passage(corpus.val, lm.tokenizer) if corpus.val.n_tokens else None
+    return None if passage is None else explain_text(lm, passage)
+
+
+def _or_notice(get: Callable[[], Found], listener: Listener) -> Found | None:
+    """Return what `get` returns; where it fails, tell why and return None."""
+    try:
+        return get()
+    except FirstwordsError as error:
+        listener(Notice(str(error)))
+        return None

@@ -1,0 +1,141 @@
+"""A model, and the text that it learnt from or is judged on, from wherever a person names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from firstwords import resolve, store
+from firstwords.errors import DataError, NoInputError
+from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
+from firstwords.text.corpus import Corpus, Part
+from firstwords.training.events import Listener
+from firstwords.weights import archive
+
+if TYPE_CHECKING:
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.runs.checkpoint import Checkpoint
+
+
+def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
+    """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
+
+    Raises:
+        NoInputError: None of them is there.
+        DataError: It is damaged.
+    """
+    source = located(source, notice)
+    if _is_foreign(source):
+        from firstwords.weights import reader
+
+        return reader.read(source, notice=notice)
+    found = checkpoint_of(source, notice)
+
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.planning import machine
+    from firstwords.runs import checkpoint
+    from firstwords.text import tokenizer as tokenizers
+    from firstwords.training.state import restored_model
+
+    saved = found.json(checkpoint.CONFIG)
+    model = restored_model(saved, found.tensors(checkpoint.MODEL), str(found.folder))
+    tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
+    return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
+
+
+def named_texts(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Return the paths that were named.
+
+    Raises:
+        NoInputError: An empty sequence, such as a pattern that no file matched; it does not mean the built-in text.
+    """
+    paths = tuple(map(str, [text] if isinstance(text, str | Path) else text))
+    if not paths:
+        raise NoInputError("no text is named", where="text", do="name files or folders, or leave it out")
+    return paths
+
+
+def model_and_text(
+    source: str | Path, text: str | Path | Sequence[str | Path] | None, encoding: str | None, listener: Listener
+) -> tuple[LanguageModel, Part]:
+    """Return a model and the text that it is to be judged on."""
+    lm = load(source, notice=resolve.noticed(listener))
+    if text is None:
+        return lm, _held_out(Path(source), listener)
+    texts = sources.read(named_texts(text), encoding=encoding, notice=resolve.noticed(listener))
+    return lm, corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
+
+
+def located(source: str | Path, notice: Callable[[str], None]) -> Path:
+    """Return where a model is; one of GPT-2's names is fetched, unless something of that name is here."""
+    from firstwords.weights import hub
+
+    if str(source) in hub.NAMES and not Path(source).exists():
+        return hub.fetch(str(source), resolve.cache_folder().parent / "hub.json", notice)
+    return Path(source)
+
+
+def _is_foreign(source: Path) -> bool:
+    """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
+    pickled = source.is_file() and source.suffix in archive.SUFFIXES
+    if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
+        return False
+    ours = (source / store.MANIFEST).is_file() and store.read_manifest(source).get("kind") == "checkpoint"
+    return not ours
+
+
+def require_there(source: Path) -> None:
+    """Raise a NoInputError where no model is."""
+    if not (_is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
+        raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
+
+
+def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:
+    """Return the best checkpoint of a run, or the one that a folder is.
+
+    Raises:
+        NoInputError: Neither is there.
+        DataError: It is damaged.
+    """
+    require_there(source)
+    from firstwords.runs import checkpoint
+
+    if (source / store.MANIFEST).is_file():
+        return checkpoint.Checkpoint(source, store.verify(source))
+    found = checkpoint.best(RunFolder(source).checkpoints, notice)
+    if found is None:
+        raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")
+    return found
+
+
+def kept_corpus(source: Path) -> Corpus | None:
+    """Return the prepared text of the run that a source is or belongs to; None where it is not here, or damaged."""
+    run = run_of(source)
+    try:
+        recorded = resolve.recorded_corpus(run) if run.exists else None
+        return None if recorded is None else corpora.load(recorded)
+    except (DataError, NoInputError):
+        return None
+
+
+def _held_out(source: Path, listener: Listener) -> Part:
+    run = run_of(source)
+    if not run.exists:
+        raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
+    return prepared_text(run, listener).val
+
+
+def prepared_text(run: RunFolder, listener: Listener) -> Corpus:
+    """Return the prepared text of a run, made again where the cache has lost it."""
+    recorded = resolve.recorded_corpus(run)
+    if recorded is not None and recorded.is_dir():
+        return corpora.load(recorded)
+    return resolve.prepare(resolve.resumed(run.path, None, {}), listener)
+
+
+def run_of(source: Path) -> RunFolder:
+    """Return the run that a source is, or is a checkpoint of."""
+    return RunFolder(source if (source / "config.toml").is_file() else source.parent.parent)
