@@ -426,7 +426,7 @@ def peak_bytes(*arguments: str) -> int:
     ids=["one line", "lines of one character", "one character"],
 )
 def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, full_size: int, full_tokenizer: str):
-    size, tokenizer = (full_size, full_tokenizer) if full else (64 * MB, "bytes")
+    size, tokenizer = (full_size, full_tokenizer) if full else (128 * MB, "bytes")
     many = piece * (MB // len(piece))
     for name, wanted in (("small.txt", 4 * MB), ("large.txt", size)):
         with Path(name).open("w", newline="") as file:
@@ -434,9 +434,9 @@ def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, 
                 file.write(many)
     tiny = [*TINY, "--steps=1", "--val-fraction=0", f"--tokenizer={tokenizer}", "--model.context-length=256"]
     small, large = (peak_bytes("-m", "firstwords", "train", name, *tiny) for name in ("small.txt", "large.txt"))
-    # The order of an epoch's windows is 8 bytes for each 256 ids; the allocators' noise was up to 26 MB. A text of 64 MB
-    # that is held whole would take 60 MB more than one of 4.
-    assert large - small < size * 8 / 256 + 40 * MB
+    # The order of an epoch's windows is 8 bytes for each 256 ids; what the allocators keep was up to 62 MB, since a text is
+    # looked at while PyTorch is loaded. A text of 128 MB that is held whole would take 124 MB more than one of 4.
+    assert large - small < size * 8 / 256 + 80 * MB
     assert large < 500 * MB
     assert peak_bytes("-c", "open('large.txt').read()") > size  # the negative control
 

@@ -166,8 +166,7 @@ def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, 
 
 def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:
     """Return how many bytes a training text has, and what gives its last ones."""
-    n_bytes = int(corpus.train.id_bytes[corpus.train.ids].sum())
-    return n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer)
+    return corpus.train.n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer)
 
 
 def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisation | None:

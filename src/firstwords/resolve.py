@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from firstwords.planning.plan import Candidate, Machine, Tokens
     from firstwords.planning.speed import Speed
     from firstwords.text.batches import Batches
-    from firstwords.text.corpus import Part
     from firstwords.training.loop import FitConfig
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
-COUNTED_TOKENS = 1 << 22  # whose bytes are counted one by one; of more, a sample
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (
@@ -349,14 +347,10 @@ def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: f
     from firstwords.planning.plan import Tokens
 
     train = prepared.train
-    n_bytes = int(train.id_bytes[train.ids].sum()) if train.n_tokens <= COUNTED_TOKENS else _estimated_bytes(train)
     name = "bpe" if tokenizer == "bpe" else prepared.tokenizer.name
-    return Tokens(name, prepared.tokenizer.vocab_size, len(train.ids), n_bytes, prepared.val.n_tokens, difficulty, repeated)
-
-
-def _estimated_bytes(part: Part) -> int:
-    step = len(part.ids) // COUNTED_TOKENS
-    return int(part.id_bytes[part.ids[::step]].mean() * len(part.ids))
+    return Tokens(
+        name, prepared.tokenizer.vocab_size, len(train.ids), train.n_bytes, prepared.val.n_tokens, difficulty, repeated
+    )
 
 
 def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> RunConfig:

@@ -29,8 +29,8 @@ SHORTEST = 3 * STEP - 1  # bytes of a span that is found wherever it stands
 # spans of 40 that the rest holds as well, and nothing in spans of 50; licences and other set phrases do reach it.
 COPIED = 50
 GRAM = 8  # words
-IDS_AT_ONCE, PAIRS_AT_ONCE = 1 << 18, 1 << 20
-KEPT_BYTES = 1 << 26  # of a text that is kept decoded for the next look
+IDS_AT_ONCE, PAIRS_AT_ONCE = 1 << 17, 1 << 17
+KEPT_BYTES = 1 << 24  # of a text that is kept decoded for the next look
 YARDSTICKS = 32  # pieces of held-out text
 TABLE_BITS = 18
 BETWEEN_DOCUMENTS, BETWEEN_SAMPLES = b"\xff", b"\xfe"  # bytes that no UTF-8 holds
@@ -87,8 +87,9 @@ class TrainingText:
     """
 
     def __init__(self, part: Part, tokenizer: Tokenizer) -> None:
-        self._ids = part.ids
-        words = [tokenizer.token_bytes(token) for token in range(tokenizer.end_of_text)] + [BETWEEN_DOCUMENTS]
+        self._part = part
+        words = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        words[tokenizer.end_of_text] = BETWEEN_DOCUMENTS
         self._lengths = np.array([len(word) for word in words], np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._words = np.frombuffer(b"".join(words), np.uint8)
@@ -97,7 +98,7 @@ class TrainingText:
     @functools.cached_property
     def is_kept(self) -> bool:
         """Whether it is short enough to stay in memory, so that a look takes a moment."""
-        return sum(int(self._lengths[ids].sum()) for ids in self._groups()) <= KEPT_BYTES
+        return self._part.n_bytes <= KEPT_BYTES
 
     def pieces(self) -> Iterator[Bytes]:
         """Yield the text."""
@@ -105,16 +106,12 @@ class TrainingText:
             yield from self._kept
             return
         kept: list[Bytes] = []
-        for ids in self._groups():
+        for ids in self._part.pieces(IDS_AT_ONCE):
             piece = self._decoded(ids)
             yield piece
             if self.is_kept:
                 kept.append(piece)
         self._kept = kept if self.is_kept else None
-
-    def _groups(self) -> Iterator[np.ndarray[Any, Any]]:
-        for start in range(0, len(self._ids), IDS_AT_ONCE):
-            yield np.asarray(self._ids[start : start + IDS_AT_ONCE])
 
     def _decoded(self, ids: np.ndarray[Any, Any]) -> Bytes:
         lengths = self._lengths[ids]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from firstwords.planning.measure import Mark
 
 Level = Literal["ok", "warn", "bad"]
-PRESET = "laptop"  # that must fit
+PRESET, VOCAB_SIZE = "laptop", 2048  # that must fit, with a tokenizer made for a text of a megabyte
 GB = 1e9
 LITTLE_MEMORY, LITTLE_DISK = 2 * GB, 5 * GB
 SWAP_SHARE = 0.05  # of the memory: from here on programs wait for the disk
@@ -126,7 +126,7 @@ def of_system(machine: System) -> Iterator[Finding]:
         yield Finding("bad", what, "install a Python for this processor, and firstwords in it")
     if "x86" in machine.name and machine.instructions and "avx2" not in machine.instructions:
         yield Finding("warn", "the processor has no AVX2: matrix products are slow", "take --preset laptop-small")
-    model, free = run_config({"preset": PRESET}).model, machine.available_bytes
+    model, free = run_config({"preset": PRESET, "model.vocab_size": VOCAB_SIZE}).model, machine.available_bytes
     if free is not None and free < max(LITTLE_MEMORY, cost.training_bytes(model, 1)):
         level: Level = "bad" if free < cost.training_bytes(model, 1) else "warn"
         yield Finding(level, f"{free / GB:.1f} GB of memory are free", "end other programs, or take --preset laptop-small")

@@ -46,6 +46,21 @@ class Part:
     ids: np.ndarray[Any, Any]
     id_bytes: np.ndarray[Any, Any]  # (V,) UTF-8 bytes that each id stands for
     n_documents: int
+    counted_bytes: int | None = None  # of the text, where they were counted when it was prepared
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return int(self.id_bytes[self.ids].sum()) if self.counted_bytes is None else self.counted_bytes
+
+    def pieces(self, n_ids: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the ids in order, so many together; from the file, for pages of a map count as this process's memory."""
+        for start in range(0, len(self.ids), n_ids):
+            if isinstance(self.ids, np.memmap):
+                assert self.ids.filename is not None
+                yield np.fromfile(self.ids.filename, self.ids.dtype, n_ids, offset=start * self.ids.itemsize)
+            else:
+                yield self.ids[start : start + n_ids]
 
     @property
     def n_tokens(self) -> int:
@@ -360,7 +375,7 @@ def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:
         raise DataError(f"does not hold the {record['ids']} ids that its manifest names", where=str(path))
     _check_ids(path, dtype, tokenizer.vocab_size)
     ids = np.memmap(path, dtype, "r") if record["ids"] else np.empty(0, dtype)  # an empty file cannot be mapped
-    return Part(ids, tokenizer.id_bytes, record["documents"])
+    return Part(ids, tokenizer.id_bytes, record["documents"], record["bytes"])
 
 
 def _check_ids(path: Path, dtype: np.dtype[Any], vocab_size: int) -> None:
