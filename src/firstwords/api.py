@@ -28,7 +28,7 @@ from firstwords.judging import evaluate_tasks as evaluate_tasks
 from firstwords.judging import explain as explain
 from firstwords.judging import lm_eval_model as lm_eval_model
 from firstwords.judging import memorisation as memorisation
-from firstwords.judging import passage_explained, quick_scale, sample_prompts
+from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
 from firstwords.judging import report as report
 from firstwords.judging import scale as scale
 from firstwords.loading import checkpoint_of, named_texts
@@ -101,11 +101,12 @@ def train(
         from firstwords.training.state import taken
 
     settled, expected = resolve.settled(asked, prepared, *looked_at.result())
-    with machine.threads(settled.threads), machine.memory_kept(), asked.run.writing(), signals.stop_requests() as stop:
+    with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
         if not resume:
             run_folder.require_new(asked.run)  # another process may have begun here meanwhile
         store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))
-        recorder = _begin(asked, settled, prepared, listener, started_s)
+        scale_s = quick_tokens(prepared) / expected.tokens_per_s
+        recorder = _begin(asked, settled, prepared, listener, started_s, scale_s)
         recorder.begin(None if resume else expected.as_dict())
         evaluate, sample = _looks(recorder)
         fit = functools.partial(
@@ -117,7 +118,7 @@ def train(
             forward=_forward(recorder),
             should_stop=lambda: stop() or recorder.best_is_behind(),
         )
-        with recorder.naming_the_last_good_checkpoint():
+        with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
             while not recorder.stopped:
                 try:
                     for event in fit(resolve.fit_config(recorder.config)):
@@ -158,7 +159,9 @@ def _looked_at(prepared: Corpus) -> tuple[float, float]:
     return sample.difficulty(prepared.tokenizer), sample.repeated
 
 
-def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float) -> Recorder:
+def _begin(
+    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float, scale_s: float
+) -> Recorder:
     """Return the record of a run at its first or resumed step; the caller holds the run's lock."""
     import torch
 
@@ -183,7 +186,7 @@ def _begin(asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
         evaluation_steps = cost_in_tokens(prepared.val.n_tokens) / ((config.batch_size or 1) * config.model.context_length)
-        report_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
+        report_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model), scale_s) if config.report else 0.0
         deadline_s = started_s + config.for_s - used_s - report_s
         recorder.budget = budget.Budget(deadline_s, config.for_s, now_s, evaluation_steps)
     state.elapsed_s += now_s - started_s

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import Evaluation
 
 Found = TypeVar("Found")
-QUICK_IDS = 1_500_000  # of a training text whose n-grams are counted for the report at the end of a run: a second
+QUICK_IDS, QUICK_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
 REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
 PROMPT_TOKENS = 4  # that a model is given to go on from
@@ -153,7 +153,7 @@ def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, 
     from firstwords.insight.baselines import Given, baselines
     from firstwords.training.evaluate import evaluate_tokens
 
-    if len(corpus.train.ids) > QUICK_IDS or not 0 < corpus.val.n_tokens <= QUICK_IDS // 10:
+    if not quick_tokens(corpus):
         return None
     tokens, held_out = evaluate_tokens(lm.model, corpus.val, lm.dtype), corpora.documents(corpus.val, lm.tokenizer)
     if tokens is None:
@@ -162,6 +162,12 @@ def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, 
     blocks = scales.Blocks.of([len(document) for document in held_out])
     rows = list(baselines(held_out, given, blocks.starts, quick=True))
     return scales.scale(run.path.name, tokens, (), rows, blocks).as_dict()
+
+
+def quick_tokens(corpus: Corpus) -> int:
+    """Return how many held-out tokens the scale in a run's report is made from; 0: it has none."""
+    n_held_out = corpus.val.n_tokens
+    return n_held_out if len(corpus.train.ids) <= QUICK_IDS and n_held_out <= QUICK_HELD_OUT else 0
 
 
 def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:

@@ -19,6 +19,7 @@ CHUNK_BYTES = LOGITS_BYTES  # of logits: each chunk adds once to the gradient of
 WORDS_AT_ONCE = 8192  # rows of the table whose gradient is formed together: products of that size are the fastest
 TINY = 1e-30  # far above the smallest float32
 PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache
+RANK_BYTES = 16  # that ranking takes for each logit: PyTorch sums truths as numbers of eight bytes
 
 
 def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     ranks = torch.zeros(targets.numel(), dtype=torch.int64, device=features.device)
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
     weight = head_weight.to(rows.dtype)
-    for start, end in _chunks(len(flat), len(weight) * weight.element_size()):
+    item_bytes = RANK_BYTES if ranked else weight.element_size()
+    for start, end in _chunks(len(flat), len(weight) * item_bytes):
         logits, wanted = rows[start:end] @ weight.T, flat[start:end]
         nats[start:end] = _nats(logits, wanted, gradient=False)
         if ranked:

@@ -12,12 +12,12 @@ LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their sa
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
-REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
+REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.8, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
 
 
-def report_s(total_s: float, checkpoint_bytes: int) -> float:
-    """Return how long the report at the end of a run may take, of a budget of `total_s`."""
-    return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S, REPORT_SHARE * total_s)
+def report_s(total_s: float, checkpoint_bytes: int, scale_s: float = 0.0) -> float:
+    """Return how long the report at the end of a run may take, of a budget of `total_s`; `scale_s` of it for its scale."""
+    return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S + scale_s, REPORT_SHARE * total_s)
 
 
 @dataclass
