@@ -304,3 +304,8 @@ def test_a_preset_s_batch_is_the_recipe_s() -> None:
     learnt = recipe.expected_tokens(180, rate, TOKENS.held_out)
     assert one.batch_size == recipe.batch_size(256, learnt)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
+
+
+def test_a_text_that_no_candidate_could_learn_from_is_refused(here: Path, refused: Refused) -> None:
+    write(here / "short.txt", "too short")
+    assert "context" in refused(65, "plan", "short.txt")["what"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import resolve, store
 from firstwords.config import RunConfig, flatten, from_toml, model_config, run_config, to_toml
-from firstwords.errors import ConfigError, DivergedError
+from firstwords.errors import ConfigError, DataError, DivergedError
 from firstwords.exchange import Exported as Exported
 from firstwords.exchange import Imported as Imported
 from firstwords.exchange import export as export
@@ -246,6 +246,11 @@ def plan(
     found = facts.read(
         texts, val_fraction=config.val_fraction, progress=lambda what, share: listener(Preparing(what, share))
     )
+    if found.training_bytes <= config.model.context_length:  # and a token is a byte at least
+        what = (
+            f"{found.training_bytes} bytes to learn from are less than one context of {config.model.context_length} tokens"
+        )
+        raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
     import torch

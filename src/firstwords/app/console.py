@@ -130,7 +130,7 @@ class Console:
             self._json(found.as_dict())
             return
         self.out.print("\n".join(plans.text_lines(found)))
-        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         speed = "tokens/s" if found.target is None else "time"
         for heading in ("candidate", "batch", "memory", speed, "steps", "epochs", "bits/byte", "by heart"):
             table.add_column(heading, justify="left" if heading in ("candidate", "by heart") else "right", no_wrap=True)
