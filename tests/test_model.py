@@ -12,7 +12,7 @@ from firstwords.config import ModelConfig, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.model.functional import rotate
-from firstwords.model.gpt import GPTModel, KVCache, rotary_angles
+from firstwords.model.gpt import GPTModel, KVCache, rotary_angles, unfilled
 
 
 def model_of(config: ModelConfig) -> GPTModel:
@@ -100,3 +100,17 @@ def test_estimates_grow_with_what_they_estimate() -> None:
     small, large = run_config().model, run_config({"preset": "laptop-large"}).model
     assert cost.training_bytes(small, 8) < cost.training_bytes(small, 16) < cost.training_bytes(large, 16)
     assert cost.micro_batch_size(small, 48) in (16, 24)
+
+
+@pytest.mark.parametrize("init_std", [None, 0.02])
+def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(small: ModelConfig, init_std: float | None) -> None:
+    config = dataclasses.replace(small, init_std=init_std)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model = unfilled(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    drawn = GPTModel(config)
+    assert not torch.equal(torch.get_rng_state(), before)  # the negative control
+    shapes = {name: tensor.shape for name, tensor in drawn.named_parameters()}  # a tied head is named once
+    assert {name: tensor.shape for name, tensor in model.named_parameters()} == shapes
+    assert all(torch.equal(own, other) for own, other in zip(model.buffers(), drawn.buffers(), strict=True))

@@ -16,7 +16,7 @@ import torch
 
 from command import TINY as FLAGS
 from command import Command, Refused, write
-from conftest import STORY, TINY, journal
+from conftest import OTHER, STORY, TINY, journal
 from firstwords import api
 from firstwords.insight.explain import Explanation, Guess, TokenExplained
 from firstwords.insight.record import MOST_POINTS, read
@@ -24,7 +24,7 @@ from firstwords.insight.report import _plotly, explained
 from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
 from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import Notice, Told
+from firstwords.training.events import Notice, Told, Trained
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>\u2028--><!-- &amp; ]]> ${x} "
 MEMORISATION = {
@@ -208,6 +208,19 @@ def test_a_report_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
     assert notice.startswith("the report could not be written")
     assert f"firstwords report {run}" in notice
     assert journal(run, "stop")[-1]["reason"] == "done"
+
+
+@pytest.mark.parametrize(("steps", "is_last"), [(30, False), (1, True)])
+def test_whoever_listens_is_given_the_best_model_at_the_end(tmp_path: Path, steps: int, is_last: bool) -> None:
+    told: list[Told] = []
+    other = write(tmp_path / "other.txt", OTHER)
+    run = trained(tmp_path, listener=told.append, steps=steps, val=str(other), optim={"peak_lr": 0.1})
+    (lm,) = [event.lm for event in told if isinstance(event, Trained)]
+    kept = api.load(run)
+    assert (lm.step, lm.dtype) == (kept.step, kept.dtype)
+    assert (lm.step == journal(run, "stop")[-1]["step"]) is is_last
+    for name, weight in kept.model.named_parameters():
+        assert torch.equal(lm.model.get_parameter(name), weight)
 
 
 def test_no_report_is_written_where_none_is_wanted(tmp_path: Path) -> None:

@@ -27,6 +27,23 @@ def test_a_published_folder_reads_back_as_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+@pytest.mark.parametrize("can_uncache", [True, False])
+def test_what_is_large_is_synced_part_by_part_and_reads_back_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_uncache: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(store, "PART_BYTES", 1000)
+    monkeypatch.setattr(store, "READ_BYTES", 300)
+    monkeypatch.setattr(store, "CAN_UNCACHE", can_uncache and store.CAN_UNCACHE)
+    if hasattr(os, "fdatasync"):
+        monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    pieces = [bytes([n]) * size for n, size in enumerate((1, 2500, 0, 999, 1))]
+    store.publish(tmp_path / "one", {"weights": pieces}, lambda: {"kind": "test"})
+    assert (tmp_path / "one" / "weights").read_bytes() == b"".join(pieces)
+    assert store.file_sha256(tmp_path / "one" / "weights", from_disk=True) == store.sha256(b"".join(pieces))
+    assert synced == ([1001, 2001, 3500] if store.CAN_UNCACHE else [])
+
+
 def test_nothing_is_published_twice_under_one_name(tmp_path: Path) -> None:
     published(tmp_path)
     with pytest.raises(CannotCreateError):

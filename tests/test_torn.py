@@ -228,6 +228,6 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_to_the_same
 def test_without_checksums_flips_go_unnoticed(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: with sizes alone the same loop counts almost every flip as unnoticed."""
     hashes = {made.newest / name: record["sha256"] for name, record in store.verify(made.newest)["files"].items()}
-    monkeypatch.setattr(store, "file_sha256", hashes.__getitem__)
+    monkeypatch.setattr(store, "file_sha256", lambda path, **_: hashes[path])
     cases, unnoticed = count_unnoticed_flips(made.newest, lambda place: [0xFF] if place % 97 == 0 else [])
     assert unnoticed > 0.9 * cases > 500

@@ -40,7 +40,7 @@ from firstwords.runs import signals
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus
-from firstwords.training.events import Listener, Notice, Preparing, ignore
+from firstwords.training.events import Listener, Notice, Preparing, Trained, ignore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,10 +145,13 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     """Write the report of a run that ends, from what is in memory already."""
     from firstwords.insight import record, report
     from firstwords.model.language_model import LanguageModel
+    from firstwords.planning import machine
 
     run, corpus = recorder.run, recorder.corpus
     is_best = best_step == recorder.state.step
-    lm = LanguageModel(recorder.state.model, corpus.tokenizer) if is_best else load(run.path)
+    dtype = machine.DTYPES[recorder.config.precision]
+    lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else load(run.path)
+    recorder.listener(Trained(lm))
     found = record.read(run, corpus, scale=quick_scale(lm, corpus, run), predicted=recorder.predicted)
     store.write(run.report, report.report([found], passage_explained(lm, corpus)))
 

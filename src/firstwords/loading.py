@@ -104,7 +104,7 @@ def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:
     from firstwords.runs import checkpoint
 
     if (source / store.MANIFEST).is_file():
-        return checkpoint.Checkpoint(source, store.verify(source))
+        return checkpoint.Checkpoint(source, store.verify(source, from_disk=True))
     found = checkpoint.best(RunFolder(source).checkpoints, notice)
     if found is None:
         raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +30,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
 PROBE = "probe"
-READ_BYTES = 1 << 20
+READ_BYTES = 4 << 20
+PART_BYTES = 32 << 20
+CAN_UNCACHE = hasattr(os, "posix_fadvise")  # neither macOS nor Windows
+HASHING_THREADS = 2  # a checkpoint has two large files
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
 
@@ -56,12 +60,16 @@ def size(path: Path) -> int:
         return path.stat().st_size if path.exists() else 0
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
+def file_sha256(path: Path, *, from_disk: bool = False) -> str:
+    """Return the SHA-256 of a file, read in pieces; `from_disk`, not from the system's cache of it, nor leaving it there."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        if from_disk:
+            _uncache(file.fileno(), 0)
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            if from_disk:
+                _uncache(file.fileno(), file.tell())
     return digest.hexdigest()
 
 
@@ -171,7 +179,7 @@ def publish(
             with suppress(OSError):
                 _remove(temporary)
             raise
-    return verify(folder)
+    return verify(folder, from_disk=True)
 
 
 def read_manifest(folder: Path) -> Json:
@@ -198,25 +206,36 @@ def _is_record(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)
 
 
-def verify(folder: Path) -> Json:
+def verify(folder: Path, *, from_disk: bool = False) -> Json:
     """Return the manifest after comparing every file's size and SHA-256 with it.
+
+    Args:
+        folder: A published folder.
+        from_disk: As for `file_sha256`: for what is large, and not read again at once.
 
     Raises:
         DataError: Names the first file that is missing, of another size, changed, or unreadable on its disk.
         PermissionDeniedError, StorageError: The system refuses to read; that says nothing about the files.
     """
     manifest = read_manifest(folder)
-    for name, record in manifest["files"].items():
-        path = folder / name
-        with reading.opening(path):
-            if path.parent != folder or not path.is_file():
-                raise DataError("a file is missing", where=str(path))
-            size = path.stat().st_size
-            if size != record["bytes"]:
-                raise DataError(f"has {size} bytes, its manifest says {record['bytes']}", where=str(path))
-            if file_sha256(path) != record["sha256"]:
-                raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
+    with ThreadPoolExecutor(HASHING_THREADS) as beside:
+        checks = [
+            beside.submit(_verify_file, folder / name, record, from_disk) for name, record in manifest["files"].items()
+        ]
+    for check in checks:
+        check.result()
     return manifest
+
+
+def _verify_file(path: Path, record: Mapping[str, Any], from_disk: bool) -> None:
+    with reading.opening(path):
+        if not path.is_file():
+            raise DataError("a file is missing", where=str(path))
+        size = path.stat().st_size
+        if size != record["bytes"]:
+            raise DataError(f"has {size} bytes, its manifest says {record['bytes']}", where=str(path))
+        if file_sha256(path, from_disk=from_disk) != record["sha256"]:
+            raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
 
 
 def set_aside(folder: Path) -> Path:
@@ -315,18 +334,41 @@ def _write_all(descriptor: int, data: Bytes) -> None:
 
 
 def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
-    """Create `path`, write and sync it, and return its record for a manifest."""
-    digest, size = hashlib.sha256(), 0
+    """Create `path`, write and sync it, and return its record for a manifest.
+
+    What is large goes to the disk as it is written, and leaves the system's cache to others: a checkpoint would fill it
+    with gigabytes that nobody reads.
+    """
+    digest, size, uncached = hashlib.sha256(), 0, 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o644)
     try:
-        for piece in pieces:
-            _write_all(descriptor, piece)
-            digest.update(piece)
-            size += memoryview(piece).nbytes
+        with ThreadPoolExecutor(1) as beside:
+            for part in _parts(pieces):
+                hashing = beside.submit(digest.update, part)  # takes as long as writing, and another core can do it
+                _write_all(descriptor, part)
+                size += len(part)
+                if size - uncached >= PART_BYTES and CAN_UNCACHE:
+                    os.fdatasync(descriptor)
+                    _uncache(descriptor, uncached := size)
+                hashing.result()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _parts(pieces: Iterable[Bytes]) -> Iterator[memoryview[int]]:
+    """Yield all bytes of the pieces in parts of at most `PART_BYTES`."""
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        for start in range(0, len(view), PART_BYTES):
+            yield view[start : start + PART_BYTES]
+
+
+def _uncache(descriptor: int, end: int) -> None:
+    """Let the system forget what it keeps of a file's beginning up to `end`, 0: of all of it; where it can be told so."""
+    if CAN_UNCACHE:
+        os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Listener
+from firstwords.training.events import Listener, Told, Trained
 
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported, Reported
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.generate import Drawn
-    from firstwords.model.language_model import Said
+    from firstwords.model.language_model import LanguageModel, Said
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
     from firstwords.planning.plan import Plan
@@ -72,14 +72,22 @@ class Console:
         self.as_json = as_json
         self.out = _Output(highlight=False, markup=False, soft_wrap=True)
         self.err = _Output(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._lm: LanguageModel | None = None  # what the run that just ended has in memory
 
     @contextmanager
     def progress(self) -> Iterator[Listener]:
         """Yield a listener that shows what it is told while inside."""
         live = self.err.is_terminal and not self.err.is_jupyter
         display = LiveDisplay(self.err) if live else PlainDisplay(self.err)
+
+        def tell(told: Told) -> None:
+            if isinstance(told, Trained):
+                self._lm = told.lm
+            else:
+                display.tell(told)
+
         with display:
-            yield display.tell
+            yield tell
 
     def notice(self, line: str) -> None:
         """Show a line that a person should read."""
@@ -122,7 +130,8 @@ class Console:
         report = RunFolder(Path(result.run)).report
         if report.exists():
             self.out.print(f"report    {visible(str(report))}")
-        self.out.print(f"\nit says:\n{visible(api.load(result.run).generate(max_new_tokens=120))}")
+        lm = self._lm or api.load(result.run)
+        self.out.print(f"\nit says:\n{visible(lm.generate(max_new_tokens=120))}")
 
     def planned(self, found: Plan, text: Sequence[str]) -> None:
         """Show what could be trained, and what to take."""

@@ -50,17 +50,16 @@ def padding_mask(padding: Tensor, T: int, S: int) -> Tensor:
 
 
 def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    T, q = q.shape[2], q * q.shape[3] ** -0.5
+    B, H, T, D = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
     size = min(T, QUERIES_AT_ONCE)
-    future = torch.full((size, size), -torch.inf, dtype=q.dtype).triu(1)
     parts = []
     for start in range(0, T, size):
         end = min(T, start + size)
-        scores = q[:, :, start:end] @ k[:, :, :end].mT
-        with torch.no_grad():  # adding a constant has no gradient, adding it to a part would copy that of the whole
-            scores[..., start:] += future[: end - start, : end - start]
-        parts.append(drop(torch.softmax(scores, dim=-1), dropout) @ v[:, :, :end])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        future = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
+        scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
+        parts.append(drop(torch.softmax(scores, dim=-1), dropout) @ v[:, :end])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(B, H, T, -1)
 
 
 def drop(x: Tensor, rate: float) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any, assert_never
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from firstwords.config import ModelConfig
 from firstwords.model.functional import causal_attention, drop, linear, padding_mask, rms_norm, rotate
 
+DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what PyTorch's modules and ours begin with
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 
 
@@ -270,6 +272,20 @@ class GPTModel(nn.Module):
         """Return the logits (B, T, V) of the token after each of the ids (B, T)."""
         logits: Tensor = self.out_head(self.features(tokens))
         return logits
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves a tensor as it is where random numbers would be drawn into it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return [*args, *kwargs.values()][0] if func in DRAWING else func(*args, **kwargs)
+
+
+def unfilled(config: ModelConfig) -> GPTModel:
+    """Return a model whose weights are what stood in memory: drawing random ones takes GPT-2 a second, in vain."""
+    with _Undrawn():
+        return GPTModel(config)
 
 
 def initialise(model: GPTModel, std: float) -> None:

@@ -67,6 +67,7 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
         if ranked:
             own = logits.gather(1, wanted.clamp(min=0)[:, None])
             ranks[start:end] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
+        del logits  # or the next chunk's would stand beside them
     return nats.view(targets.shape), ranks.view(targets.shape)
 
 
@@ -135,6 +136,7 @@ class _ChunkedNats(torch.autograd.Function):
             if wanted:
                 d_features, d_weight = ctx.gradients
                 _add_gradients(d_features[start:end], rows[start:end], d_weight, table, logits, first=start == 0)
+            del logits  # or the next chunk's would stand beside them
         return nats.float()
 
     @staticmethod

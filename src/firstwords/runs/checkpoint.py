@@ -170,7 +170,7 @@ def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
     Raises:
         DataError: It is damaged, or was made by another run than `run`.
     """
-    manifest = store.verify(folder)
+    manifest = store.verify(folder, from_disk=True)
     if run is not None and manifest.get("run") != run:
         theirs = manifest["run"] if isinstance(manifest.get("run"), dict) else {}
         other = ", ".join(name for name, value in run.items() if theirs.get(name) != value)
@@ -218,7 +218,7 @@ def at_step(parent: Path, step: int) -> Checkpoint:
     folder = folder_of(parent, step)
     if not folder.is_dir():
         raise NoInputError("no such checkpoint", where=str(folder))
-    return Checkpoint(folder, store.verify(folder))
+    return Checkpoint(folder, store.verify(folder, from_disk=True))
 
 
 def rotate(saved: Checkpoint, keep: int, best_step: int | None) -> None:

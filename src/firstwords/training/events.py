@@ -12,6 +12,7 @@ from firstwords.text.corpus import Corpus
 
 if TYPE_CHECKING:
     from firstwords.insight.memorisation import Memorisation
+    from firstwords.model.language_model import LanguageModel
     from firstwords.training.evaluate import Evaluation
 
 
@@ -143,7 +144,14 @@ class Measured:
     memorisation: Memorisation
 
 
-Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack | Measured
+@dataclass(frozen=True)
+class Trained:
+    """The run is over, and its best model is in memory: whoever wants to hear it need not read it from the disk."""
+
+    lm: LanguageModel
+
+
+Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack | Measured | Trained
 Listener = Callable[[Told], None]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from firstwords.config import ModelConfig, OptimConfig, model_config
 from firstwords.errors import DataError
 from firstwords.model import cost
-from firstwords.model.gpt import GPTModel
+from firstwords.model.gpt import GPTModel, unfilled
 from firstwords.text.batches import Batch
 from firstwords.training.optim import optimizers
 
@@ -130,7 +130,7 @@ def restored_model(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
     wanted, there = cost.parameters(config), sum(tensor.numel() for tensor in tensors.values())
     if wanted != there:
         raise DataError(f"has {there} parameters, its configuration needs {wanted}", where=where)
-    model = GPTModel(config)
+    model = unfilled(config)
     load_model_tensors(model, tensors, where)
     return model
 

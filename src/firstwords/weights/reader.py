@@ -12,7 +12,7 @@ import torch
 from firstwords import reading
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError, DataError, NoInputError
-from firstwords.model.gpt import GPTModel, rotary_angles
+from firstwords.model.gpt import GPTModel, unfilled
 from firstwords.model.language_model import LanguageModel
 from firstwords.text import corpus
 from firstwords.text import tokenizer as tokenizers
@@ -74,15 +74,8 @@ def _is_tied(weights: Weights) -> bool:
 
 
 def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel:
-    """Return the model with the weights in it, without ever drawing random ones."""
-    with torch.device("meta"):
-        model = GPTModel(config)
-    model.to_empty(device="cpu")
-    if config.block == "qwen3":
-        for buffer, angles in zip((model.rotary_cos, model.rotary_sin), rotary_angles(config), strict=True):
-            buffer.copy_(angles)
-    if config.tied_head:
-        model.out_head.weight = model.tok_emb.weight
+    """Return the model with the weights in it, one tensor after another."""
+    model = unfilled(config)
     own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters()}
     for name, tensor in names.to_ours(config, dialect, weights.tensors(), weights.where):
         if name not in own or own[name].shape != tensor.shape:
