@@ -189,9 +189,8 @@ def _begin(
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
         evaluation_steps = cost_in_tokens(prepared.val.n_tokens) / ((config.batch_size or 1) * config.model.context_length)
-        report_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model), scale_s) if config.report else 0.0
-        deadline_s = started_s + config.for_s - used_s - report_s
-        recorder.budget = budget.Budget(deadline_s, config.for_s, now_s, evaluation_steps)
+        end_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model), scale_s) if config.report else 0.0
+        recorder.budget = budget.Budget(started_s + config.for_s - used_s, config.for_s, now_s, evaluation_steps, end_s)
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
     return recorder

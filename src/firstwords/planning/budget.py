@@ -1,4 +1,7 @@
-"""A time budget becomes steps: measured on the first ones, corrected after each evaluation and at half of every plan."""
+"""A time budget becomes steps: measured on the first ones, and corrected later.
+
+A plan is made anew after each evaluation, at its half, and where the steps have become slower or faster.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their sa
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
+DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is made anew
 REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.8, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
 
 
@@ -24,23 +28,30 @@ def report_s(total_s: float, checkpoint_bytes: int, scale_s: float = 0.0) -> flo
 class Budget:
     """How the time is going. All times are seconds on one clock.
 
+    What is not a step is counted in steps too: where another program takes the cores, it slows both.
+
     Args:
         deadline_s: When the process should be done.
         total_s: The whole budget.
         now_s: When training begins.
         evaluation_steps: How many steps take as long as an evaluation, about; believed until one was measured.
+        end_s: What follows the last step and its evaluation, on a machine as fast as it was before the first plan.
     """
 
     deadline_s: float
     total_s: float
     now_s: float
     evaluation_steps: float
+    end_s: float = 0.0
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
-    _between_s: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
+    _between_steps: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
     _looks: int = 0  # since the first plan
-    _look_s: float = 0.0
+    _look_steps: float = 0.0
+    _end_steps: float = 0.0
     _planned_looks: int = -1
+    _planned_step_s: float = 0.0
+    _late_s: float = 0.0  # behind the plan, by its steps alone
     _next_plan: int = 0
 
     def look(self) -> None:
@@ -50,14 +61,16 @@ class Budget:
     def step(self, now_s: float, took_s: float) -> bool:
         """Take note of a step and return whether a plan is due."""
         self._n_steps += 1
-        self._between_s += max(0.0, now_s - self.now_s - took_s)
-        self.now_s = now_s
         if self._n_steps > WARM_STEPS or not self._steps_s:
             self._steps_s.append(took_s)
+        self._between_steps += max(0.0, now_s - self.now_s - took_s) / statistics.mean(self._steps_s)
+        self.now_s = now_s
         if self._planned_looks < 0:
             used = 1 - (self.deadline_s - now_s) / self.total_s
             return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and used > PROBE_SHARE)
-        return self._looks > self._planned_looks or self._n_steps >= self._next_plan
+        self._late_s += took_s - self._planned_step_s
+        drifted = abs(self._late_s) > DRIFT_SHARE * self.total_s
+        return drifted or self._looks > self._planned_looks or self._n_steps >= self._next_plan
 
     def plan(self, done: int, eval_every: int | None) -> tuple[int, int]:
         """Return (total steps, steps between evaluations) that end at the deadline.
@@ -68,12 +81,13 @@ class Budget:
         """
         step_s = statistics.mean(self._steps_s)
         if self._planned_looks < 0:
-            self._look_s = self._between_s + self.evaluation_steps * step_s
-            self._between_s, self._looks = 0.0, 0
+            self._look_steps, self._end_steps = self._between_steps + self.evaluation_steps, self.end_s / step_s
+            self._between_steps, self._looks = 0.0, 0
         if self._looks:
-            self._look_s = self._between_s / self._looks
-        self._planned_looks, look_s = self._looks, self._look_s
-        left_s = max(0.0, self.deadline_s - self.now_s)
+            self._look_steps = self._between_steps / self._looks
+        self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
+        look_s = self._look_steps * step_s
+        left_s = max(0.0, self.deadline_s - self.now_s - self._end_steps * step_s)
         if eval_every is None:
             planned = looks(self.total_s, look_s)
             eval_every = max(done + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
