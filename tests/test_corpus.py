@@ -67,7 +67,7 @@ def test_a_trained_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
 
 def test_a_separate_held_out_text_leaves_all_of_the_text_to_training(tmp_path: Path) -> None:
     (tmp_path / "val.md").write_text("held out")
-    corpus = prepare(tmp_path, STORY, val=sources.read([tmp_path / "val.md"]))
+    corpus = prepare(tmp_path, STORY, held_out=sources.read([tmp_path / "val.md"]))
     assert documents(corpus.train, corpus) == [STORY]
     assert documents(corpus.val, corpus) == ["held out"]
 
@@ -164,7 +164,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_text_of_fewer_than_ten_characters_has_no_held_out_part(tmp_path: Path) -> None:
     corpus = prepare(tmp_path, "x")
     assert (corpus.train.n_tokens, corpus.val.n_tokens) == (0, 1)  # int(0.9 * 1) is 0
-    assert prepare(tmp_path, STORY, val_fraction=0.0).val.n_tokens == 0
+    assert prepare(tmp_path, STORY, held_out=0.0).val.n_tokens == 0
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

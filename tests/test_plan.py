@@ -50,7 +50,7 @@ def found(tmp_path: Path) -> facts.TextFacts:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is measured on one small step: the real one, in less time."""
-    monkeypatch.setattr(measure, "MEASURED_PRESETS", ("laptop-small",))
+    monkeypatch.setattr(measure, "MEASURED", (("laptop-small", 512),))
     monkeypatch.setattr(measure, "MEASURED_TOKENS", 256)
     monkeypatch.setattr(measure, "MEASURED_STEPS", 1)
 
@@ -161,6 +161,17 @@ def test_a_measured_shape_is_as_fast_as_it_was_and_another_as_its_operations_say
     assert found.tokens_per_s(large) == pytest.approx(expected)  # by the nearest in width
     more_words = dataclasses.replace(usual, vocab_size=4 * usual.vocab_size)
     assert found.tokens_per_s(more_words) < found.tokens_per_s(usual)
+
+
+def test_what_more_words_take_is_known_from_a_shape_that_was_measured_with_two_vocabularies() -> None:
+    few, some, many = (dataclasses.replace(run_config().model, vocab_size=count) for count in (2000, 5000, 8000))
+    found = Speed(((few, 3e-5), (many, 4e-5)))
+    assert found.tokens_per_s(few) == pytest.approx(1 / 3e-5)
+    assert found.tokens_per_s(many) == pytest.approx(1 / 4e-5)
+    assert found.tokens_per_s(some) == pytest.approx(1 / 3.5e-5)
+    noise = Speed(((few, 3e-5), (many, 2e-5)))  # more words cannot be faster: each counts by itself
+    assert noise.tokens_per_s(dataclasses.replace(some, vocab_size=2500)) < 1 / 3e-5
+    assert noise.tokens_per_s(dataclasses.replace(some, vocab_size=9000)) < 1 / 2e-5
 
 
 def test_a_measured_speed_is_remembered_for_the_same_machine_for_a_day(

@@ -212,7 +212,7 @@ def test_the_interval_is_wilsons() -> None:
 
 def test_a_long_held_out_text_is_read_in_slices_at_even_distances(english: list[str], tmp_path: Path) -> None:
     long = write(tmp_path / "long.txt", english[0] + "".join(english) * 2)
-    part = corpus.prepare(sources.read([long]), "bytes", cache=tmp_path / "cache", val_fraction=0.0).train
+    part = corpus.prepare(sources.read([long]), "bytes", cache=tmp_path / "cache", held_out=0.0).train
     read = tasks.documents(part, BYTES)
     assert len(read) == tasks.SLICES
     assert (
@@ -225,7 +225,7 @@ def test_a_long_held_out_text_is_read_in_slices_at_even_distances(english: list[
 
 def test_documents_come_apart_where_they_were_joined(tmp_path: Path) -> None:
     lines = write(tmp_path / "a.jsonl", '{"text": "One süß."}\n{"text": "Two."}\n')
-    part = corpus.prepare(sources.read([lines]), "bytes", cache=tmp_path / "cache", val_fraction=0.0).train
+    part = corpus.prepare(sources.read([lines]), "bytes", cache=tmp_path / "cache", held_out=0.0).train
     assert tasks.documents(part, BYTES) == ["One süß.", "Two."]
 
 

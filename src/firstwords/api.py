@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from firstwords.insight.memorisation import Memorisation
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
-    from firstwords.planning.plan import Plan
+    from firstwords.planning.plan import Candidate, Plan
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
     from firstwords.training.evaluate import Evaluation
@@ -102,12 +102,7 @@ def train(
 
     settled, expected = resolve.settled(asked, prepared, *looked_at.result())
     with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
-        if not resume:
-            run_folder.require_new(asked.run)  # another process may have begun here meanwhile
-        store.require_space(asked.run.path, cost.checkpoint_bytes(settled.model))
-        scale_s = quick_tokens(prepared) / expected.tokens_per_s
-        recorder = _begin(asked, settled, prepared, listener, started_s, scale_s)
-        recorder.begin(None if resume else expected.as_dict())
+        recorder = _begin(asked, settled, prepared, listener, started_s, expected)
         evaluate, sample = _looks(recorder)
         fit = functools.partial(
             loop.fit,
@@ -163,9 +158,9 @@ def _looked_at(prepared: Corpus) -> tuple[float, float]:
 
 
 def _begin(
-    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float, scale_s: float
+    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float, expected: Candidate
 ) -> Recorder:
-    """Return the record of a run at its first or resumed step; the caller holds the run's lock."""
+    """Return the record of a run that begins or goes on now; the caller holds the run's lock."""
     import torch
 
     from firstwords.planning import machine
@@ -173,6 +168,9 @@ def _begin(
     from firstwords.training.evaluate import cost_in_tokens
 
     run, resume = asked.run, asked.texts is None
+    if not resume:
+        run_folder.require_new(run)  # another process may have begun here meanwhile
+    store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
     if not resume:  # from here on the folder holds a run, which can be resumed
@@ -189,10 +187,12 @@ def _begin(
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
         evaluation_steps = cost_in_tokens(prepared.val.n_tokens) / ((config.batch_size or 1) * config.model.context_length)
+        scale_s = quick_tokens(prepared) / expected.tokens_per_s
         end_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model), scale_s) if config.report else 0.0
         recorder.budget = budget.Budget(started_s + config.for_s - used_s, config.for_s, now_s, evaluation_steps, end_s)
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
+    recorder.begin(None if resume else expected.as_dict())
     return recorder
 
 

@@ -66,7 +66,7 @@ def model_and_text(
     if text is None:
         return lm, _held_out(Path(source), listener)
     texts = sources.read(named_texts(text), encoding=encoding, notice=resolve.noticed(listener))
-    return lm, corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), val_fraction=0.0).train
+    return lm, corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), held_out=0.0).train
 
 
 def located(source: str | Path, notice: Callable[[str], None]) -> Path:

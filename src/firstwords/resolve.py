@@ -229,12 +229,12 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
 
 def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
     notice = noticed(listener)
+    val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
         texts,
         config.tokenizer,
         cache=cache_folder(),
-        val_fraction=config.val_fraction,
-        val=None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice),
+        held_out=config.val_fraction if val is None else val,
         special=_special(config),
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
@@ -275,18 +275,7 @@ def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float =
 
     from firstwords.planning import machine, plan
 
-    config = asked.config
-    if config.until == "best" and not prepared.val.n_tokens:
-        do = "leave it out, or give a --val-fraction or --val"
-        raise ConfigError("there is no held-out text to tell the best by", where="--until", do=do)
-    if "model.vocab_size" not in asked.given:
-        config = _with_model(config, vocab_size=prepared.tokenizer.vocab_size)
-    if config.model.vocab_size < prepared.tokenizer.vocab_size:
-        raise ConfigError(
-            f"{config.model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
-            where="--model.vocab-size",
-            do="leave it out, or give at least that",
-        )
+    config = _of_text(asked, prepared)
     device = machine.device(config.device)
     with machine.threads(config.threads):
         key, cache = machine.key(device), cache_folder().parent
@@ -300,13 +289,8 @@ def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float =
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
-    needed, there = cost.training_bytes(model, micro, precision), machine.memory_bytes()
-    if device.type == "cpu" and there is not None and needed > there:
-        raise ConfigError(
-            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
-            where="--model.emb-dim",
-            do="take a smaller preset, --micro-batch-size or --model.context-length",
-        )
+    if device.type == "cpu":
+        _require_memory(cost.training_bytes(model, micro, precision), machine.memory_bytes())
     config = dataclasses.replace(
         config,
         text=_absolute(config.text),
@@ -321,6 +305,36 @@ def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float =
     expected = plan.of_config(config, tokens, here)
     learnt = float(expected.steps * expected.batch_size * config.model.context_length)
     return dataclasses.replace(config, compile=_compile(config, learnt, known.read(cache, key))), expected
+
+
+def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
+    """Return what is asked, with as many ids as the text's tokenizer has.
+
+    Raises:
+        ConfigError: A vocabulary that is too small, or a best that no held-out text can tell.
+    """
+    config = asked.config
+    if config.until == "best" and not prepared.val.n_tokens:
+        do = "leave it out, or give a --val-fraction or --val"
+        raise ConfigError("there is no held-out text to tell the best by", where="--until", do=do)
+    if "model.vocab_size" not in asked.given:
+        config = _with_model(config, vocab_size=prepared.tokenizer.vocab_size)
+    if config.model.vocab_size < prepared.tokenizer.vocab_size:
+        raise ConfigError(
+            f"{config.model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} ids",
+            where="--model.vocab-size",
+            do="leave it out, or give at least that",
+        )
+    return config
+
+
+def _require_memory(needed: int, there: int | None) -> None:
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
+            where="--model.emb-dim",
+            do="take a smaller preset, --micro-batch-size or --model.context-length",
+        )
 
 
 def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:

@@ -177,14 +177,25 @@ def parser() -> Parser:
     made.add_argument("--out", metavar="FILE", help="default: report.html in the run; for several, comparison.html here")
     made.add_argument("--png", metavar="DIR", help="also draw the loss and the temperatures, for papers")
     made.add_argument("--pdf", metavar="DIR", help="the same as PDF")
-    made = verb("import", import_model, "make a model from elsewhere ours")
+    _import_flags(verb("import", import_model, "make a model from elsewhere ours"))
+    _export_flags(verb("export", export, "write a model for another tool, and compare what it makes of it"))
+    made = verb("bench", bench, "how fast this machine is, and where firstwords stands on it")
+    made.add_argument("presets", nargs="*", metavar="PRESET", help="the models that learn and speak; default: two sizes")
+    made.add_argument("--compile", action="store_true", help="measure whether compiling pays, for --compile auto")
+    verb("doctor", doctor, "what this machine is, what firstwords will use of it, and what is wrong with it")
+    return top
+
+
+def _import_flags(made: Parser) -> None:
     made.add_argument(
         "source", metavar="SOURCE", help="gpt2 or its larger sizes, a folder for transformers, a .pth, nanoGPT's ckpt.pt"
     )
     made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
     made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
     made.add_argument("--n-heads", metavar="N", help="of a .pth that is no size of GPT-2's")
-    made = verb("export", export, "write a model for another tool, and compare what it makes of it")
+
+
+def _export_flags(made: Parser) -> None:
     made.add_argument(
         "model", metavar="RUN", help="a run folder (its best checkpoint), a checkpoint folder, another's model"
     )
@@ -193,11 +204,6 @@ def parser() -> Parser:
     )
     made.add_argument("--out", required=True, metavar="PATH", help="the folder or file to be made")
     made.add_argument("--type", metavar="f32|f16|q8_0", help="of a GGUF file's matrices (default f32)")
-    made = verb("bench", bench, "how fast this machine is, and where firstwords stands on it")
-    made.add_argument("presets", nargs="*", metavar="PRESET", help="the models that learn and speak; default: two sizes")
-    made.add_argument("--compile", action="store_true", help="measure whether compiling pays, for --compile auto")
-    verb("doctor", doctor, "what this machine is, what firstwords will use of it, and what is wrong with it")
-    return top
 
 
 def _flags_of(name: str, made: Parser) -> None:

@@ -81,29 +81,23 @@ class TextFacts:
         return signs < PROSE_SIGNS * len(seen) and len(ENGLISH.findall(seen)) > ENGLISH_SHARE * max(1, words)
 
 
-def read(texts: Texts, *, val_fraction: float = 0.1, val: Texts | None = None, progress: Progress = silent) -> TextFacts:
+def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent) -> TextFacts:
     """Return what is in a text; it is read twice, in constant memory.
 
     Args:
         texts: The documents.
         val_fraction: The share of each document's end that is held out, as in training.
-        val: Texts that are held out as a whole, instead.
         progress: Told what is done.
 
     Raises:
         DataError: No text, or nothing but white space.
     """
     found = corpora.survey(texts, progress)
-    fraction = 0.0 if val is not None else val_fraction
-    cuts = [int((1 - fraction) * n) for n in found.n_chars]
+    cuts = [int((1 - val_fraction) * n) for n in found.n_chars]
     training, held_out = _Spread(sum(cuts), difficulty.TRAINING_BYTES), _Spread(found.total_chars - sum(cuts))
     passages = _Passages()
     for document, cut in zip(texts, cuts, strict=True):
         _take(document, cut, training, held_out, passages)
-    if val is not None:
-        held_out = _Spread(corpora.survey(val, progress).total_chars)
-        for document in val:
-            _take(document, 0, training, held_out, None)
     sample = Sample(training.sample, held_out.sample)
     return TextFacts(
         n_bytes=training.n_bytes + held_out.n_bytes,
@@ -147,14 +141,13 @@ def scripts(text: str) -> dict[str, float]:
     return {name: count / total for name, count in names.most_common() if count >= FEWEST_SHARE * total}
 
 
-def _take(document: Document, cut: int, training: _Spread, held_out: _Spread, passages: _Passages | None) -> None:
+def _take(document: Document, cut: int, training: _Spread, held_out: _Spread, passages: _Passages) -> None:
     at = 0
     for piece in document.pieces():
         before = max(0, min(len(piece), cut - at))
         training.add(piece[:before])
         held_out.add(piece[before:])
-        if passages is not None:
-            passages.add(piece.encode())
+        passages.add(piece.encode())
         at += len(piece)
 
 

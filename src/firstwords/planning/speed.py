@@ -1,11 +1,13 @@
 """How fast this machine learns: measured on real training steps, or guessed from its matrix products; for any shape.
 
-A shape that was measured is as fast as that; any other needs its operations at the rate of the measured shape that is
-nearest to it in width, for wider products are more efficient.
+A shape that was measured is as fast as that; one of another vocabulary takes as much more as the same shape did that was
+measured with two; any other needs its operations at the rate of the measured shape that is nearest to it in width, for wider
+products are more efficient.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -37,7 +39,18 @@ class Speed:
         if not self.points:
             return self.flops_per_s / cost.training_flops(model)
         shape, token_s = min(self.points, key=lambda point: _distance(point[0], model))
-        return 1 / token_s if same_work(shape, model) else cost.training_flops(shape) / cost.training_flops(model) / token_s
+        if not same_layers(shape, model):
+            return cost.training_flops(shape) / cost.training_flops(model) / token_s
+        more_flops = cost.training_flops(model) - cost.training_flops(shape)
+        return 1 / (token_s + more_flops / self._head_flops_per_s(token_s / cost.training_flops(shape)))
+
+    def _head_flops_per_s(self, flop_s: float) -> float:
+        """Return how fast more words are learnt from; where no shape was measured with two vocabularies, 1 / `flop_s`."""
+        for (a, a_s), (b, b_s) in itertools.combinations(self.points, 2):
+            flops = cost.training_flops(b) - cost.training_flops(a)
+            if same_layers(a, b) and flops * (b_s - a_s) > 0:
+                return max(flops / (b_s - a_s), 1 / flop_s)  # the widest product of all is not the least efficient
+        return 1 / flop_s
 
 
 def guessed(flops_per_s: float) -> Speed:
@@ -45,15 +58,16 @@ def guessed(flops_per_s: float) -> Speed:
     return Speed(flops_per_s=PRODUCT_SHARE * flops_per_s)
 
 
-def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float]:
-    return not same_work(shape, model), abs(math.log(shape.emb_dim / model.emb_dim))
+def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float, float]:
+    wider, more_words = (math.log(a / b) for a, b in ((shape.emb_dim, model.emb_dim), (shape.vocab_size, model.vocab_size)))
+    return not same_layers(shape, model), abs(wider), abs(more_words)
 
 
-def same_work(a: ModelConfig, b: ModelConfig) -> bool:
-    """Whether two shapes take the same time: all but what only changes numbers; a vocabulary up to twice the size."""
+def same_layers(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two shapes take the same time, but for their vocabularies: the rest only changes numbers."""
     free = {"vocab_size", "drop_rate", "init_std", "norm_eps", "gelu_cubic", "rope_base"}
     one, other = ({key: value for key, value in asdict(shape).items() if key not in free} for shape in (a, b))
-    return one == other and 0.5 <= a.vocab_size / b.vocab_size <= 2
+    return one == other
 
 
 def remember(cache: Path, machine: Mapping[str, Any], speed: Speed) -> None:

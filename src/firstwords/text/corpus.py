@@ -123,8 +123,7 @@ def prepare(
     tokenizer: str | Tokenizer,
     *,
     cache: Path,
-    val_fraction: float = 0.1,
-    val: Texts | None = None,
+    held_out: float | Texts = 0.1,
     special: tuple[str, ...] = (),
     notice: Notice = lambda _: None,
     progress: Progress = silent,
@@ -136,8 +135,7 @@ def prepare(
         tokenizer: `gpt2`, `bytes`, `bpe` (`fitting_vocab_size`), `bpe:N`, the path of a `tokenizer.json`, or one that is
             there already.
         cache: Folder of prepared corpora, named by content hash.
-        val_fraction: The share of each document's end that is held out, in characters; 0 with `val`.
-        val: Texts that are held out as a whole.
+        held_out: The share of each document's end that is held out, in characters; or texts that are held out as a whole.
         special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
         notice: Told what a person should know.
         progress: Told how far it is.
@@ -148,12 +146,12 @@ def prepare(
     """
     if isinstance(tokenizer, str):
         parse_tokenizer(tokenizer)
+    val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
     found = survey(texts, progress)
-    held_out = survey(val, progress) if val is not None else None
-    if val is not None and held_out is not None and held_out.sha256 == found.sha256:
+    found_val = None if val is None else survey(val, progress)
+    if found_val is not None and found_val.sha256 == found.sha256:
         notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
-    fraction = 0.0 if val is not None else val_fraction
-    folder = cache / _key(found, held_out, fraction, tokenizer, special)
+    folder = cache / _key(found, found_val, fraction, tokenizer, special)
     store.make_folder(cache)
     _remove_abandoned(cache)
     if folder.exists():
@@ -163,8 +161,8 @@ def prepare(
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
     cuts = array.array("q", (int((1 - fraction) * n) for n in found.n_chars))
     training = _Slices(texts, [(0, cut) for cut in cuts], found.total_chars, progress)
-    if val is not None and held_out is not None:
-        validation = _Slices(val, [(0, n) for n in held_out.n_chars], held_out.total_chars, progress)
+    if val is not None and found_val is not None:
+        validation = _Slices(val, [(0, n) for n in found_val.n_chars], found_val.total_chars, progress)
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
     made = make_tokenizer(tokenizer, training, sum(cuts)).with_special(special)

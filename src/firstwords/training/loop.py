@@ -76,8 +76,10 @@ def fit(
     reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
     if state.step == 0:
-        yield SaveDue(0)  # before the look, which a run resumed from here then takes as if for the first time
-        took_s, saved_s = FIRST_SAVE * (time.perf_counter() - saved_s), time.perf_counter()
+        took_s = FIRST_SAVE * (
+            yield from _save(state)
+        )  # before the look, which a run resumed here takes as if it were first
+        saved_s = time.perf_counter()
         yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
@@ -97,17 +99,23 @@ def fit(
         reason, now_s = should_stop(), time.perf_counter()
         since_s = now_s - saved_s
         if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
-            if not all_finite(state):
-                raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
             state.elapsed_s = round(now_s - began_s, 3)
-            yield SaveDue(state.step)
-            saved_s = time.perf_counter()
-            took_s = saved_s - now_s
+            took_s = yield from _save(state)
+            saved_s = now_s + took_s
         elif best:
             yield CopyDue(state.step)
         if reason:
             break
     yield Stopped(state.step, reason or "done")
+
+
+def _save(state: TrainState) -> Generator[Event, None, float]:
+    """Ask for a save and return the seconds that it took."""
+    if state.step and not all_finite(state):
+        raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
+    started_s = time.perf_counter()
+    yield SaveDue(state.step)
+    return time.perf_counter() - started_s
 
 
 def _save_interval_s(config: FitConfig, took_s: float) -> float:
