@@ -57,8 +57,7 @@ def fit(
     A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
     model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, every
     `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless the last save took more than
-    a fiftieth of the time since: then a copy is due. Where a device's memory runs out, the micro-batch is halved and the
-    update done again: its gradient is the same, up to rounding.
+    a fiftieth of the time since: then a copy is due. Where a device's memory runs out, the micro-batch is halved.
 
     Args:
         state: Changed in place.
@@ -92,21 +91,25 @@ def fit(
             yield MicroBatchCut(state.step, config.micro_batch_size)
             continue
         yield _count(state, batch.n_targets, lr, losses, started_s, began_s)
-        last = state.step == state.total_steps
-        due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
-        sampling = last or state.step % config.sample_every == 0 if config.sample_every else due
+        last, due, sampling = _due(state, config)
         best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
-        reason, now_s = should_stop(), time.perf_counter()
-        since_s = now_s - saved_s
+        reason, since_s = should_stop(), time.perf_counter() - saved_s
         if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
-            state.elapsed_s = round(now_s - began_s, 3)
+            state.elapsed_s = round(time.perf_counter() - began_s, 3)
             took_s = yield from _save(state)
-            saved_s = now_s + took_s
+            saved_s = time.perf_counter()
         elif best:
             yield CopyDue(state.step)
         if reason:
             break
     yield Stopped(state.step, reason or "done")
+
+
+def _due(state: TrainState, config: FitConfig) -> tuple[bool, bool, bool]:
+    """Return whether the last step is done, whether an evaluation is due, and whether a sample is."""
+    last = state.step == state.total_steps
+    evaluating = last or (state.eval_every is not None and state.step % state.eval_every == 0)
+    return last, evaluating, last or state.step % config.sample_every == 0 if config.sample_every else evaluating
 
 
 def _save(state: TrainState) -> Generator[Event, None, float]:
