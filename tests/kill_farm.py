@@ -439,12 +439,16 @@ def traced(act: Callable[[], object], passed: list[str], last: int | None) -> No
 
 
 def calls(scene: Path, run: Path, act: Act) -> list[tuple[str, Killer]]:
-    """Return each system call of an act that concerns files, with what kills it there."""
+    """Return each system call of an act that concerns files, with what kills it there.
+
+    Those of its first thread, the only one that writes; strace counts each thread's calls by themselves.
+    """
     log = run.with_suffix(".calls")
     anew(scene, run)
     code = under_strace(lambda: act(run), "-o", str(log), "-e", f"trace={CALLS}")
     assert code == 0, f"the act ended with {code}"
-    names = re.findall(r"^(?:\d+ +)?(\w+)\(", log.read_text(), re.MULTILINE)
+    told = re.findall(r"^(\d+) +(\w+)\(", log.read_text(), re.MULTILINE)
+    names = [name for thread, name in told if thread == told[0][0]]
     numbered = [(name, k) for name, n in Counter(names).items() for k in range(1, n + 1)]
 
     def killer(name: str, k: int) -> Killer:
