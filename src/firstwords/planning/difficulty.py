@@ -80,7 +80,8 @@ def _words(ids: Ids, order: int, bits: int) -> Words:
     """Return each id with `order` ids before it as one number, the id itself lowest."""
     words = np.zeros(len(ids) - order, np.uint64)
     for i in range(order + 1):
-        words = (words << np.uint64(bits)) | ids[i : len(ids) - order + i].astype(np.uint64)
+        words <<= np.uint64(bits)
+        words |= ids[i : len(ids) - order + i]  # in place: a sample's words are 32 MB
     return words
 
 
