@@ -136,7 +136,8 @@ def test_the_chapters_own_code_takes_our_state_dict_strictly(tmp_path: Path) -> 
         with torch.no_grad():
             for prompt in prompts(config.vocab_size):
                 ids = torch.tensor([prompt])
-                torch.testing.assert_close(theirs(ids), lm.model(ids), atol=TOLERANCE, rtol=0)
+                # Tied to embeddings of variance 1, logits come to hundreds, of which float32 keeps seven digits.
+                torch.testing.assert_close(theirs(ids), lm.model(ids), atol=TOLERANCE, rtol=1e-6)
 
 
 def test_going_on_makes_a_model_from_elsewhere_better(tmp_path: Path, transformers: Any, texts: Path) -> None:
