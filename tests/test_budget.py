@@ -9,27 +9,31 @@ import pytest
 
 from conftest import STORY, TINY
 from firstwords import api
+from firstwords.planning import budget
 from firstwords.planning.budget import PROBE_STEPS, Budget
 
 
 def simulate(
-    budget_s: float, step_s: float, look_s: float, slower: float = 1.0, end_s: float = 0.0
+    budget_s: float, step_s: float, look_s: float, slower: float = 1.0, end_s: float = 0.0, rest_slower: float | None = None
 ) -> tuple[float, int, int]:
-    """Play a run on a simulated clock; everything becomes `slower` half-way. Returns (seconds, steps, evaluations)."""
+    """Play a run on a simulated clock; everything becomes `slower` half-way. Returns (seconds, steps, evaluations).
+
+    What is not a step becomes slower by `rest_slower`, where it is named.
+    """
     now_s, step, looks = 0.1, 0, 0  # the first save and sample
-    budget = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s, end_s=end_s)
+    plans = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s, end_s=end_s)
     total: int | None = None
     every: int | None = None
     while total is None or step < total:
-        pace = slower if now_s > budget_s / 2 else 1.0
+        pace, rest_pace = (slower, rest_slower or slower) if now_s > budget_s / 2 else (1.0, 1.0)
         took_s = step_s * pace
         now_s, step = now_s + took_s, step + 1
-        if budget.step(now_s, took_s) and step != total:
-            total, every = budget.plan(step, every)
+        if plans.step(now_s, took_s) and step != total:
+            total, every = plans.plan(step, every)
         if step == total or (every and step % every == 0):
-            now_s, looks = now_s + look_s * pace, looks + 1
-            budget.look()
-    return now_s + end_s * pace, step, looks
+            now_s, looks = now_s + look_s * rest_pace, looks + 1
+            plans.look()
+    return now_s + end_s * rest_pace, step, looks
 
 
 @pytest.mark.parametrize("budget_s", [20, 120, 3600])
@@ -62,6 +66,13 @@ def test_what_follows_the_last_step_is_expected_to_be_as_slow_as_the_steps(slowe
     assert took_s == pytest.approx(100, rel=0.03)  # the promise; 8 s at half the speed are 16
     late_s, _, _ = simulate(100 - 8.0, 0.1, 2.0, slower)
     assert abs(late_s + 8.0 * slower - 100) > 3 or slower == 1.0  # the negative control: a fixed reserve
+
+
+def test_where_steps_become_much_slower_than_the_rest_the_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"slower": 8.0, "end_s": 3.0, "rest_slower": 2.0}  # beside a program on every core
+    assert 0.95 * 180 < simulate(180, 0.17, 1.5, **measured)[0] < 1.03 * 180  # the promise
+    monkeypatch.setattr(budget, "MOST_SLOWED", 100.0)
+    assert simulate(180, 0.17, 1.5, **measured)[0] < 0.95 * 180  # the negative control: all expected to be as slow as steps
 
 
 def test_evaluations_take_a_small_share() -> None:

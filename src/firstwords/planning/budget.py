@@ -16,6 +16,9 @@ MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
 DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is made anew
+# What is not a step becomes slower with the steps, but not by more: with every core taken by others, steps took eight times
+# as long, for a step goes on when its last thread is done, and what followed the last of them about twice.
+MOST_SLOWED = 2.5
 REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.8, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
 
 
@@ -28,7 +31,8 @@ def report_s(total_s: float, checkpoint_bytes: int, scale_s: float = 0.0) -> flo
 class Budget:
     """How the time is going. All times are seconds on one clock.
 
-    What is not a step is counted in steps too: where another program takes the cores, it slows both.
+    What is not a step is counted in seconds of the machine as it was at the first plan: where another program takes the
+    cores, it slows that too.
 
     Args:
         deadline_s: When the process should be done.
@@ -45,10 +49,10 @@ class Budget:
     end_s: float = 0.0
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
-    _between_steps: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
+    _between_s: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
     _looks: int = 0  # since the first plan
-    _look_steps: float = 0.0
-    _end_steps: float = 0.0
+    _look_s: float = 0.0
+    _first_step_s: float = 0.0  # of the first plan
     _planned_looks: int = -1
     _planned_step_s: float = 0.0
     _late_s: float = 0.0  # behind the plan, by its steps alone
@@ -63,7 +67,7 @@ class Budget:
         self._n_steps += 1
         if self._n_steps > WARM_STEPS or not self._steps_s:
             self._steps_s.append(took_s)
-        self._between_steps += max(0.0, now_s - self.now_s - took_s) / statistics.mean(self._steps_s)
+        self._between_s += max(0.0, now_s - self.now_s - took_s) / self._slowed()
         self.now_s = now_s
         if self._planned_looks < 0:
             used = 1 - (self.deadline_s - now_s) / self.total_s
@@ -81,19 +85,23 @@ class Budget:
         """
         step_s = statistics.mean(self._steps_s)
         if self._planned_looks < 0:
-            self._look_steps, self._end_steps = self._between_steps + self.evaluation_steps, self.end_s / step_s
-            self._between_steps, self._looks = 0.0, 0
+            self._look_s, self._first_step_s = self._between_s + self.evaluation_steps * step_s, step_s
+            self._between_s, self._looks = 0.0, 0
         if self._looks:
-            self._look_steps = self._between_steps / self._looks
+            self._look_s = self._between_s / self._looks
         self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
-        look_s = self._look_steps * step_s
-        left_s = max(0.0, self.deadline_s - self.now_s - self._end_steps * step_s)
+        look_s = self._look_s * self._slowed()
+        left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed())
         if eval_every is None:
             planned = looks(self.total_s, look_s)
             eval_every = max(done + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
         steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
         self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
         return done + steps, eval_every
+
+    def _slowed(self) -> float:
+        """Return how many times as long as at the first plan what is not a step takes now."""
+        return min(MOST_SLOWED, statistics.mean(self._steps_s) / self._first_step_s) if self._first_step_s else 1.0
 
 
 def looks(total_s: float, look_s: float) -> int:
