@@ -3,8 +3,8 @@
     python benchmarks/race_peers.py bantamtrain|chapter|litgpt|transformers TEXT SECONDS
 
 Prints the bits per byte of the held-out tenth. Each is its package's model and optimizer with the settings that the package
-itself shows; what it has no word for (the tokenizer, the batches, the clock) is the same for all. The clock stops when a peer
-has learnt: it is not charged with the evaluation, which for some would take all of the time.
+itself shows; what it has no word for (the tokenizer, the batches, the clock) is the same for all. The clock stops when a
+peer has learnt: it is not charged with the evaluation, which for some would take all of the time.
 """
 
 from __future__ import annotations

@@ -70,6 +70,19 @@ def test_dropout_follows_the_epochs_where_nobody_named_it(tmp_path: Path) -> Non
     assert found == {"once": 0.0, "often": recipe.drop_rate(40), "named": 0.05}
 
 
+def test_a_text_that_is_read_very_often_is_learnt_more_slowly(tmp_path: Path) -> None:
+    assert [recipe.peak_lr_share(epochs) for epochs in (0.0, 1.0, 30.0, 60.0, 300.0)] == [1, 1, 1, 0.5, 0.1]
+    (tmp_path / "story.txt").write_text(STORY)
+    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 64}
+    found = {}
+    for name, epochs, optim in (("once", 1.0, {}), ("often", 60.0, {}), ("named", 60.0, {"peak_lr": 1e-3})):
+        config = {"tokenizer": "bpe:300", "batch_size": 32, "model": shape, "optim": optim}
+        api.train(tmp_path / "story.txt", out=tmp_path / name, epochs=epochs, **config)
+        found[name] = tomllib.loads((tmp_path / name / "config.toml").read_text())["optim"]["peak_lr"]
+    assert found["often"] == pytest.approx(found["once"] / 2, rel=0.1)  # whole batches are not whole epochs
+    assert found["named"] == 1e-3
+
+
 def test_a_run_records_the_batch_that_was_decided_and_one_that_was_given_stays(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     shape = {"tokenizer": "bytes", "model": {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 8}}

@@ -383,7 +383,7 @@ def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> R
 
 
 def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Machine, prepared: Corpus) -> RunConfig:
-    """Return the configuration with what the run's length decides: batch, steps or time, and dropout."""
+    """Return the configuration with what the run's length decides: batch, steps or time, dropout, and learning rate."""
     from firstwords.planning import recipe
 
     ring, context_length = tokens.training, config.model.context_length
@@ -396,8 +396,12 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:
         learnt = steps * batch_size * context_length
-    if "model.drop_rate" not in given and learnt is not None and config.preset.startswith("laptop"):
-        config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring))
+    if learnt is not None and config.preset.startswith("laptop"):
+        if "model.drop_rate" not in given:
+            config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring))
+        if "optim.peak_lr" not in given:
+            peak_lr = recipe.peak_lr_share(learnt / ring) * config.optim.peak_lr
+            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=peak_lr))
     return dataclasses.replace(config, steps=steps, epochs=None)
 
 

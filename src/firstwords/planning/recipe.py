@@ -11,6 +11,7 @@ START_S = 4.0  # pass before the first step, about
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
+FAST_EPOCHS = 30  # as many are learnt at the full learning rate
 
 
 def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float) -> float:
@@ -48,3 +49,12 @@ def batch_size(context_length: int, run_tokens: float | None) -> int:
 def drop_rate(epochs: float) -> float:
     """Return the dropout for a run that reads its text so often: a text that is read often is learnt by heart."""
     return max((rate for least, rate in DROP_RATES if epochs >= least), default=0.0)
+
+
+def peak_lr_share(epochs: float) -> float:
+    """Return the share of its learning rate for a run that reads its text so often.
+
+    At the full rate a short text is known by heart after some fourteen epochs, between two evaluations of a long run. At a
+    rate that falls as the epochs grow, the best weights come later, are found, and are better.
+    """
+    return min(1.0, FAST_EPOCHS / epochs) if epochs > 0 else 1.0
