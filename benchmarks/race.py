@@ -3,9 +3,9 @@
     python benchmarks/race.py TEXT ... [--seconds 75] [--nanogpt CHECKOUT] [--peers bantamtrain ...] [--write]
 
 Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT is its own data preparation by characters and
-its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and the
-chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the training
-text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out text.
+its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
+the chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the
+training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out text.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ def main() -> None:
     options.add_argument("text", type=Path, nargs="+")
     options.add_argument("--seconds", type=float, default=75)
     options.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
-    options.add_argument(
-        "--peers", nargs="*", default=[], help="installed packages of `race_peers.py`"
-    )
+    options.add_argument("--peers", nargs="*", default=[], help="installed packages of `race_peers.py`")
     options.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = options.parse_args()
     rows = []
