@@ -2,10 +2,11 @@
 
     python benchmarks/race.py TEXT ... [--seconds 75] [--nanogpt CHECKOUT] [--peers bantamtrain ...] [--write]
 
-Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT is its own data preparation by characters and
-its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
+Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT is its own data preparation by characters
+and its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
 the chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the
-training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out text.
+training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out
+text.
 """
 
 from __future__ import annotations
