@@ -81,7 +81,8 @@ def _words(ids: Ids, order: int, bits: int) -> Words:
     words = np.zeros(len(ids) - order, np.uint64)
     for i in range(order + 1):
         words <<= np.uint64(bits)
-        words |= ids[i : len(ids) - order + i]  # in place: a sample's words are 32 MB
+        last = ids[i : len(ids) - order + i]
+        np.bitwise_or(words, last, out=words, dtype=np.uint64, casting="unsafe")  # in place: a sample's words are 32 MB
     return words
 
 
