@@ -19,7 +19,7 @@ from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe, speed
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import Prediction
-from firstwords.planning.speed import Speed
+from firstwords.planning.speed import UPDATE_TOKENS, Speed
 from firstwords.text import sources
 from firstwords.training.events import ignore
 
@@ -51,7 +51,7 @@ def found(tmp_path: Path) -> facts.TextFacts:
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is measured on one small step: the real one, in less time."""
     monkeypatch.setattr(measure, "MEASURED", (("laptop-small", 512),))
-    monkeypatch.setattr(measure, "MEASURED_TOKENS", 256)
+    monkeypatch.setattr(measure, "UPDATE_TOKENS", 256)
     monkeypatch.setattr(measure, "MEASURED_STEPS", 1)
 
 
@@ -161,6 +161,18 @@ def test_a_measured_shape_is_as_fast_as_it_was_and_another_as_its_operations_say
     assert found.tokens_per_s(large) == pytest.approx(expected)  # by the nearest in width
     more_words = dataclasses.replace(usual, vocab_size=4 * usual.vocab_size)
     assert found.tokens_per_s(more_words) < found.tokens_per_s(usual)
+
+
+def test_a_larger_batch_is_faster_by_what_fewer_updates_save() -> None:
+    model = run_config({"preset": "laptop"}).model
+    found, one = Speed(((model, 5e-5),)), cost.update_flops(model)
+    sizes = [1 << n for n in range(8, 20)]
+    rates = [found.tokens_per_s(model, size) for size in sizes]
+    assert rates == sorted(rates)
+    assert rates[sizes.index(UPDATE_TOKENS)] == pytest.approx(1 / 5e-5)  # as it was measured
+    seconds = [size / rate for size, rate in zip(sizes, rates, strict=True)]
+    flops_per_s = one / (2 * seconds[0] - seconds[1])  # what a step takes that has no token
+    assert flops_per_s == pytest.approx((cost.training_flops(model) + one / UPDATE_TOKENS) / 5e-5)
 
 
 def test_what_more_words_take_is_known_from_a_shape_that_was_measured_with_two_vocabularies() -> None:
@@ -311,9 +323,10 @@ def test_plans_are_json_without_infinities(found: facts.TextFacts) -> None:
 
 def test_a_preset_s_batch_is_the_recipe_s() -> None:
     one = laptop(180)
-    rate = FAST.tokens_per_s(run_config({"model.vocab_size": TOKENS.vocab_size}).model)
-    learnt = recipe.expected_tokens(180, rate, TOKENS.held_out)
-    assert one.batch_size == recipe.batch_size(256, learnt)
+    model = run_config({"model.vocab_size": TOKENS.vocab_size}).model
+    usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.held_out)
+    assert one.batch_size == recipe.batch_size(256, usual)
+    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(model, one.batch_size * 256), TOKENS.held_out)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
 
 

@@ -38,6 +38,7 @@ def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() ->
     assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
     assert once > 0
     assert recipe.expected_tokens(600, 1e4, held_out_tokens=50_000) < once
+    assert recipe.expected_tokens(600, 1e4, 0, prepared_s=100) == pytest.approx(once - 100 * 1e4)
 
 
 @pytest.mark.parametrize("seconds", [30.0, 180.0, 3600.0])

@@ -91,7 +91,9 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
+    begun_s = time.perf_counter()
     prepared = resolve.prepare(asked, listener)
+    prepared_s = time.perf_counter() - begun_s
     listener(Preparing("starting PyTorch", None))
     with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
         looked_at = beside.submit(_looked_at, prepared)
@@ -100,7 +102,7 @@ def train(
         from firstwords.training import loop
         from firstwords.training.state import taken
 
-    settled, expected = resolve.settled(asked, prepared, *looked_at.result())
+    settled, expected = resolve.settled(asked, prepared, *looked_at.result(), prepared_s)
     with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
         recorder = _begin(asked, settled, prepared, listener, started_s, expected)
         evaluate, sample = _looks(recorder)

@@ -259,7 +259,9 @@ def recorded_corpus(run: RunFolder) -> Path | None:
         ) from error
 
 
-def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0) -> tuple[RunConfig, Candidate]:
+def settled(
+    asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0, prepared_s: float = 0.0
+) -> tuple[RunConfig, Candidate]:
     """Return the configuration with everything decided that was left open, which the run records, and what to expect of it.
 
     Args:
@@ -267,6 +269,7 @@ def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float =
         prepared: The text.
         difficulty: Of the text; see `planning.difficulty`.
         repeated: Of its sample; see `planning.facts`.
+        prepared_s: How long it took to prepare it.
 
     Raises:
         ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
@@ -282,7 +285,7 @@ def settled(asked: Asked, prepared: Corpus, difficulty: float, repeated: float =
         precision = machine.precision(config.precision, device, cache)
         rate = speed(device, precision, config.compile)
     config = dataclasses.replace(config, precision=precision)
-    tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
+    tokens = dataclasses.replace(plan_tokens(prepared, config.tokenizer, difficulty, repeated), prepared_s=prepared_s)
     here = plan.Machine(rate, precision, machine.free_bytes())
     config = _fitted(_chosen(config, asked, tokens, here), asked.given, tokens, here, prepared)
     model, batch_size = config.model, config.batch_size
@@ -390,7 +393,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
-        learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out)
+        learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out, tokens.prepared_s)
     batch_size = config.batch_size or recipe.batch_size(context_length, learnt)
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)

@@ -7,6 +7,7 @@ from firstwords.config import ModelConfig, Precision
 PROCESS_BYTES = 435 << 20  # Python, PyTorch, a prepared text
 KEPT_BYTES = {("qwen3", 2): 1.8, ("qwen3", 4): 2.3, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
 EVALUATED_AT_ONCE = 2048  # tokens; training.evaluate: 8,192 are a twentieth faster and take 150 MB more
+NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
 LOGITS_BYTES, LOGITS_SHARE = 128 << 20, 1.5  # of a chunk of logits, at most; with what is formed of it
 
 
@@ -32,6 +33,22 @@ def training_flops(config: ModelConfig) -> int:
     layer = 4 * C * C + (3 if config.block == "qwen3" else 2) * C * hidden
     weights = config.n_layers * layer + C * config.vocab_size
     return 6 * weights + 12 * config.n_layers * C * config.context_length
+
+
+def update_flops(config: ModelConfig) -> int:
+    """Return the operations that an update by Muon takes, however many tokens it learns from.
+
+    An iteration of Newton and Schulz on a matrix of m rows and n >= m columns: X Xᵀ and its product with X of 2 m² n each,
+    A² of 2 m³; see `training.optim.orthogonal`.
+    """
+
+    def iteration(rows: int, columns: int) -> int:
+        m, n = sorted((rows, columns))
+        return 4 * m * m * n + 2 * m * m * m
+
+    C, hidden = config.emb_dim, config.hidden_dim
+    layer = 4 * iteration(C, C) + (3 if config.block == "qwen3" else 2) * iteration(C, hidden)
+    return NEWTON_SCHULZ_STEPS * config.n_layers * layer
 
 
 def kept_numbers(config: ModelConfig) -> int:

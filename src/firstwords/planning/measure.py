@@ -24,7 +24,7 @@ from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import known, machine
 from firstwords.planning.known import Compiling
-from firstwords.planning.speed import Speed
+from firstwords.planning.speed import UPDATE_TOKENS, Speed
 from firstwords.text import corpus, sources
 from firstwords.text.batches import Batch
 from firstwords.text.tokenizer import byte_tokenizer, gpt2
@@ -33,7 +33,7 @@ from firstwords.training import loop, state
 ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
 MEASURED = (("laptop-small", 2048), ("laptop", 2048), ("laptop", 8192), ("laptop-large", 2048))  # with so many words
-MEASURED_TOKENS, MEASURED_STEPS = 2048, 3
+MEASURED_STEPS = 3
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
 READ_BYTES = 1 << 30
@@ -68,7 +68,7 @@ def learning_speed(precision: Precision) -> Speed:
     points = []
     for preset, n_words in MEASURED:
         config = run_config({"preset": preset, "model.vocab_size": n_words, "precision": precision})
-        rows = max(1, MEASURED_TOKENS // config.model.context_length)
+        rows = max(1, UPDATE_TOKENS // config.model.context_length)
         points.append((config.model, step_s(config, rows, MEASURED_STEPS) / (rows * config.model.context_length)))
     return Speed(tuple(points))
 

@@ -2,7 +2,7 @@
 
 A shape that was measured is as fast as that; one of another vocabulary takes as much more as the same shape did that was
 measured with two; any other needs its operations at the rate of the measured shape that is nearest to it in width, for wider
-products are more efficient.
+products are more efficient. What an update by Muon takes is the same however many tokens it learns from.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from firstwords.model import cost
 PRODUCT_SHARE = 0.45  # of the machine's matrix products that a small model reaches, about; where nothing was measured
 BELIEVED_S = 86400.0  # a machine is measured anew after a day
 FILE = "speed.json"
+UPDATE_TOKENS = 2048  # of the steps that are measured
 Point = tuple[ModelConfig, float]  # a shape, and the seconds that learning from one token took
 
 
@@ -34,8 +35,17 @@ class Speed:
     points: tuple[Point, ...] = ()
     flops_per_s: float = 0.0
 
-    def tokens_per_s(self, model: ModelConfig) -> float:
-        """Return from how many tokens a second a model of this shape learns."""
+    def tokens_per_s(self, model: ModelConfig, update_tokens: int = UPDATE_TOKENS) -> float:
+        """Return from how many tokens a second a model of this shape learns.
+
+        Args:
+            model: The shape.
+            update_tokens: From how many tokens Muon makes an update.
+        """
+        one, flops = cost.update_flops(model), cost.training_flops(model)
+        return self._measured(model) * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
+
+    def _measured(self, model: ModelConfig) -> float:
         if not self.points:
             return self.flops_per_s / cost.training_flops(model)
         shape, token_s = min(self.points, key=lambda point: _distance(point[0], model))

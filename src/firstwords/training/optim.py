@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from firstwords.config import OptimConfig
+from firstwords.model.cost import NEWTON_SCHULZ_STEPS
 from firstwords.model.gpt import GPTModel
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int | None) -> float:
