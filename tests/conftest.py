@@ -125,13 +125,13 @@ TINY = {
     "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "ff_dim": 64, "drop_rate": 0.1},
 }
 OTHER = "".join(chr(0x4E00 + 7919 * n % 20000) for n in range(300))  # a held-out text unlike STORY: soon it gets worse
-TIMES = ("elapsed_s", "tokens_per_s", "took_s")
+MEASURED = ("elapsed_s", "tokens_per_s", "took_s", "memory_bytes")  # of the machine, not of the training
 
 
 def journal(run: Path, *events: str) -> list[dict[str, Any]]:
     """Return what a run journaled of some events, without times, which no two runs share."""
     lines = RunFolder(run).metrics.lines()
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in events]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines if line["event"] in events]
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import STORY
+from conftest import MEASURED, STORY
 from firstwords import api, recorder, store
 from firstwords.recorder import TrainResult
 from firstwords.training import evaluate
@@ -103,12 +103,12 @@ def train(home: Path, name: str = "run", *, resume: bool = False, listener: List
 
 
 def end(result: TrainResult) -> End:
-    """Return what came of a run, with what it recorded, less the times."""
-    timing, run = {"elapsed_s", "tokens_per_s", "took_s"}, Path(result.run)
+    """Return what came of a run, with what it recorded, less what the machine is."""
+    run = Path(result.run)
     said = {name: (run / name).read_text() if (run / name).exists() else "" for name in ("metrics.jsonl", "samples.jsonl")}
     lines = map(json.loads, said["metrics.jsonl"].splitlines())
     kept = [line for line in lines if line["event"] in ("step", "evaluation", "sample")]
     best = (result.best_step, result.nats_per_token, result.weights_sha256)
-    journal = [{key: value for key, value in line.items() if key not in timing} for line in kept]
+    journal = [{key: value for key, value in line.items() if key not in MEASURED} for line in kept]
     last, figures = (result.steps, str(result.last["weights_sha256"])), (result.last["nats_per_token"], result.tokens)
     return End(best, last, figures, journal, said["samples.jsonl"])

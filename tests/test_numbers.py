@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import STORY, TINY
+from conftest import MEASURED, STORY, TINY
 from firstwords import api
 from firstwords.errors import DivergedError
 from firstwords.recorder import MOST_ROLLBACKS, TrainResult
@@ -144,8 +144,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int = 1) -> N
 
 def journal(folder: Path, *events: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    timing = ("elapsed_s", "tokens_per_s", "took_s")
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line["event"] in events]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines if line["event"] in events]
 
 
 RECORDED = ("step", "evaluation", "sample", "rollback")

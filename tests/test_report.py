@@ -29,9 +29,9 @@ from firstwords.training.events import Notice, Told, Trained
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>\u2028--><!-- &amp; ]]> ${x} "
 MEMORISATION = {
     "step": 4,
-    "longest_copy": 31,
+    "longest_copy": f"what it copied {HOSTILE}",
     "longest_copy_chars": 120,
-    "place": f"notes.txt, line 7 {HOSTILE}",
+    "place": {"document": 0, "character": 6},
     "copied_share": 0.87,
     "novel_8grams": 0.1,
     "held_out_novel_8grams": 0.9,
@@ -237,6 +237,8 @@ def test_the_sections_that_a_run_has_nothing_for_are_left_out(tmp_path: Path) ->
     found = page(run / "report.html")
     assert found.ids >= optional | {"plan"}
     assert found.data["runs"][0]["memorisation"]["copied_share"] == [0.87]
+    assert "document 1, character 7" in found.text
+    assert str(MEMORISATION["longest_copy"]).strip() in found.text
     assert "better than chance" in found.text
     assert "2.5 (2 to 3)" in found.text
 
@@ -391,6 +393,9 @@ def test_a_run_ends_with_its_scale_its_meter_and_what_was_expected_of_it(tmp_pat
     run = trained(tmp_path)
     at_end = page(run / "report.html")
     assert at_end.ids >= {"scale", "memorisation", "plan"}
+    titles = {chart["title"] for chart in at_end.data["charts"]}
+    assert titles >= {"Learning rate", "Gradient norm", "Speed", "Memory", "Longest copy", "Share of samples", "Gap"}
+    assert all(value > 1e8 for value in at_end.data["runs"][0]["evaluations"]["memory_bytes"])  # PyTorch alone takes more
     assert "n-gram of the training text" in at_end.text
     api.report(run)
     assert page(run / "report.html").ids == at_end.ids

@@ -150,7 +150,7 @@ class Recorder:
     def _evaluated(self, event: Evaluated) -> None:
         figures = dict.fromkeys(EVALUATION_KEYS) if event.evaluation is None else event.evaluation.as_dict()
         learnt = {"step": event.step, "train_nats_per_token": event.train_nats_per_token}
-        self.note("evaluation", {**learnt, **figures, "best": event.best})
+        self.note("evaluation", {**learnt, **figures, "best": event.best, "memory_bytes": machine.peak_bytes()})
         self.last_train, self.last_held_out = event.train_nats_per_token, figures["nats_per_token"]
 
     def _stop(self, event: Stopped) -> None:

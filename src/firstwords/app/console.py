@@ -182,8 +182,7 @@ class Console:
 
         self.out.print(f"copied of what it says {beside(found.copied_share, found.held_out_copied_share)}")
         if found.place is not None:
-            place = f"document {found.place.document + 1}, character {found.place.character + 1}"
-            self.out.print(f"longest copy          {found.longest_copy_chars} characters, from {place}")
+            self.out.print(f"longest copy          {found.longest_copy_chars} characters, from {found.place.words}")
             self.out.print(f"                      {one_line(found.longest_copy)!r}")
         self.out.print(f"goes round in circles {beside(found.repeated, found.held_out_repeated)}")
 

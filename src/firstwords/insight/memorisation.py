@@ -47,6 +47,11 @@ class Place:
     document: int  # from 0
     character: int  # of the document, from 0
 
+    @property
+    def words(self) -> str:
+        """How a person counts."""
+        return f"document {self.document + 1}, character {self.character + 1}"
+
 
 @dataclass(frozen=True)
 class Copies:

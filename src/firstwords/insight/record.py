@@ -13,6 +13,7 @@ from typing import Any
 from firstwords import reading, store
 from firstwords.config import flatten, from_toml, run_config
 from firstwords.errors import FirstwordsError
+from firstwords.insight.memorisation import Place
 from firstwords.model import cost
 from firstwords.model.loss import bits_per_byte
 from firstwords.runs import checkpoint
@@ -24,10 +25,9 @@ Table = dict[str, list[Any]]  # columns of one length, by name
 
 MOST_POINTS = 2000  # of a curve; a longer one is made of means
 AXES = ("step", "epochs", "tokens", "elapsed_s")
-STEP = ("nats_per_token", "lr", "grad_norm", "tokens_per_s", "memory_bytes")
+STEP = ("nats_per_token", "lr", "grad_norm", "tokens_per_s")
 EVALUATION = ("train_nats_per_token", "nats_per_token", "bits_per_byte", "perplexity", "memory_bytes")
 MEMORISATION = (
-    "longest_copy",
     "longest_copy_chars",
     "copied_share",
     "novel_8grams",
@@ -60,7 +60,7 @@ class Record:
     memorisation: Table
     every: int
     best: Line | None  # the best evaluation's line
-    last_place: str  # where the longest copy of the last look at memorisation stands
+    longest_copy: tuple[str, str]  # of the last look at memorisation: what was copied, and where it stands
     samples: tuple[tuple[int, str], ...]
     plans: tuple[Line, ...]
     ended: Line | None  # the `stop` line
@@ -108,7 +108,7 @@ def read(
         memorisation=_table(looks, MEMORISATION, places),
         every=every,
         best=next((line for line in reversed(evaluations) if line.get("best") is True), None),
-        last_place=str(looks[-1].get("place") or "") if looks else "",
+        longest_copy=_longest_copy(looks[-1]) if looks else ("", ""),
         samples=tuple(
             (line["step"], line["text"])
             for line in run.samples.lines()
@@ -136,6 +136,14 @@ def _ended(events: Sequence[Line]) -> Line | None:
     """Return how the run ended: its last `stop`, if no step came after it."""
     found = next((line for line in reversed(events) if line["event"] in ("stop", "step")), None)
     return found if found is not None and found["event"] == "stop" else None
+
+
+def _longest_copy(look: Line) -> tuple[str, str]:
+    match look:
+        case {"longest_copy": str() as copied, "place": {"document": int() as document, "character": int() as character}}:
+            return copied, Place(document, character).words
+        case _:
+            return "", ""
 
 
 def _text_size(corpus: Corpus) -> TextSize:

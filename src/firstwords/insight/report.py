@@ -55,11 +55,7 @@ CHARTS = (
     ("Learning rate", "", (("steps", "lr", "learning rate", "line"),)),
     ("Gradient norm", "L2, before clipping", (("steps", "grad_norm", "gradient norm", "line"),)),
     ("Speed", "tokens a second", (("steps", "tokens_per_s", "speed", "line"),)),
-    (
-        "Memory",
-        "bytes",
-        (("steps", "memory_bytes", "memory", "line"), ("evaluations", "memory_bytes", "memory", "line")),
-    ),
+    ("Memory", "bytes, the most so far", (("evaluations", "memory_bytes", "memory", "line"),)),
 )
 MEMORISATION_CHARTS = (
     (
@@ -71,7 +67,7 @@ MEMORISATION_CHARTS = (
             ("memorisation", "held_out_novel_8grams", "new 8-grams in held-out text", "dashed"),
         ),
     ),
-    ("Longest copy", "tokens", (("memorisation", "longest_copy", "longest copy", "strong"),)),
+    ("Longest copy", "characters", (("memorisation", "longest_copy_chars", "longest copy", "strong"),)),
     ("Gap", "nats per token, held out - training", (("memorisation", "gap", "gap", "strong"),)),
     (
         "Loops and variety",
@@ -301,10 +297,11 @@ def _memorisation(record: Record, charts: list[Line]) -> list[str]:
     if not charts:
         return []
     at_the_end = {name: _last(column) for name, column in record.memorisation.items()}
+    copied, place = record.longest_copy
     cells = [
-        ("longest copy", _formatted(at_the_end.get("longest_copy"), "{:,} tokens")),
-        ("in characters", _formatted(at_the_end.get("longest_copy_chars"), "{:,}")),
-        ("where it stands", record.last_place),
+        ("longest copy", _formatted(at_the_end.get("longest_copy_chars"), "{:,} characters")),
+        ("where it stands", place),
+        ("what it is", copied.strip()),
         ("copied", _formatted(at_the_end.get("copied_share"), "{:.0%}")),
         ("new 8-grams", _formatted(at_the_end.get("novel_8grams"), "{:.0%}")),
         ("new 8-grams in held-out text", _formatted(at_the_end.get("held_out_novel_8grams"), "{:.0%}")),

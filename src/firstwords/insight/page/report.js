@@ -27,7 +27,7 @@
     };
   }
 
-  function layout(chart, axis) {
+  function layout(chart, axis, onlyLine) {
     const grid = color("--line"), soft = color("--soft");
     const side = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickcolor: grid, automargin: true };
     return {
@@ -35,7 +35,8 @@
       font: { family: getComputedStyle(document.body).fontFamily, color: soft, size: 12 },
       margin: { l: 48, r: 8, t: 8, b: 36 }, hovermode: "x unified",
       hoverlabel: { bgcolor: color("--card"), bordercolor: grid, font: { color: color("--ink") } },
-      xaxis: { ...side, title: { text: AXES[axis], standoff: 6 }, rangemode: "tozero" }, yaxis: { ...side },
+      xaxis: { ...side, title: { text: AXES[axis], standoff: 6 }, rangemode: "tozero" },
+      yaxis: onlyLine ? { ...side, rangemode: "tozero" } : side,  // a constant has no range of its own
       showlegend: chart.lines.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     };
   }
@@ -46,7 +47,7 @@
       const axis = chosen && data.runs.every(run => Object.values(run).every(t => !t.step || !t.step.length || t[chosen.value]))
         ? chosen.value : "step";
       const onlyLine = new Set(chart.lines.map(line => line.column)).size === 1;
-      Plotly.react(chart.id, chart.lines.map(line => trace(line, axis, onlyLine)), layout(chart, axis),
+      Plotly.react(chart.id, chart.lines.map(line => trace(line, axis, onlyLine)), layout(chart, axis, onlyLine),
         { responsive: true, displayModeBar: false });
     }
   }
