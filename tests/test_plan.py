@@ -291,7 +291,8 @@ def test_a_run_says_before_and_after_what_was_predicted(command: Command, here: 
     (start,), (stop,) = journal(here / "run", "start"), journal(here / "run", "stop")
     assert {**start["predicted"], "elapsed_s": 0} == {**predicted, "elapsed_s": 0}
     assert stop["predicted"]["bits_per_byte"] == predicted["bits_per_byte"]
-    assert stop["memory_bytes"] > 0
+    last = json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["memory_bytes"] > 100 << 20) == ("stop", True)
     shown = command("train", "story.txt", "--out", "again", *FLAGS)
     assert "plan   about 2 steps" in shown.err
     assert "predicted 2 steps (came to 2)" in shown.out
