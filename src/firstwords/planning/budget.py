@@ -17,8 +17,8 @@ GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
 DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is made anew
 # What is not a step becomes slower with the steps, but not by more: with every core taken by others, steps took eight times
-# as long, for a step goes on when its last thread is done, and what followed the last of them about twice.
-MOST_SLOWED = 2.5
+# as long, for a step goes on when its last thread is done, and what followed the last of them two to five times.
+MOST_SLOWED = 4.0
 REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.8, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
 
 
