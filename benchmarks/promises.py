@@ -1,6 +1,6 @@
 """What was said before a run against what came of it: time to exit, memory, speed, bits per byte; row by row, resumable.
 
-    python benchmarks/promises.py TEXTS [--texts story dialogue prose torch] [--for 1m 3m 10m] [--write]
+    python benchmarks/promises.py TEXTS [--texts story dialogue prose torch sources] [--for 1m 3m 10m] [--write]
 
 TEXTS is a folder of `NAME.txt`. Each pair of text and budget is one `firstwords train` in a process of its own, after one
 `firstwords plan` for the machine; rows that benchmarks/promises.jsonl holds are not run again. The machine should do nothing
@@ -24,7 +24,7 @@ from typing import Any
 from record import ROOT, report
 
 ROWS = ROOT / "benchmarks/promises.jsonl"
-TEXTS, BUDGETS = ("story", "dialogue", "prose", "torch"), ("1m", "3m", "10m")
+TEXTS, BUDGETS = ("story", "dialogue", "prose", "torch", "sources"), ("1m", "3m", "10m")
 LATE_SHARE, LATE_S, EARLY_SHARE, NEAR = 0.03, 3.0, 0.05, 0.10
 
 
