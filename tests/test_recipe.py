@@ -82,6 +82,8 @@ def test_a_text_that_is_read_very_often_is_learnt_more_slowly(tmp_path: Path) ->
         found[name] = tomllib.loads((tmp_path / name / "config.toml").read_text())["optim"]["peak_lr"]
     assert found["often"] == pytest.approx(found["once"] / 2, rel=0.1)  # whole batches are not whole epochs
     assert found["named"] == 1e-3
+    api.train(out=tmp_path / "often", resume=True, epochs=90.0)  # what was decided once is not decided again
+    assert tomllib.loads((tmp_path / "often" / "config.toml").read_text())["optim"]["peak_lr"] == found["often"]
 
 
 def test_a_run_records_the_batch_that_was_decided_and_one_that_was_given_stays(tmp_path: Path) -> None:

@@ -103,14 +103,16 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         machine: The machine.
     """
     model, rate = config.model, machine.speed.tokens_per_s(config.model)
-    learnt = float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
-    if config.for_s is not None:
-        learnt = recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.prepared_s)
-    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt)
+
+    def learnt_at(rate: float) -> float:
+        if config.for_s is not None:
+            return recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.prepared_s)
+        return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
+
+    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate))
     if config.optim.kind == "muon":
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
-        if config.for_s is not None:
-            learnt = recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.prepared_s)
+    learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.prepared_s)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
