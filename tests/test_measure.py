@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from command import Command, Refused
+from firstwords.config import run_config
 from firstwords.planning import measure
+from firstwords.planning.speed import Speed
 
 
 def test_bench_measures_the_machine_and_each_preset_against_its_limit(command: Command) -> None:
@@ -32,6 +34,17 @@ def test_a_measured_step_is_a_training_step() -> None:
     for _ in range(5):
         last = step()
     assert last[0] < first[0]  # the same batch again and again is learnt
+
+
+def test_the_speed_of_now_is_measured_and_what_was_measured_before_only_tells_the_sizes_apart() -> None:
+    small, usual = (run_config({"preset": name, "model.vocab_size": 2048}).model for name in ("laptop-small", "laptop"))
+    before = Speed(((small, 0.2), (usual, 1.0)))  # a second for a token: no machine is that slow
+    now = measure.speed_now("float32", before)
+    assert now.tokens_per_s(usual) > 10
+    assert now.tokens_per_s(small) == pytest.approx(5 * now.tokens_per_s(usual))
+    first = measure.speed_now("float32", None)  # on a machine where nothing was measured yet
+    assert [shape for shape, _ in first.points] == [usual]
+    assert first.tokens_per_s(usual) > 10
 
 
 def test_more_work_takes_longer() -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+PACED_FROM_S = 30.0  # a time budget of which half a second is little
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (
@@ -283,7 +284,7 @@ def settled(
     with machine.threads(config.threads):
         key, cache = machine.key(device), cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
-        rate = speed(device, precision, config.compile)
+        rate = speed(device, precision, config)
     config = dataclasses.replace(config, precision=precision)
     tokens = dataclasses.replace(plan_tokens(prepared, config.tokenizer, difficulty, repeated), prepared_s=prepared_s)
     here = plan.Machine(rate, precision, machine.free_bytes())
@@ -348,15 +349,25 @@ def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:
     return "on" if compiling is not None and compiling.pays(tokens) else "off"
 
 
-def speed(device: torch.device, precision: Precision, compiled: str) -> Speed:
-    """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds."""
-    from firstwords.planning import machine
+def speed(device: torch.device, precision: Precision, config: RunConfig) -> Speed:
+    """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds.
+
+    A time budget on a CPU that has half a second for it measures how fast the machine is now.
+    """
+    from firstwords.planning import machine, measure
     from firstwords.planning import speed as speeds
 
-    known = speeds.remembered(cache_folder().parent, machine.fingerprint(device, precision, "off"))
-    if known is not None and compiled != "on":
-        return known
-    return speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+    if config.compile == "on":
+        return speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+    before = speeds.remembered(cache_folder().parent, machine.fingerprint(device, precision, "off"))
+    if device.type == "cpu" and (_time_budget(config) or 0.0) >= PACED_FROM_S:
+        return measure.speed_now(precision, before)
+    return before or speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+
+
+def _time_budget(config: RunConfig) -> float | None:
+    """Return the seconds that a run may take, or None where it counts steps or epochs."""
+    return config.for_s or (DEFAULT_FOR_S if config.steps is None and config.epochs is None else None)
 
 
 def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: float) -> Tokens:
@@ -390,7 +401,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     from firstwords.planning import recipe
 
     ring, context_length = tokens.training, config.model.context_length
-    for_s = DEFAULT_FOR_S if config.steps is None and config.epochs is None and config.for_s is None else config.for_s
+    for_s = _time_budget(config)
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
         learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out, tokens.prepared_s)

@@ -24,7 +24,7 @@ from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import known, machine
 from firstwords.planning.known import Compiling
-from firstwords.planning.speed import UPDATE_TOKENS, Speed
+from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
 from firstwords.text import corpus, sources
 from firstwords.text.batches import Batch
 from firstwords.text.tokenizer import byte_tokenizer, gpt2
@@ -34,6 +34,7 @@ ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
 MEASURED = (("laptop-small", 2048), ("laptop", 2048), ("laptop", 8192), ("laptop-large", 2048))  # with so many words
 MEASURED_STEPS = 3
+PACE, PACE_STEPS = ("laptop", 2048), 5  # by which a time budget learns how fast the machine is now
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
 READ_BYTES = 1 << 30
@@ -65,12 +66,26 @@ def bench_config(preset: str) -> RunConfig:
 
 def learning_speed(precision: Precision) -> Speed:
     """Return how fast this machine's CPU learns, from whole training steps of some sizes: some seconds in all."""
-    points = []
-    for preset, n_words in MEASURED:
-        config = run_config({"preset": preset, "model.vocab_size": n_words, "precision": precision})
-        rows = max(1, UPDATE_TOKENS // config.model.context_length)
-        points.append((config.model, step_s(config, rows, MEASURED_STEPS) / (rows * config.model.context_length)))
-    return Speed(tuple(points))
+    return Speed(tuple(_point(preset, n_words, precision, MEASURED_STEPS) for preset, n_words in MEASURED))
+
+
+def speed_now(precision: Precision, before: Speed | None) -> Speed:
+    """Return how fast this machine's CPU learns at this moment, from some steps of one size: half a second.
+
+    What others do on a machine changes from one hour to the next: a laptop in its case, a rented part of a server.
+
+    Args:
+        precision: Of the matrix products.
+        before: What `learning_speed` returned here before; it tells the sizes apart.
+    """
+    shape, token_s = _point(*PACE, precision, PACE_STEPS)
+    return Speed(((shape, token_s),)) if before is None else before.slowed(token_s * before.tokens_per_s(shape))
+
+
+def _point(preset: str, n_words: int, precision: Precision, steps: int) -> Point:
+    config = run_config({"preset": preset, "model.vocab_size": n_words, "precision": precision})
+    rows = max(1, UPDATE_TOKENS // config.model.context_length)
+    return config.model, step_s(config, rows, steps) / (rows * config.model.context_length)
 
 
 def marks(presets: Sequence[str]) -> Iterator[Mark]:

@@ -45,6 +45,11 @@ class Speed:
         one, flops = cost.update_flops(model), cost.training_flops(model)
         return self._measured(model) * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
 
+    def slowed(self, times: float) -> Speed:
+        """Return the speed of this machine when everything takes so many times as long."""
+        points = tuple((shape, token_s * times) for shape, token_s in self.points)
+        return Speed(points, self.flops_per_s / times)
+
     def _measured(self, model: ModelConfig) -> float:
         if not self.points:
             return self.flops_per_s / cost.training_flops(model)
