@@ -46,6 +46,11 @@ KINDS = {
     "docs": "Markdown and reStructuredText (/usr/share/doc)",
     "copyright": "licences (/usr/share/doc/*/copyright)",
     "changelogs": "changelogs (/usr/share/doc/*/changelog.Debian.gz)",
+    "austen": "six novels, English (Debian r-cran-janeaustenr)",
+    "french": "a handbook, French (Debian debian-handbook)",
+    "japanese": "manual pages, Japanese (Debian manpages-ja)",
+    "javascript": "JavaScript (the packages that node-llama-cpp installs)",
+    "sources": "Python (transformers)",
 }
 SLICES = {
     "dialogue": (60_000, 300_000),
@@ -57,6 +62,10 @@ SLICES = {
     "headers": (500_000,),
     "docs": (150_000,),
     "changelogs": (200_000,),
+    "austen": (30_000, 400_000),
+    "french": (50_000,),
+    "japanese": (200_000,),
+    "javascript": (100_000,),
 }
 CONTEXT, LOOK_SHARE, MOST_LOOKS = 256, 0.08, 20
 
@@ -80,7 +89,11 @@ def cases() -> list[Case]:
     """Return every run, in an order in which each new one tells the most."""
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
-    found = [Case(name, 0, "laptop", 400_000) for name in ("docs", "changelogs", "torch", "copyright", "perl", "story")]
+    later = ("austen", "sources", "french", "japanese", "javascript")
+    found = [Case(name, 0, "laptop", 400_000) for name in later]
+    found += [Case(name, SLICES[name][0], "laptop", 400_000) for name in later if name in SLICES]
+    found += [Case(name, 0, "laptop", 1_500_000) for name in later]
+    found += [Case(name, 0, "laptop", 400_000) for name in ("docs", "changelogs", "torch", "copyright", "perl", "story")]
     found += [Case("dialogue", 60_000, "laptop", 400_000), Case("torch", 0, "laptop", 1_500_000)]
     found += [Case("docs", 0, "laptop-small", 400_000), Case("python", 40_000, "laptop", 400_000)]
     found += [Case("perl", 0, "laptop", 1_500_000), Case("german", 100_000, "laptop", 400_000)]
