@@ -66,7 +66,7 @@ def test_a_harder_text_is_expected_to_come_out_worse() -> None:
 
 
 def test_what_does_not_fit_into_free_memory_says_so_and_is_not_recommended(found: facts.TextFacts) -> None:
-    made = plan.plan(found, here(free_bytes=GIB), for_s=180)
+    made = plan.plan(found, here(free_bytes=2 * GIB), for_s=180)
     fits = {(one.tokenizer, one.preset): one.fits for one in made.candidates}
     assert fits["bpe", "laptop"]
     assert not fits["gpt2", "gpt2-124m"]
@@ -161,6 +161,13 @@ def test_a_measured_shape_is_as_fast_as_it_was_and_another_as_its_operations_say
     assert found.tokens_per_s(large) == pytest.approx(expected)  # by the nearest in width
     more_words = dataclasses.replace(usual, vocab_size=4 * usual.vocab_size)
     assert found.tokens_per_s(more_words) < found.tokens_per_s(usual)
+
+
+def test_a_model_that_drops_numbers_is_slower_whatever_their_share() -> None:
+    usual = run_config({"preset": "laptop"}).model
+    tenth, fifth = (dataclasses.replace(usual, drop_rate=rate) for rate in (0.1, 0.2))
+    found = Speed(((usual, 3e-5),))
+    assert found.tokens_per_s(tenth) == found.tokens_per_s(fifth) < found.tokens_per_s(usual)
 
 
 def test_a_larger_batch_is_faster_by_what_fewer_updates_save() -> None:
@@ -327,7 +334,9 @@ def test_a_preset_s_batch_is_the_recipe_s() -> None:
     model = run_config({"model.vocab_size": TOKENS.vocab_size}).model
     usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.held_out)
     assert one.batch_size == recipe.batch_size(256, usual)
-    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(model, one.batch_size * 256), TOKENS.held_out)
+    assert recipe.drop_rate(one.epochs)
+    dropping = dataclasses.replace(model, drop_rate=recipe.drop_rate(one.epochs))
+    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.held_out)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from firstwords.config import ModelConfig, Precision, RunConfig, run_config
@@ -91,7 +91,17 @@ class Candidate:
 def of_preset(tokens: Tokens, preset: str, for_s: float, machine: Machine) -> Candidate:
     """Return what a preset comes to on a text within a time budget."""
     named = {"preset": preset, "tokenizer": tokens.tokenizer, "model.vocab_size": tokens.vocab_size}
-    return of_config(run_config(named, {"for_s": for_s, "precision": machine.precision}), tokens, machine)
+    config = run_config(named, {"for_s": for_s, "precision": machine.precision})
+    found = of_config(config, tokens, machine)
+    model = _dropping(config.model, preset, found.epochs)
+    if model == config.model:
+        return found
+    return of_config(replace(config, model=model, batch_size=found.batch_size), tokens, machine)
+
+
+def _dropping(model: ModelConfig, preset: str, epochs: float) -> ModelConfig:
+    """Return the model that a run of a preset has which reads its text so often."""
+    return replace(model, drop_rate=recipe.drop_rate(epochs)) if preset in PRESETS else model
 
 
 def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
@@ -190,6 +200,7 @@ def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> floa
     if n_bytes is None:
         return None
     learnt = n_bytes / bytes_a_token(tokens)
+    model = _dropping(model, preset, learnt / max(1.0, tokens.training))
     rate = machine.speed.tokens_per_s(model, recipe.batch_size(model.context_length, learnt) * model.context_length)
     return recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.prepared_s)
 
