@@ -15,7 +15,8 @@ import torch
 from command import Command, write
 from firstwords.config import run_config
 from firstwords.planning import known, machine, measure
-from firstwords.planning.known import Compiling, Known
+from firstwords.planning.known import Compiling, Known, Learning
+from firstwords.planning.speed import Speed
 
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
@@ -87,12 +88,13 @@ def test_the_precision_is_measured_once_for_a_machine(tmp_path: Path, monkeypatc
         b"{",
         b"[]",
         b"\xff",
-        b'{"key": {}, "rates": {"float32": 1, "bfloat16": 9}, "compiling": {}}',
-        b'{"key": KEY, "rates": {"float32": "fast", "bfloat16": 9}, "compiling": {}}',
-        b'{"key": KEY, "rates": {"float32": -1, "bfloat16": 9}, "compiling": {}}',
-        b'{"key": KEY, "rates": {"float32": true, "bfloat16": NaN}, "compiling": {}}',
-        b'{"key": KEY, "rates": [], "compiling": {}}',
-        b'{"key": KEY, "rates": {}, "compiling": 1}',
+        b'{"key": {}, "rates": {"float32": 1, "bfloat16": 9}, "compiling": {}, "learning": {}}',
+        b'{"key": KEY, "rates": {"float32": "fast", "bfloat16": 9}, "compiling": {}, "learning": {}}',
+        b'{"key": KEY, "rates": {"float32": -1, "bfloat16": 9}, "compiling": {}, "learning": {}}',
+        b'{"key": KEY, "rates": {"float32": true, "bfloat16": NaN}, "compiling": {}, "learning": {}}',
+        b'{"key": KEY, "rates": [], "compiling": {}, "learning": {}}',
+        b'{"key": KEY, "rates": {}, "compiling": 1, "learning": {}}',
+        b'{"key": KEY, "rates": {"float32": 1, "bfloat16": 9}, "compiling": {}, "learning": 1}',
     ],
 )
 def test_what_is_damaged_or_of_another_machine_is_measured_anew(
@@ -128,10 +130,44 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypa
 
 
 def test_what_is_known_is_read_as_it_was_written(tmp_path: Path) -> None:
-    wanted = Known({"float32": 1.5e11, "bfloat16": 9e11}, {"0123": Compiling(21.0, -1e-5), "4567": Compiling(9.0, 2e-5)})
+    wanted = Known(
+        {"float32": 1.5e11, "bfloat16": 9e11},
+        {"0123": Compiling(21.0, -1e-5), "4567": Compiling(9.0, 2e-5)},
+        {"bfloat16": Learning(1.7e9, Speed(((run_config().model, 2e-5),)))},
+    )
     known.write(tmp_path, {"a": 1}, wanted)
     assert known.read(tmp_path, {"a": 1}) == wanted
     assert known.read(tmp_path, {"a": 2}) == Known()
+
+
+def test_how_fast_a_machine_learned_is_believed_for_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, measured_s = Speed(((run_config().model, 2e-5),)), 1.7e9
+    before = Known(learning={"bfloat16": Learning(measured_s, found)})
+    for later_s, wanted in ((-1, None), (0, found), (known.BELIEVED_S - 1, found), (known.BELIEVED_S, None)):
+        monkeypatch.setattr(known.time, "time", lambda now_s=measured_s + later_s: now_s)
+        assert before.speed("bfloat16") == wanted
+        assert before.speed("float32") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        {},
+        {"measured_s": 1, "speed": {"points": []}},
+        {"measured_s": 1, "speed": {"points": [1]}},
+        {"measured_s": 1, "speed": {"points": [[{"emb_dim": "wide"}, 1e-5]]}},
+        {"measured_s": 1, "speed": {"points": [[{}, 0.0]]}},
+        {"measured_s": None, "speed": {"points": [[{}, 1e-5]]}},
+    ],
+)
+def test_a_damaged_memory_of_how_fast_a_machine_learned_is_none(tmp_path: Path, damage: object) -> None:
+    whole = {"measured_s": 1, "speed": {"points": [[{}, 1e-5]]}}
+    known.write(tmp_path, {}, Known())
+    (path,) = (tmp_path / known.FOLDER).iterdir()
+    kept = {**json.loads(path.read_bytes()), "learning": {"float32": whole, "bfloat16": damage}}
+    write(path, json.dumps(kept).encode())
+    assert set(known.read(tmp_path, {}).learning) == {"float32"}
 
 
 def test_compiling_pays_in_long_runs_and_never_where_it_is_slower() -> None:

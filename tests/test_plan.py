@@ -16,7 +16,7 @@ from conftest import STORY, TINY, journal
 from firstwords import api, resolve
 from firstwords.config import run_config
 from firstwords.model import cost
-from firstwords.planning import facts, measure, plan, recipe, speed
+from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import Prediction
 from firstwords.planning.speed import UPDATE_TOKENS, Speed
@@ -191,24 +191,6 @@ def test_what_more_words_take_is_known_from_a_shape_that_was_measured_with_two_v
     noise = Speed(((few, 3e-5), (many, 2e-5)))  # more words cannot be faster: each counts by itself
     assert noise.tokens_per_s(dataclasses.replace(some, vocab_size=2500)) < 1 / 3e-5
     assert noise.tokens_per_s(dataclasses.replace(some, vocab_size=9000)) < 1 / 2e-5
-
-
-def test_a_measured_speed_is_remembered_for_the_same_machine_for_a_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = Speed(((run_config().model, 2e-5),))
-    speed.remember(tmp_path, {"threads": 2}, found)
-    assert speed.remembered(tmp_path, {"threads": 2}) == found
-    assert speed.remembered(tmp_path, {"threads": 4}) is None
-    now_s = speed.time.time()
-    monkeypatch.setattr(speed.time, "time", lambda: now_s + speed.BELIEVED_S)
-    assert speed.remembered(tmp_path, {"threads": 2}) is None
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"points": [1], "measured_s": 0, "machine": {}}'])
-def test_a_damaged_memory_of_the_speed_is_no_memory(tmp_path: Path, damage: bytes) -> None:
-    write(tmp_path / speed.FILE, damage)
-    assert speed.remembered(tmp_path, {}) is None
 
 
 @pytest.mark.usefixtures("measured")

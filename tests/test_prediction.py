@@ -115,7 +115,7 @@ def test_a_text_is_as_hard_as_what_is_new_in_it() -> None:
     copy, alike, strange = noise[5000:9000], written(3, 800), noise[20_000:24_000]
     found = [hardness(known, text) for text in (copy, alike, strange)]
     assert found == sorted(found)
-    assert found[0] < 0.9 * found[1]  # of the three codes one finds a copy
+    assert found[0] < 0.95 * found[1]  # of the four codes one finds a copy
     assert found[2] > 6  # nothing can be known of random bytes, seven bits each
 
 

@@ -259,7 +259,7 @@ def plan(
 
     import torch
 
-    from firstwords.planning import machine, measure, speed
+    from firstwords.planning import known, machine, measure
     from firstwords.planning import plan as plans
 
     where = torch.device("cpu")
@@ -267,8 +267,13 @@ def plan(
         precision = machine.precision("auto", where)
         listener(Preparing("measuring this machine", None))
         measured = measure.learning_speed(precision)
-        fingerprint = machine.fingerprint(where, precision, "off")
-    speed.remember(resolve.cache_folder().parent, fingerprint, measured)
+        fingerprint, key, cache = (
+            machine.fingerprint(where, precision, "off"),
+            machine.key(where),
+            resolve.cache_folder().parent,
+        )
+        before, now = known.read(cache, key), known.Learning(time.time(), measured)
+    known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
     here = plans.Machine(measured, precision, machine.free_bytes())
     listener(Preparing("planning", None))
     made = plans.plan(found, here, config.for_s or resolve.DEFAULT_FOR_S, target_bits_per_byte)

@@ -284,7 +284,8 @@ def settled(
     with machine.threads(config.threads):
         key, cache = machine.key(device), cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
-        rate = speed(device, precision, config)
+        found = known.read(cache, key)
+        rate = speed(device, precision, config, found)
     config = dataclasses.replace(config, precision=precision)
     tokens = dataclasses.replace(plan_tokens(prepared, config.tokenizer, difficulty, repeated), prepared_s=prepared_s)
     here = plan.Machine(rate, precision, machine.free_bytes())
@@ -308,7 +309,7 @@ def settled(
     )
     expected = plan.of_config(config, tokens, here)
     learnt = float(expected.steps * expected.batch_size * config.model.context_length)
-    return dataclasses.replace(config, compile=_compile(config, learnt, known.read(cache, key))), expected
+    return dataclasses.replace(config, compile=_compile(config, learnt, found)), expected
 
 
 def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
@@ -349,7 +350,7 @@ def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:
     return "on" if compiling is not None and compiling.pays(tokens) else "off"
 
 
-def speed(device: torch.device, precision: Precision, config: RunConfig) -> Speed:
+def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
     """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds.
 
     A time budget on a CPU that has half a second for it measures how fast the machine is now.
@@ -359,7 +360,7 @@ def speed(device: torch.device, precision: Precision, config: RunConfig) -> Spee
 
     if config.compile == "on":
         return speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
-    before = speeds.remembered(cache_folder().parent, machine.fingerprint(device, precision, "off"))
+    before = found.speed(precision)
     if device.type == "cpu" and (_time_budget(config) or 0.0) >= PACED_FROM_S:
         return measure.speed_now(precision, before)
     return before or speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import math
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,18 @@ Ids = np.ndarray[Any, Any]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def bits_per_byte(pairs: float, triples: float, packed: float) -> float:
-    """Return about how many bits a byte takes for who knows the rest of the text: the geometric mean of three codes.
+def bits_per_byte(*codes: float) -> float:
+    """Return about how many bits a byte takes for who knows the rest of the text: the geometric mean of several codes.
 
-    The first two know which tokens follow each other, and nothing over a distance; xz finds what stood before, however far
-    away, and nothing less than literally so. A small GPT does some of both. Of the means that were tried, this came nearest
-    to the runs of benchmarks/prediction_runs.jsonl.
+    They are n-gram models of one, two and three tokens (`ngram_bits`), which know which tokens are frequent and follow each
+    other, and nothing over a distance; and xz (`xz_bits`), which finds what stood before, however far away, and nothing less
+    than literally so. A small GPT does some of each. Of the means that were tried, this came nearest to the runs of
+    benchmarks/prediction_runs.jsonl, each text predicted without its own.
 
     Args:
-        pairs: Bits a byte of an n-gram model of two tokens (`ngram_bits`).
-        triples: Of three.
-        packed: Of xz (`xz_bits`).
+        *codes: Bits a byte of each.
     """
-    return float(np.cbrt(max(FEWEST_BITS, pairs) * max(FEWEST_BITS, triples) * max(FEWEST_BITS, packed)))
+    return math.exp(sum(math.log(max(FEWEST_BITS, bits)) for bits in codes) / len(codes))
 
 
 def xz_bits(training: bytes, held_out: bytes) -> float:

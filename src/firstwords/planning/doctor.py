@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,7 +264,7 @@ def _measured(
             rates.append(measure.Mark("reading memory", measure.reading_rate() / GB, "GB/s"))
         device = machines.device("auto")
         key = machines.key(device)
-        found = known.Known(machines.rates(device), known.read(cache, key).compiling)
+        found = replace(known.read(cache, key), rates=machines.rates(device))
         try:
             known.write(cache, key, found)
         except FirstwordsError as error:

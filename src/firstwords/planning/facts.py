@@ -42,8 +42,8 @@ class Sample:
             training, held_out = training[:cut], training[cut:]
             packed = [training[-difficulty.PACKED_TRAINING :], held_out[: difficulty.PACKED_HELD_OUT]]
         known, new = (np.concatenate([*tokenizer.stream([part.decode(errors="ignore")])]) for part in (training, held_out))
-        _, pairs, triples = difficulty.ngram_bits(known, new, tokenizer.vocab_size, most=3)
-        return difficulty.bits_per_byte(pairs / len(held_out), triples / len(held_out), difficulty.xz_bits(*packed))
+        grams = (bits / len(held_out) for bits in difficulty.ngram_bits(known, new, tokenizer.vocab_size, most=3))
+        return difficulty.bits_per_byte(*grams, difficulty.xz_bits(*packed))
 
     @property
     def repeated(self) -> float:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import ModelConfig, Precision
+from firstwords.config import ModelConfig, Precision, model_config
 from firstwords.errors import FirstwordsError
+from firstwords.planning.speed import Speed
 
 FOLDER = "machines"
 UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what the compiled part of a model does not depend on
 WORTH = 2.0  # compiling must save so many times what it takes
+BELIEVED_S = 86400.0  # how fast a machine learns is measured anew after a day
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,31 @@ class Compiling:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """How fast a machine learned, and when that was measured: seconds since 1970."""
+
+    measured_s: float
+    speed: Speed
+
+
+@dataclass(frozen=True)
 class Known:
     """What is known of one machine.
 
     Args:
         rates: Operations a second of matrix products, by precision; empty where they were not measured.
         compiling: By `shape_of`.
+        learning: By precision.
     """
 
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     compiling: dict[str, Compiling] = dataclasses.field(default_factory=dict)
+    learning: dict[str, Learning] = dataclasses.field(default_factory=dict)
+
+    def speed(self, precision: Precision) -> Speed | None:
+        """Return how fast the machine learned in a precision; None where that was not measured within a day."""
+        found = self.learning.get(precision)
+        return found.speed if found is not None and 0 <= time.time() - found.measured_s < BELIEVED_S else None
 
 
 def shape_of(model: ModelConfig, precision: Precision) -> str:
@@ -57,16 +75,32 @@ def read(cache: Path, key: dict[str, Any]) -> Known:
     except (FirstwordsError, OSError):
         return Known()
     match found:
-        case {"key": dict() as of, "rates": dict() as rates, "compiling": dict() as compiling} if of == key:
+        case {"key": of, "rates": dict(rates), "compiling": dict(compiling), "learning": dict(learning)} if of == key:
             pass
         case _:
             return Known()
-    pairs = {name: (_number(c, "takes_s"), _number(c, "saves_s")) for name, c in compiling.items()}
-    good = {
-        name: Compiling(takes, saves) for name, (takes, saves) in pairs.items() if takes is not None and saves is not None
-    }
     numbers = {name: _number(rates, name) for name in rates}
-    return Known({name: rate for name, rate in numbers.items() if rate is not None and rate > 0}, good)
+    return Known(
+        rates={name: rate for name, rate in numbers.items() if rate is not None and rate > 0},
+        compiling={name: good for name, entry in compiling.items() if (good := _compiling(entry)) is not None},
+        learning={name: ours for name, entry in learning.items() if (ours := _learning(entry, str(path))) is not None},
+    )
+
+
+def _compiling(entry: Any) -> Compiling | None:
+    takes_s, saves_s = _number(entry, "takes_s"), _number(entry, "saves_s")
+    return None if takes_s is None or saves_s is None else Compiling(takes_s, saves_s)
+
+
+def _learning(entry: Any, where: str) -> Learning | None:
+    measured_s = _number(entry, "measured_s")
+    try:
+        points = [(model_config(shape, where), float(token_s)) for shape, token_s in entry["speed"]["points"]]
+    except (FirstwordsError, ValueError, TypeError, KeyError):
+        return None
+    if measured_s is None or not points or not all(0 < token_s < math.inf for _, token_s in points):
+        return None
+    return Learning(measured_s, Speed(tuple(points)))
 
 
 def _number(table: Any, name: str) -> float | None:
@@ -86,7 +120,7 @@ def write(cache: Path, key: dict[str, Any], known: Known) -> None:
 
 
 def remember(cache: Path, key: dict[str, Any], known: Known) -> None:
-    """Write what is known where that is possible: it can be measured again."""
+    """Write what is known where that is possible: it can be measured again, and that it cannot be kept ends nothing."""
     with suppress(FirstwordsError):
         write(cache, key, known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import platform
 import statistics
@@ -118,7 +119,7 @@ def known_rates(where: torch.device, cache: Path) -> dict[str, float]:
     """Return `rates` as they were measured when this machine was first asked for them."""
     found = known.read(cache, key(where))
     if not found.rates.keys() >= DTYPES.keys():
-        found = known.Known(rates(where), found.compiling)
+        found = dataclasses.replace(found, rates=rates(where))
         known.remember(cache, key(where), found)
     return found.rates
 

@@ -29,7 +29,10 @@ from firstwords.planning.difficulty import TRAINING_BYTES
 LAW = Path(__file__).with_name("prediction.json")
 MILLION = 1e6
 MOST_BYTES = 1e13  # no plan is looked for beyond
-MOST_REPEATED = 0.4  # of a text that the law is fitted to: what consists of copies follows another law
+# Of a text that the law is fitted to: what consists of copies follows another law. Of the texts that were tried, the one
+# with the most has 0.39 in one sample of it and 0.43 in another; the next, generated code with 0.45, comes to a third of
+# what is foretold.
+MOST_REPEATED = 0.44
 UNTRIED = 3.0  # factors of e for which what is unlike in kind counts
 
 

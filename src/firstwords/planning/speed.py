@@ -8,22 +8,13 @@ products are more efficient. What an update by Muon takes is the same however ma
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-from firstwords import reading, store
-from firstwords.config import ModelConfig, model_config
-from firstwords.errors import FirstwordsError
+from firstwords.config import ModelConfig
 from firstwords.model import cost
 
 PRODUCT_SHARE = 0.45  # of the machine's matrix products that a small model reaches, about; where nothing was measured
-BELIEVED_S = 86400.0  # a machine is measured anew after a day
-FILE = "speed.json"
 UPDATE_TOKENS = 2048  # of the steps that are measured
 DROPPING_SHARE = 0.89  # of its speed that a model keeps which drops numbers: 0.90 at a tenth of them, 0.88 at a fifth
 Point = tuple[ModelConfig, float]  # a shape, and the seconds that learning from one token took
@@ -85,25 +76,3 @@ def same_layers(a: ModelConfig, b: ModelConfig) -> bool:
     free = {"vocab_size", "drop_rate", "init_std", "norm_eps", "gelu_cubic", "rope_base"}
     one, other = ({key: value for key, value in asdict(shape).items() if key not in free} for shape in (a, b))
     return one == other
-
-
-def remember(cache: Path, machine: Mapping[str, Any], speed: Speed) -> None:
-    """Keep what was measured, for the runs of the next day on this machine; that it cannot be kept ends nothing."""
-    points = [[asdict(shape), token_s] for shape, token_s in speed.points]
-    kept = {"machine": dict(machine), "measured_s": time.time(), "points": points}
-    try:
-        store.make_folder(cache)
-        store.write(cache / FILE, store.canonical_json(kept))
-    except FirstwordsError:
-        return
-
-
-def remembered(cache: Path, machine: Mapping[str, Any]) -> Speed | None:
-    """Return what was measured on this machine within a day; None where nothing was, or it cannot be read."""
-    try:
-        kept = json.loads(reading.read_bytes(cache / FILE))
-        points = [(model_config(shape, str(cache / FILE)), float(token_s)) for shape, token_s in kept["points"]]
-        fresh = 0 <= time.time() - kept["measured_s"] < BELIEVED_S and kept["machine"] == dict(machine)
-    except (FirstwordsError, ValueError, TypeError, KeyError):
-        return None
-    return Speed(tuple(points)) if fresh and points and all(token_s > 0 for _, token_s in points) else None
