@@ -89,7 +89,8 @@ def test_the_time_for_a_target_reaches_it_and_is_the_soonest(seconds: float, fou
     best, again = made.recommended, next(one for one in made.candidates if one.preset == "laptop")
     assert best is not None
     assert bits(again) == pytest.approx(target, rel=0.02)  # whole evaluations and whole steps
-    assert again.elapsed_s == pytest.approx(seconds, rel=0.1)
+    # Just below the epochs from which on numbers are dropped, a step is faster: less time is as good.
+    assert 0.9 * speed.DROPPING_SHARE * seconds < again.elapsed_s < 1.1 * seconds
     assert best.elapsed_s == min(one.elapsed_s for one in made.candidates if one.tokenizer == "bpe")
     easier = plan.plan(found, slow, for_s=180, target=1.1 * target).recommended
     assert easier is not None

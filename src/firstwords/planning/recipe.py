@@ -8,6 +8,7 @@ from firstwords.planning import budget
 from firstwords.training.evaluate import cost_in_tokens
 
 START_S = 3.5  # pass before the first step, about, but for preparing the text
+SPOKEN_TOKENS = 4800  # could be learnt from while an evaluation's samples are drawn and looked up: 0.19 s at 25,000 a second
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
@@ -23,15 +24,18 @@ def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float, p
         held_out_tokens: Of the text that the run judges itself by.
         prepared_s: How long it takes, or took, to prepare the text.
     """
-    look_s = cost_in_tokens(held_out_tokens) / tokens_per_s
+    look_s = (cost_in_tokens(held_out_tokens) + SPOKEN_TOKENS) / tokens_per_s
     left_s = for_s - START_S - prepared_s - budget.REPORT_S - budget.looks(for_s, look_s) * look_s
     return tokens_per_s * max(1.0, left_s)
 
 
 def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float, prepared_s: float = 0.0) -> float:
     """Return how long a run on so many tokens takes, all in, about: the inverse of `expected_tokens`."""
-    look_s, learning_s = cost_in_tokens(held_out_tokens) / tokens_per_s, tokens / tokens_per_s
-    return START_S + prepared_s + budget.REPORT_S + learning_s + budget.looks(learning_s, look_s) * look_s
+    look_s = (cost_in_tokens(held_out_tokens) + SPOKEN_TOKENS) / tokens_per_s
+    learnt_s, n_looks = START_S + prepared_s + budget.REPORT_S + tokens / tokens_per_s, budget.FEWEST_LOOKS
+    while budget.looks(learnt_s + n_looks * look_s, look_s) > n_looks:
+        n_looks += 1
+    return learnt_s + n_looks * look_s
 
 
 def batch_size(context_length: int, run_tokens: float | None) -> int:
