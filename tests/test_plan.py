@@ -19,7 +19,7 @@ from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import Prediction
-from firstwords.planning.speed import UPDATE_TOKENS, Speed
+from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, Speed
 from firstwords.text import sources
 from firstwords.training.events import ignore
 
@@ -90,7 +90,7 @@ def test_the_time_for_a_target_reaches_it_and_is_the_soonest(seconds: float, fou
     assert best is not None
     assert bits(again) == pytest.approx(target, rel=0.02)  # whole evaluations and whole steps
     # Just below the epochs from which on numbers are dropped, a step is faster: less time is as good.
-    assert 0.9 * speed.DROPPING_SHARE * seconds < again.elapsed_s < 1.1 * seconds
+    assert 0.9 * DROPPING_SHARE * seconds < again.elapsed_s < 1.1 * seconds
     assert best.elapsed_s == min(one.elapsed_s for one in made.candidates if one.tokenizer == "bpe")
     easier = plan.plan(found, slow, for_s=180, target=1.1 * target).recommended
     assert easier is not None
