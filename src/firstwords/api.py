@@ -267,12 +267,9 @@ def plan(
         precision = machine.precision("auto", where)
         listener(Preparing("measuring this machine", None))
         measured = measure.learning_speed(precision)
-        fingerprint, key, cache = (
-            machine.fingerprint(where, precision, "off"),
-            machine.key(where),
-            resolve.cache_folder().parent,
-        )
-        before, now = known.read(cache, key), known.Learning(time.time(), measured)
+        key, cache = machine.key(where), resolve.cache_folder().parent
+        fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
+    now = known.Learning(time.time(), measured)
     known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
     here = plans.Machine(measured, precision, machine.free_bytes())
     listener(Preparing("planning", None))
