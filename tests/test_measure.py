@@ -7,7 +7,7 @@ import torch
 
 from command import Command, Refused
 from firstwords.config import run_config
-from firstwords.planning import measure
+from firstwords.planning import machine, measure
 from firstwords.planning.speed import Speed
 
 
@@ -45,6 +45,39 @@ def test_the_speed_of_now_is_measured_and_what_was_measured_before_only_tells_th
     first = measure.speed_now("float32", None)  # on a machine where nothing was measured yet
     assert [shape for shape, _ in first.points] == [usual]
     assert first.tokens_per_s(usual) > 10
+
+
+def test_what_a_processor_cannot_do_is_not_measured_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    took_s = {torch.float32: 1e-3, torch.bfloat16: 2.0}  # one product: bfloat16 is done by other instructions
+    asked: list[torch.dtype] = []
+
+    def one(dtype: torch.dtype) -> float:
+        asked.append(dtype)
+        return took_s[dtype]
+
+    monkeypatch.setattr(machine, "_product_s", lambda a: one(a.dtype))
+    found = machine.rates(torch.device("cpu"))
+    assert found["float32"] == pytest.approx(2000 * found["bfloat16"])
+    assert machine.precision_of(found) == "float32"
+    assert asked.count(torch.bfloat16) == 2
+    assert asked.count(torch.float32) == machine.RATE_TIMES  # the negative control: what is fast is asked again
+
+
+def test_the_limit_of_products_is_not_looked_for_where_one_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    a_product_s = 1.5
+
+    def seconds(work: object, times: int) -> float:
+        calls.append(times)
+        return a_product_s
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    assert measure.product_rate(torch.bfloat16) == pytest.approx(2 * measure.SIDES[0] ** 3 / a_product_s)
+    assert calls == [1]
+    calls.clear()
+    a_product_s = 1e-3
+    assert measure.product_rate(torch.bfloat16) == pytest.approx(2 * measure.SIDES[-1] ** 3 / a_product_s)
+    assert len(calls) == 2 * len(measure.SIDES)  # the negative control
 
 
 def test_more_work_takes_longer() -> None:

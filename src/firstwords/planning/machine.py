@@ -26,6 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # What glibc itself comes to in a process that frees large blocks; set once, it adapts no more.
 GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 PROBE_SIZE, PROBE_TIMES, RATE_TIMES = 512, 5, 15
+RATE_S = 0.1  # is long enough for a precision: what has no instructions takes 0.2 s for one product, or longer
 CGROUP_FILES = ("memory.max", "memory.current")
 
 
@@ -125,11 +126,15 @@ def known_rates(where: torch.device, cache: Path) -> dict[str, float]:
 
 
 def rates(where: torch.device) -> dict[str, float]:
-    """Return the operations a second of square matrix products in each precision, at their best of some turns."""
+    """Return the operations a second of square matrix products in each precision, at their best of some turns.
+
+    The first turn includes what is done once, so that even a slow precision has two.
+    """
     times_s: dict[str, list[float]] = {name: [] for name in DTYPES}
-    for _ in range(RATE_TIMES):  # in turns: what else runs here slows all of them
+    for turn in range(RATE_TIMES):  # in turns: what else runs here slows all of them
         for name, dtype in DTYPES.items():
-            times_s[name].append(_product_s(torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)))
+            if turn < 2 or sum(times_s[name]) < RATE_S:
+                times_s[name].append(_product_s(torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)))
     return {name: 2 * PROBE_SIZE**3 / min(times) for name, times in times_s.items()}
 
 

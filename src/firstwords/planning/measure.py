@@ -37,7 +37,8 @@ MEASURED_STEPS = 3
 PACE, PACE_STEPS = ("laptop", 2048), 5  # by which a time budget learns how fast the machine is now
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
-READ_BYTES = 1 << 30
+PRODUCT_S = 1.0  # is long for one of them: of larger ones, nothing is learnt that is worth the time
+READ_BYTES, READ_AGAIN_BYTES = 1 << 30, 4 << 30  # at once, and in all where that is more often than a few times
 WARM_STEPS = 1  # allocate memory, and are not counted
 
 
@@ -97,14 +98,14 @@ def marks(presets: Sequence[str]) -> Iterator[Mark]:
     products = {name: product_rate(dtype) for name, dtype in machine.DTYPES.items()}
     for name, rate in products.items():
         yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
-    reading = reading_rate()
-    yield Mark("reading memory", reading / 1e9, "GB/s")
+    yield Mark("reading memory", reading_rate() / 1e9, "GB/s")
     for name, config in configs.items():
         tokens, model = ROWS * config.model.context_length, config.model
         limit = products[config.precision] / cost.training_flops(model)
         yield Mark(f"learning, {name}", tokens / step_s(config, ROWS, STEPS), "tokens/s", limit)
         weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
-        yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", reading / weight_bytes)
+        limit = reading_rate(weight_bytes) / weight_bytes
+        yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", limit)
     yield Mark("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")
 
 
@@ -150,18 +151,29 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Return the operations a second of square matrix products on the CPU, of the size that is fastest."""
+    """Return the operations a second of square matrix products on the CPU, of the size that is fastest.
+
+    A processor without instructions for `dtype` is a hundred times slower: one product of the smallest size says that.
+    """
     rates = []
     for side in SIDES:
         a = torch.randn(side, side).to(dtype)
-        rates.append(2 * side**3 / seconds(lambda: a @ a, max(3, 20 * SIDES[0] ** 3 // side**3)))  # noqa: B023
+        product_s = seconds(lambda: a @ a, 1)  # noqa: B023
+        if product_s < PRODUCT_S:
+            product_s = min(product_s, seconds(lambda: a @ a, max(3, 20 * SIDES[0] ** 3 // side**3)))  # noqa: B023
+        rates.append(2 * side**3 / product_s)
+        if product_s >= PRODUCT_S:
+            break
     return max(rates)
 
 
-def reading_rate() -> float:
-    """Return the bytes a second at which all threads together read memory."""
-    numbers = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / seconds(numbers.sum, 5)
+def reading_rate(n_bytes: int = READ_BYTES) -> float:
+    """Return the bytes a second at which all threads together read so many bytes again and again.
+
+    A small model's weights stay in the processor's cache, which is read faster than memory.
+    """
+    n_bytes = min(n_bytes, READ_BYTES)
+    return n_bytes / seconds(torch.ones(n_bytes // 4).sum, max(5, READ_AGAIN_BYTES // n_bytes))
 
 
 def step_s(config: RunConfig, rows: int, steps: int) -> float:
