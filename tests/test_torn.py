@@ -24,6 +24,7 @@ from firstwords.runs import checkpoint
 from firstwords.training.events import Notice, Told
 
 PAGE = 4096
+EVERY = 5  # of the places in a file one of so many is looked at where not all are; no multiple of it is a number's size
 pytestmark = pytest.mark.technique("R3")
 Damage = tuple[str, bytes]  # the name of a file, and what it holds instead
 
@@ -108,11 +109,11 @@ def damages(run: Run) -> Iterator[Damage]:
 
 
 @pytest.mark.system
-def test_every_prefix_of_every_file_is_found(made: Run, proved: Callable[..., None]) -> None:
+def test_every_prefix_of_every_file_is_found(made: Run, full: bool, proved: Callable[..., None]) -> None:
     cases = 0
     for path in sorted(made.newest.iterdir()):
         whole = path.read_bytes()
-        for length in reversed(range(len(whole))):
+        for length in reversed(range(0, len(whole), 1 if full else EVERY)):
             os.truncate(path, length)
             assert is_found(made.newest), f"{path.name} cut at {length}"
             cases += 1
@@ -122,10 +123,17 @@ def test_every_prefix_of_every_file_is_found(made: Run, proved: Callable[..., No
 
 
 @pytest.mark.system
-def test_every_flipped_byte_and_a_sample_of_flipped_bits_are_found(made: Run, proved: Callable[..., None]) -> None:
+def test_every_flipped_byte_and_a_sample_of_flipped_bits_are_found(
+    made: Run, full: bool, proved: Callable[..., None]
+) -> None:
     chance = random.Random(0)
     bits = {place: 1 << chance.randrange(8) for place in range(0, 1 << 20, 7)}
-    cases, unnoticed = count_unnoticed_flips(made.newest, lambda place: [0xFF, bits[place]] if place in bits else [0xFF])
+
+    def flips(place: int) -> list[int]:
+        whole = [0xFF] if full or place % EVERY == 0 else []
+        return [*whole, bits[place]] if place in bits else whole
+
+    cases, unnoticed = count_unnoticed_flips(made.newest, flips)
     assert unnoticed == 0
     assert not is_found(made.newest)
     proved(cases, f"{cases:,} flips")
@@ -188,10 +196,10 @@ def sample(run: Run, count: int) -> list[Damage]:
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_set_aside(
-    made: Run, proved: Callable[..., None]
+    made: Run, full: bool, proved: Callable[..., None]
 ) -> None:
     newest, older, identity, cases = made.newest, made.older, made.identity, 0
-    for name, changed in sample(made, 300):
+    for name, changed in sample(made, 300 if full else 60):
         whole, told = (newest / name).read_bytes(), list[str]()
         (newest / name).write_bytes(changed)
         found = checkpoint.newest(newest.parent, told.append, identity)
@@ -209,10 +217,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_set_asi
 
 @pytest.mark.system
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_to_the_same_end(
-    made: Run, proved: Callable[..., None]
+    made: Run, full: bool, proved: Callable[..., None]
 ) -> None:
     home, cases = made.path.parent, 0
-    for name, changed in sample(made, 48):
+    for name, changed in sample(made, 48 if full else 12):
         shutil.copytree(made.path, home / "torn")
         torn = home / "torn" / "checkpoints" / made.newest.name
         (torn / name).write_bytes(changed)
