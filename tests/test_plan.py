@@ -111,8 +111,8 @@ def candidate(preset: str, mid: float, *, fits: bool = True, tokenizer: str = "b
 
 def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
     usual = candidate("laptop", 2.0)
-    assert plan.recommended([usual, candidate("laptop-large", 1.99)]) == usual
-    better = candidate("laptop-large", 1.8)
+    assert plan.recommended([usual, candidate("laptop-large", 1.97)]) == usual
+    better = candidate("laptop-large", 1.95)
     assert plan.recommended([usual, better]) == better
     assert plan.recommended([usual, dataclasses.replace(better, fits=False)]) == usual
     assert plan.recommended([usual, candidate("gpt2-124m", 1.0, tokenizer="gpt2")]) == usual  # nobody tried it

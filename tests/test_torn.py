@@ -24,7 +24,7 @@ from firstwords.runs import checkpoint
 from firstwords.training.events import Notice, Told
 
 PAGE = 4096
-EVERY = 5  # of the places in a file one of so many is looked at where not all are; no multiple of it is a number's size
+EVERY = 5  # places of a file are looked at one in so many where not all are: each byte of the 4 of a number in its turn
 pytestmark = pytest.mark.technique("R3")
 Damage = tuple[str, bytes]  # the name of a file, and what it holds instead
 

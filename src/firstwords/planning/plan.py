@@ -23,7 +23,7 @@ from firstwords.text.tokenizer import Tokenizer
 
 PRESETS = ("laptop-small", "laptop", "laptop-large")  # among them a run that names none chooses
 CHOICES = (*(("bpe", preset) for preset in PRESETS), ("bytes", "laptop"), ("gpt2", "gpt2-124m"))
-BETTER = 0.95  # of the expected bits per byte of `laptop` at which another preset is taken instead
+BETTER = 0.98  # of the expected bits per byte of `laptop` at which another preset is taken instead
 FREE_SHARE = 0.9  # of the free memory may be planned for
 FEW_EPOCHS, MANY_EPOCHS = 4, 15  # Muennighoff et al. 2023: until the first, a text read again is worth almost a new one
 BITS_A_PARAMETER = 3.6  # that a GPT can hold of a text: Morris et al. 2025 (arXiv:2505.24832)
