@@ -1,8 +1,8 @@
 """Trains on texts of many kinds and sizes, and fits the law that predicts held-out bits per byte from what came of it.
 
-    python benchmarks/prediction.py gather TEXTS [--threads 1]     adds the runs that the table lacks
-    python benchmarks/prediction.py features TEXTS                 measures the texts themselves
-    python benchmarks/prediction.py fit [--write]                  fits the law, leaving out one text at a time
+    python benchmarks/prediction.py gather TEXTS [--beside 2]     adds the runs that the table lacks, so many at once
+    python benchmarks/prediction.py features TEXTS                measures the texts themselves
+    python benchmarks/prediction.py fit [--write]                 fits the law, leaving out one text at a time
 
 TEXTS is a folder of `NAME.txt`. The table is benchmarks/prediction_runs.jsonl: one run a line, with its command. The law's
 form and where it comes from: `firstwords.planning.prediction`.
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -120,28 +121,34 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in TABLE.read_text().splitlines()] if TABLE.is_file() else []
 
 
-def gather(texts: Path, threads: int) -> None:
-    """Add the runs that the table lacks."""
+def gather(texts: Path, beside: int) -> None:
+    """Add the runs that the table lacks, so many at once, each on one core."""
     done = {tuple(row["case"]) for row in rows()}
-    for case in cases():
-        if case.key in done or not (texts / f"{case.text}.txt").is_file():
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            row = trained(case, texts, Path(folder), threads)
-        with TABLE.open("a") as table:
-            table.write(json.dumps(row) + "\n")
-        print(f"{datetime.now():%H:%M:%S} {case}: {row['bits_per_byte']:.3f} in {row['elapsed_s']:.0f} s", flush=True)
+    lacking = [case for case in cases() if case.key not in done and (texts / f"{case.text}.txt").is_file()]
+    with ThreadPoolExecutor(beside) as workers:
+        for row in workers.map(lambda case: trained(case, texts), lacking):
+            with TABLE.open("a") as table:
+                table.write(json.dumps(row) + "\n")
+            print(
+                f"{datetime.now():%H:%M:%S} {row['case']}: {row['bits_per_byte']:.3f} in {row['elapsed_s']:.0f} s",
+                flush=True,
+            )
 
 
-def trained(case: Case, texts: Path, folder: Path, threads: int) -> dict[str, Any]:
+def trained(case: Case, texts: Path) -> dict[str, Any]:
     """Train one case in a process of its own and return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _trained(case, texts, Path(folder))
+
+
+def _trained(case: Case, texts: Path, folder: Path) -> dict[str, Any]:
     data = sliced(texts, case.text, case.slice_bytes)
     (folder / f"{case.text}.txt").write_bytes(data)
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every), "--precision", "bfloat16"]
-    given = ["--threads", str(threads), "--out", "run", "--save-every", "1h", "--json"]
-    environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads)}
+    given = ["--threads", "1", "--out", "run", "--save-every", "1h", "--json"]
+    environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-m", *command, *given], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -347,12 +354,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("what", choices=("gather", "features", "fit"))
     options.add_argument("texts", nargs="?", type=Path)
-    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--beside", type=int, default=1, help="runs at once")
     options.add_argument("--write", action="store_true", help="write the law into the package")
     given = options.parse_args()
     match given.what:
         case "gather":
-            gather(given.texts.absolute(), given.threads)
+            gather(given.texts.absolute(), given.beside)
         case "features":
             features(given.texts.absolute())
         case _:

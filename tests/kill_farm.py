@@ -335,13 +335,14 @@ def recovering(folder: Path) -> tuple[Path, Act]:
     return scene, act
 
 
-def everywhere(folder: Path, path: str, places: str, *, careless: bool = False) -> Report:
+def everywhere(folder: Path, path: str, places: str, *, every: int = 1, careless: bool = False) -> Report:
     """Kill something at each of its places, and look at what is left; resume once from each different thing that is left.
 
     Args:
         folder: Empty.
         path: `saving` or `recovering`.
         places: `lines` or `calls`.
+        every: Kill at one place of so many, in their order.
         careless: Save without care, as a control.
     """
     small = {"context_length": 32, "emb_dim": 8, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "drop_rate": 0.1}
@@ -349,7 +350,7 @@ def everywhere(folder: Path, path: str, places: str, *, careless: bool = False) 
     (scene, act), damaged = (saving(folder), "") if path == "saving" else (recovering(folder), DAMAGED)
     run, states = folder / "run", set[Any]()
     with patch.object(store, "publish", publish_without_care) if careless else nullcontext():
-        killers = lines(scene, run, act) if places == "lines" else calls(scene, run, act)
+        killers = (lines(scene, run, act) if places == "lines" else calls(scene, run, act))[::every]
         allowed = whole_ones(scene, damaged) | whole_ones(run, damaged)
         for place, killer in killers:
             anew(scene, run)
