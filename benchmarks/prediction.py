@@ -68,6 +68,7 @@ SLICES = {
     "japanese": (200_000,),
     "javascript": (100_000,),
 }
+BYTES_A_TOKEN = 3.2  # about
 CONTEXT, LOOK_SHARE, MOST_LOOKS = 256, 0.08, 20
 
 
@@ -90,28 +91,20 @@ def cases() -> list[Case]:
     """Return every run, in an order in which each new one tells the most."""
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
-    later = ("austen", "sources", "french", "japanese", "javascript")
-    found = [Case(name, 0, "laptop", 400_000) for name in later]
-    found += [Case(name, SLICES[name][0], "laptop", 400_000) for name in later if name in SLICES]
-    found += [Case(name, 0, "laptop", 1_500_000) for name in later]
-    found += [Case(name, 0, "laptop", 400_000) for name in ("docs", "changelogs", "torch", "copyright", "perl", "story")]
-    found += [Case("dialogue", 60_000, "laptop", 400_000), Case("torch", 0, "laptop", 1_500_000)]
-    found += [Case("docs", 0, "laptop-small", 400_000), Case("python", 40_000, "laptop", 400_000)]
-    found += [Case("perl", 0, "laptop", 1_500_000), Case("german", 100_000, "laptop", 400_000)]
-    found += [Case("docs", 0, "laptop", 1_500_000), Case("dialogue", 0, "laptop-small", 400_000)]
-    found += [Case(name, 0, "laptop", 400_000) for name, _ in whole]
-    found += [Case("dialogue", 0, "laptop-large", 300_000)]
-    found += [Case(name, 0, "laptop", 1_500_000) for name in ("changelogs", "copyright", "headers")]
-    found += [Case("dialogue", 300_000, "laptop", 1_500_000), Case("prose", 100_000, "laptop", 1_500_000)]
-    found += [Case(name, size, "laptop", 400_000) for name, size in parts]
-    found += [Case("german", 0, "laptop-large", 300_000), Case("german", 0, "laptop-small", 400_000)]
+    often = [("dialogue", 60_000), ("python", 40_000), ("french", 50_000), ("story", 0), ("prose", 100_000)]
+    found = [Case(*text, "laptop", 400_000) for text in often]
+    found += [Case("dialogue", 300_000, "laptop", 1_500_000), Case("story", 0, "laptop", 1_500_000)]
+    found += [Case(name, 0, "laptop", 4_000_000) for name in ("torch", "french", "sources", "python")]
+    found += [Case("prose", 100_000, "laptop", 1_500_000), Case("dialogue", 0, "laptop-large", 1_600_000)]
+    found += [Case("story", 0, "laptop", 4_000_000), Case("prose", 0, "laptop", 4_000_000)]
+    found += [Case(name, 0, preset, 400_000) for name in ("dialogue", "german") for preset in ("laptop-small", "laptop")]
+    found += [Case(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
+    found += [Case(name, size, "laptop", 400_000) for name, size in whole + parts]
     found += [Case(name, 0, "laptop", 1_500_000) for name, _ in whole]
     found += [Case(name, 0, "laptop-small", 1_500_000) for name in ("dialogue", "russian", "changelogs")]
-    found += [
-        Case(name, 0, "laptop", 4_000_000) for name in ("story", "dialogue", "prose", "german", "torch", "perl", "docs")
-    ]
+    found += [Case(name, 0, "laptop", 4_000_000) for name, _ in whole]
     found += [Case("python", 40_000, "laptop", 4_000_000), Case("prose", 600_000, "laptop", 4_000_000)]
-    found += [Case(name, 0, "laptop", 12_000_000) for name in ("prose", "torch", "german")]
+    found += [Case(name, 0, "laptop", 12_000_000) for name in ("dialogue", "prose", "torch", "german")]
     found += [Case(name, 0, "laptop-large", 4_000_000) for name in ("prose", "torch")]
     return list(dict.fromkeys(found))
 
@@ -122,11 +115,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 def gather(texts: Path, beside: int) -> None:
-    """Add the runs that the table lacks, so many at once, each on one core."""
+    """Add the runs that the table lacks, so many at once, which share the cores."""
     done = {tuple(row["case"]) for row in rows()}
     lacking = [case for case in cases() if case.key not in done and (texts / f"{case.text}.txt").is_file()]
     with ThreadPoolExecutor(beside) as workers:
-        for row in workers.map(lambda case: trained(case, texts), lacking):
+        for row in workers.map(lambda case: trained(case, texts, max(1, (os.cpu_count() or 1) // beside)), lacking):
             with TABLE.open("a") as table:
                 table.write(json.dumps(row) + "\n")
             print(
@@ -135,20 +128,20 @@ def gather(texts: Path, beside: int) -> None:
             )
 
 
-def trained(case: Case, texts: Path) -> dict[str, Any]:
+def trained(case: Case, texts: Path, threads: int) -> dict[str, Any]:
     """Train one case in a process of its own and return its row."""
     with tempfile.TemporaryDirectory() as folder:
-        return _trained(case, texts, Path(folder))
+        return _trained(case, texts, Path(folder), str(threads))
 
 
-def _trained(case: Case, texts: Path, folder: Path) -> dict[str, Any]:
+def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, Any]:
     data = sliced(texts, case.text, case.slice_bytes)
     (folder / f"{case.text}.txt").write_bytes(data)
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every), "--precision", "bfloat16"]
-    given = ["--threads", "1", "--out", "run", "--save-every", "1h", "--json"]
-    environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
+    environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
         [sys.executable, "-m", *command, *given], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -186,9 +179,9 @@ def shape(case: Case, n_bytes: int) -> tuple[int, int, int]:
     """Return batch size, steps, and steps between evaluations, as a run of so many tokens within a time budget has them."""
     from firstwords.planning import recipe
 
-    batch_size = recipe.batch_size(CONTEXT, case.tokens)
+    batch_size = recipe.batch_size(CONTEXT, case.tokens, 0.9 * n_bytes / BYTES_A_TOKEN)
     steps = max(1, round(case.tokens / (batch_size * CONTEXT)))
-    held_out = min(65536.0, 0.1 * n_bytes / 3.2)
+    held_out = min(65536.0, 0.1 * n_bytes / BYTES_A_TOKEN)
     look_steps = 2 + 2 * held_out / 3 / (batch_size * CONTEXT)
     looks = min(MOST_LOOKS, max(1, int(LOOK_SHARE * steps / look_steps)))
     return batch_size, steps, math.ceil(steps / looks)
@@ -269,7 +262,8 @@ class Run:
         from firstwords.planning.prediction import Situation
 
         bytes_a_token = row["training_bytes"] / row["training_tokens"]
-        at = Situation(text["difficulty"], row["training_bytes"], row["tokens"] * bytes_a_token, row["parameters"])
+        read_bytes, repeated = row["tokens"] * bytes_a_token, text["repeated"]
+        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated)
         return cls(row["case"][0], at, row["bits_per_byte"])
 
 
@@ -283,6 +277,7 @@ PRIOR = {  # logarithms of the coefficients: mean, standard deviation
     "m": (math.log(0.34), 0.2),
     "s": (math.log(0.08), 0.3),
     "repeats": (math.log(5.0), 1.0),
+    "r": (math.log(0.05), 0.7),
 }
 FAR = 2.0  # times the noise
 NOISE = 0.05  # of a run's logarithm, about; errors far above it count little more (Cauchy): generated code, above all

@@ -38,6 +38,12 @@ def test_a_harder_text_is_predicted_worse() -> None:
     assert found[-1] > 2 * found[0]
 
 
+def test_more_of_a_text_that_repeats_itself_tells_more() -> None:
+    repeating, plain = ([bits(repeated=c, read_bytes=n) for n in (1e6, 4e6)] for c in (0.3, 0.0))
+    assert repeating[0] == pytest.approx(plain[0])  # of a megabyte; its difficulty says already how hard it is
+    assert repeating[1] < plain[1]
+
+
 def test_a_text_that_is_read_again_is_worth_less_than_a_new_one() -> None:
     assert bits(read_bytes=2e7, text_bytes=1e6) > bits(read_bytes=2e7, text_bytes=2e7)
     assert prediction.effective_bytes(5e5, 1e6, 5.0) == 5e5  # nothing was read twice
@@ -89,8 +95,8 @@ def test_the_law_is_near_the_runs_that_it_was_fitted_to() -> None:
         if row["text_sha256"] not in texts or texts[row["text_sha256"]]["repeated"] > prediction.MOST_REPEATED:
             continue
         read_bytes = row["tokens"] * row["training_bytes"] / row["training_tokens"]
-        hard = texts[row["text_sha256"]]["difficulty"]
-        found = law.predict(Situation(hard, row["training_bytes"], read_bytes, row["parameters"]))
+        hard, repeated = (texts[row["text_sha256"]][name] for name in ("difficulty", "repeated"))
+        found = law.predict(Situation(hard, row["training_bytes"], read_bytes, row["parameters"], repeated))
         if not found.beyond:
             inside.append(found.low <= row["bits_per_byte"] <= found.high)
     assert sum(inside) >= 0.8 * len(inside)  # what the range promises; for texts that were not seen, the fit itself says it

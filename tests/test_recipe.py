@@ -25,6 +25,12 @@ def test_longer_runs_take_larger_batches() -> None:
     assert sizes[-1] * 256 > 100 * recipe.BATCH_TOKENS
 
 
+def test_a_text_that_is_read_on_and_on_is_read_in_batches_as_if_it_were_read_a_few_times() -> None:
+    few = recipe.batch_size(256, recipe.FRESH_EPOCHS * 1e6)
+    assert recipe.batch_size(256, 100e6, 1e6) == few < recipe.batch_size(256, 100e6, 100e6)
+    assert recipe.batch_size(256, 1e6, 1e6) == recipe.batch_size(256, 1e6)
+
+
 @pytest.mark.parametrize("context_length", [1, 32, 256, 1000, 2**20])
 def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(context_length: int) -> None:
     rows = recipe.batch_size(context_length, None)
@@ -72,11 +78,12 @@ def test_dropout_follows_the_epochs_where_nobody_named_it(tmp_path: Path) -> Non
 
 
 def test_a_text_that_is_read_very_often_is_learnt_more_slowly(tmp_path: Path) -> None:
-    assert [recipe.peak_lr_share(epochs) for epochs in (0.0, 1.0, 30.0, 60.0, 300.0)] == [1, 1, 1, 0.5, 0.1]
+    fast = recipe.FAST_EPOCHS
+    assert [recipe.peak_lr_share(epochs) for epochs in (0.0, 1.0, fast, 2 * fast, 10 * fast)] == [1, 1, 1, 0.5, 0.1]
     (tmp_path / "story.txt").write_text(STORY)
     shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "ff_dim": 16, "context_length": 64}
-    found = {}
-    for name, epochs, optim in (("once", 1.0, {}), ("often", 60.0, {}), ("named", 60.0, {"peak_lr": 1e-3})):
+    found, often = {}, 2.0 * fast
+    for name, epochs, optim in (("once", 1.0, {}), ("often", often, {}), ("named", often, {"peak_lr": 1e-3})):
         config = {"tokenizer": "bpe:300", "batch_size": 32, "model": shape, "optim": optim}
         api.train(tmp_path / "story.txt", out=tmp_path / name, epochs=epochs, **config)
         found[name] = tomllib.loads((tmp_path / name / "config.toml").read_text())["optim"]["peak_lr"]
@@ -92,7 +99,7 @@ def test_a_run_records_the_batch_that_was_decided_and_one_that_was_given_stays(t
     for name, given in (("decided", {"steps": 1}), ("epochs", {"epochs": 0.2}), ("given", {"steps": 1, "batch_size": 3})):
         api.train(tmp_path / "story.txt", out=tmp_path / name, **given, **shape)  # type: ignore[arg-type]
     assert {name: config["batch_size"] for name, config in configs(tmp_path).items()} == {
-        "decided": recipe.batch_size(8, None),
+        "decided": recipe.batch_size(8, None, len(STORY)),
         "epochs": recipe.batch_size(8, 1.0),
         "given": 3,
     }

@@ -406,7 +406,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
         learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out, tokens.prepared_s)
-    batch_size = config.batch_size or recipe.batch_size(context_length, learnt)
+    batch_size = config.batch_size or recipe.batch_size(context_length, learnt, ring)
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:

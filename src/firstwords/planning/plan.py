@@ -119,7 +119,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
             return recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.prepared_s)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
-    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate))
+    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
     if config.optim.kind == "muon":
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     learnt = learnt_at(rate)
@@ -147,7 +147,7 @@ def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | 
     if config.from_ is not None:
         return None
     read_bytes, parameters = learnt * bytes_a_token(tokens), cost.parameters(config.model)
-    situation = Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters)
+    situation = Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated)
     return prediction.law().predict(situation, untried(config, tokens))
 
 
@@ -195,13 +195,14 @@ def _bits(candidate: Candidate) -> float:
 def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> float | None:
     """Return the seconds in which a preset would be as good as `bits`, most likely; None: in none."""
     law, model = prediction.law(), _model(tokens, preset)
-    situation = Situation(tokens.difficulty, tokens.training_bytes, 0.0, cost.parameters(model))
+    situation = Situation(tokens.difficulty, tokens.training_bytes, 0.0, cost.parameters(model), tokens.repeated)
     n_bytes = law.text_for(bits, situation)
     if n_bytes is None:
         return None
     learnt = n_bytes / bytes_a_token(tokens)
     model = _dropping(model, preset, learnt / max(1.0, tokens.training))
-    rate = machine.speed.tokens_per_s(model, recipe.batch_size(model.context_length, learnt) * model.context_length)
+    batch_size = recipe.batch_size(model.context_length, learnt, tokens.training)
+    rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     return recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.prepared_s)
 
 

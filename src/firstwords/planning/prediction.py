@@ -2,15 +2,16 @@
 
 The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size:
 
-    bits per byte = h'^g * (e + a (D' / 10^6)^-b + n (N / 10^6)^-m),    h' = h min(1, U / 2^22)^s
+    bits per byte = h'^g * (e + a d^-b + n (N / 10^6)^-m) * d^(-r sqrt(c)),    h' = h min(1, U / 2^22)^s,    d = D' / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
 h is the text's own difficulty (`planning.difficulty`), which seems larger where less than four megabytes could be seen;
-what a small text lacks is in D' already. N parameters, D bytes of text learnt from, repetitions included, U bytes of the
-training text: bytes, so that the law does not depend on how a tokenizer counts. The sum of powers: Kaplan et al. 2020
-(arXiv:2001.08361), Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2). That a text read again and again is worth ever less:
-Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes, fitted by
-benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
+what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
+more of such a text is read, the more of the rest is known; that term is our own. N parameters, D bytes of text learnt from,
+repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The
+sum of powers: Kaplan et al. 2020 (arXiv:2001.08361), Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2). That a text read again
+and again is worth ever less: Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models
+in minutes, fitted by benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Situation:
     text_bytes: float  # of the training text: U
     read_bytes: float  # learnt from, repetitions included: D
     parameters: float  # N
+    repeated: float = 0.0  # share of the text: c
 
     @property
     def epochs(self) -> float:
@@ -78,16 +80,17 @@ class Law:
     m: float
     s: float
     repeats: float  # R*
+    r: float
     spread: float  # four of five runs lay within a factor of exp(+-spread), each text predicted without its own runs
     tried: Mapping[str, tuple[float, float]]  # the least and the most of each of a situation's numbers
     widening: float  # added to the spread for each factor of e beyond what was tried
 
     def bits(self, at: Situation) -> float:
         """Return what is most likely."""
-        learnt = effective_bytes(at.read_bytes, at.text_bytes, self.repeats)
-        gap = self.a * (learnt / MILLION) ** -self.b + self.n * (at.parameters / MILLION) ** -self.m
+        learnt = effective_bytes(at.read_bytes, at.text_bytes, self.repeats) / MILLION
+        gap = self.a * learnt**-self.b + self.n * (at.parameters / MILLION) ** -self.m
         difficulty = at.difficulty * min(1.0, at.text_bytes / TRAINING_BYTES) ** self.s
-        return float(difficulty**self.g * (self.e + gap))
+        return float(difficulty**self.g * (self.e + gap) * learnt ** (-self.r * math.sqrt(at.repeated)))
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
         """Return the range; it is wider for what lies beyond all that was tried, and says so.

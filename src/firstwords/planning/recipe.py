@@ -11,8 +11,9 @@ START_S = 3.5  # pass before the first step, about, but for preparing the text
 SPOKEN_TOKENS = 4800  # could be learnt from while an evaluation's samples are drawn and looked up: 0.19 s at 25,000 a second
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
-DROP_RATES = ((7, 0.1), (30, 0.2))  # dropout from so many epochs on
-FAST_EPOCHS = 30  # as many are learnt at the full learning rate
+FRESH_EPOCHS = 5.0  # what there is to learn from a text is worth no more readings of it; see the law's R*
+DROP_RATES = ((7, 0.1), (12, 0.2), (20, 0.3), (30, 0.4))  # dropout from so many epochs on
+FAST_EPOCHS = 14  # as many are learnt at the full learning rate
 
 
 def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float, prepared_s: float = 0.0) -> float:
@@ -38,16 +39,18 @@ def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float, prepar
     return learnt_s + n_looks * look_s
 
 
-def batch_size(context_length: int, run_tokens: float | None) -> int:
+def batch_size(context_length: int, run_tokens: float | None, text_tokens: float = math.inf) -> int:
     """Return how many sequences an update should have: a power of two.
 
-    The noise of a gradient matters less the further a run gets, so an update's tokens grow as the square root of the run's.
+    The further a run gets, the more of a gradient is noise, so an update's tokens grow as the square root of the run's.
+    Reading a text ever again gets no further, and the noise of few tokens keeps a model from learning it by heart.
 
     Args:
         context_length: Tokens of a sequence.
         run_tokens: From which the run learns in all; None: not known.
+        text_tokens: Of the training text.
     """
-    tokens = BATCH_TOKENS * math.sqrt((run_tokens or RUN_TOKENS) / RUN_TOKENS)
+    tokens = BATCH_TOKENS * math.sqrt(min(run_tokens or RUN_TOKENS, FRESH_EPOCHS * text_tokens) / RUN_TOKENS)
     return 1 << max(0, round(math.log2(max(FEWEST_TOKENS, tokens) / context_length)))
 
 
