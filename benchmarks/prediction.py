@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,13 +118,14 @@ def gather(texts: Path, beside: int) -> None:
     """Add the runs that the table lacks, so many at once, which share the cores."""
     done = {tuple(row["case"]) for row in rows()}
     lacking = [case for case in cases() if case.key not in done and (texts / f"{case.text}.txt").is_file()]
+    threads = max(1, (os.cpu_count() or 1) // beside)
     with ThreadPoolExecutor(beside) as workers:
-        for row in workers.map(lambda case: trained(case, texts, max(1, (os.cpu_count() or 1) // beside)), lacking):
+        for run in as_completed([workers.submit(trained, case, texts, threads) for case in lacking]):
+            row = run.result()
             with TABLE.open("a") as table:
                 table.write(json.dumps(row) + "\n")
             print(
-                f"{datetime.now():%H:%M:%S} {row['case']}: {row['bits_per_byte']:.3f} in {row['elapsed_s']:.0f} s",
-                flush=True,
+                f"{datetime.now():%H:%M} {row['case']}: {row['bits_per_byte']:.3f} in {row['elapsed_s']:.0f} s", flush=True
             )
 
 
