@@ -11,10 +11,12 @@ from conftest import STORY, seeded
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError
 from firstwords.insight.explain import explain
+from firstwords.model import generate as generating
 from firstwords.model.generate import generate, generate_batch, generate_text_simple, next_probabilities
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
+from firstwords.planning import machine
 from firstwords.text.tokenizer import byte_tokenizer, train_bpe
 
 # The chapter's nine logits (section 5.3.1) and the probabilities that its text gives for them.
@@ -32,6 +34,19 @@ def lm(small: ModelConfig) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(257, 16, 24, 3, 2, 0.0, block=small.block, init_std=0.3)
     return LanguageModel(GPTModel(config), byte_tokenizer())
+
+
+def test_a_small_model_speaks_on_one_core_and_leaves_them_as_they_were(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    model.out_head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    with machine.threads(2):
+        next(generate(model, [1], Sampling(), seeded(1)))
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+        monkeypatch.setattr(generating, "ONE_CORE_PARAMETERS", 1)
+        next(generate(model, [1], Sampling(), seeded(1)))
+        assert (seen, torch.get_num_threads()) == ([1, 2], 2)  # the negative control: a large one
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(), Sampling(0.7, top_k=9, top_p=0.8)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
+from firstwords.model import cost
 from firstwords.model.gpt import GPTModel, KVCache
 from firstwords.model.sampling import Sampling
+
+# A token of a model below this size is so little work that a second core saves nothing; and where another program uses the
+# cores too, waiting for it costs time.
+ONE_CORE_PARAMETERS = 4_000_000
 
 
 def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] = ()) -> Tensor:
@@ -142,13 +148,27 @@ def generate_batch(
         padding = torch.tensor([max(0, width - len(row)) for row in rows], device=device)
         new = width - (0 if cache is None else cache.length)
         tokens = [([0] * (width - len(row)) + row[-width:])[-new:] for row in rows]
-        features = model.features(torch.tensor(tokens, device=device), cache, padding if padding.any() else None)
-        logits = model.out_head(features[:, -1]).float().cpu()  # (B, V)
-        drawn = [_drawn(*each, sampling) for each in zip(logits, (row[-limit:] for row in rows), generators, strict=True)]
+        with _cores(model):
+            features = model.features(torch.tensor(tokens, device=device), cache, padding if padding.any() else None)
+            logits = model.out_head(features[:, -1]).float().cpu()  # (B, V)
+            drawn = [
+                _drawn(*each, sampling) for each in zip(logits, (row[-limit:] for row in rows), generators, strict=True)
+            ]
         for row, one in zip(rows, drawn, strict=True):
             row.append(one.id)
         longest += 1
         yield drawn
+
+
+@contextmanager
+def _cores(model: GPTModel) -> Iterator[None]:
+    """Compute inside on one core where the model is small, and otherwise on as many as outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if cost.parameters(model.config) < ONE_CORE_PARAMETERS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _drawn(logits: Tensor, seen: Sequence[int], generator: torch.Generator, sampling: Sampling) -> Drawn:
