@@ -78,6 +78,31 @@ def test_where_steps_become_much_slower_than_the_rest_it_is_still_on_time(
     assert not 0.95 * 180 < simulate(180, 0.17, 1.5, **measured)[0] < 1.03 * 180  # the negative control
 
 
+def test_where_the_best_is_behind_there_is_time_to_judge_it_again() -> None:
+    def left_s(*, is_best: bool) -> float:
+        plans = Budget(100, 100, now_s=0.0, evaluation_steps=1.0, scale_steps=30)
+        step, total = 0, None
+        while total is None or step < total:
+            step += 1
+            if plans.step(0.1 * step, 0.1) and step != total:
+                total, _ = plans.plan(step, 10**6)
+                plans.look(is_best=is_best)
+        return 100 - 0.1 * step
+
+    assert left_s(is_best=False) - left_s(is_best=True) == pytest.approx(30 * 0.1, abs=0.2)  # a step more or less
+
+
+@pytest.mark.parametrize(("slower", "has_time"), [(1.0, True), (3.0, False)])
+def test_there_is_time_for_a_scale_where_it_would_not_end_much_too_late(slower: float, *, has_time: bool) -> None:
+    plans = Budget(100, 100, now_s=0.0, evaluation_steps=1.0, end_s=1.0, scale_steps=20)
+    for step in range(1, 60):
+        if plans.step(0.1 * step, 0.1):
+            plans.plan(step, 10**6)
+    for step in range(60, 120):
+        plans.step(0.1 * step, 0.1 * slower)
+    assert plans.has_time_for_scale(100 - 1.0 - 20 * 0.1) is has_time
+
+
 def test_evaluations_take_a_small_share() -> None:
     took_s, _, looks = simulate(120, 0.2, 3.0)
     assert looks * 3.0 < 0.15 * took_s
@@ -85,6 +110,7 @@ def test_evaluations_take_a_small_share() -> None:
 
 def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
+    api.train(tmp_path / "story.txt", out=tmp_path / "first", steps=1, **TINY)  # a first run of a process starts slowly
     run = api.train(tmp_path / "story.txt", out=tmp_path / "run", for_s=3, optim={"decay": "linear"}, **TINY)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     plans = [line for line in lines if line["event"] == "plan"]

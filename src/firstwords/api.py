@@ -149,7 +149,13 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     dtype = machine.DTYPES[recorder.config.precision]
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else load(run.path)
     recorder.listener(Trained(lm))
-    found = record.read(run, corpus, scale=quick_scale(lm, corpus, run), predicted=recorder.predicted)
+    tokens, budget = recorder.last_tokens if is_best else None, recorder.budget
+    if tokens is not None or budget is None or budget.has_time_for_scale(time.perf_counter()):
+        scale = quick_scale(lm, corpus, run, tokens)
+    else:
+        scale, line = None, f"no time was left to set its best weights on a scale: firstwords report {run.path} does"
+        recorder.listener(Notice(line))
+    found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
     store.write(run.report, report.report([found], passage_explained(lm, corpus)))
 
 
@@ -188,10 +194,15 @@ def _begin(
     now_s = time.perf_counter()
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
-        evaluation_steps = cost_in_tokens(prepared.val.n_tokens) / ((config.batch_size or 1) * config.model.context_length)
-        scale_s = quick_tokens(prepared) / expected.tokens_per_s
-        end_s = budget.report_s(config.for_s, cost.checkpoint_bytes(config.model), scale_s) if config.report else 0.0
-        recorder.budget = budget.Budget(started_s + config.for_s - used_s, config.for_s, now_s, evaluation_steps, end_s)
+        step_tokens = (config.batch_size or 1) * config.model.context_length
+        recorder.budget = budget.Budget(
+            started_s + config.for_s - used_s,
+            config.for_s,
+            now_s,
+            evaluation_steps=cost_in_tokens(prepared.val.n_tokens) / step_tokens,
+            end_s=budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0,
+            scale_steps=quick_tokens(prepared) / step_tokens if config.report else 0.0,
+        )
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
     recorder.begin(None if resume else expected.as_dict())
@@ -319,7 +330,7 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
     from firstwords.training.evaluate import evaluate as evaluate_part
-    from firstwords.training.evaluate import evaluate_training, held_out_tokens
+    from firstwords.training.evaluate import evaluate_tokens, evaluate_training, held_out_tokens
     from firstwords.training.events import Evaluated
     from firstwords.training.loop import diverged
     from firstwords.training.state import taken
@@ -329,8 +340,11 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), taken(resolve.batches(config, corpus), recorder.state)
 
     def evaluate(step: int) -> tuple[float, Evaluation | None]:
-        held_out = evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step))
-        return evaluate_training(model, batches, step, dtype), held_out
+        trained = evaluate_training(model, batches, step, dtype)
+        if step == recorder.state.total_steps and config.report and quick_tokens(corpus):
+            tokens = recorder.last_tokens = evaluate_tokens(model, corpus.val, dtype)
+            return trained, None if tokens is None else tokens.evaluation
+        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step))
 
     drawn: dict[int, str] = {}  # what was said when it was measured, at that step
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)

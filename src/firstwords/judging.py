@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
-    from firstwords.training.evaluate import Evaluation
+    from firstwords.training.evaluate import Evaluation, Tokens
 
 Found = TypeVar("Found")
 QUICK_IDS, QUICK_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
@@ -147,17 +147,25 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     return Given(*_bytes_of(corpus))
 
 
-def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder) -> dict[str, Any] | None:
-    """Return the scale of a run's model on its own held-out text, where that takes a moment; else None."""
+def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: Tokens | None = None) -> dict[str, Any] | None:
+    """Return the scale of a run's model on its own held-out text, where that takes a moment; else None.
+
+    Args:
+        lm: The model.
+        corpus: Its text.
+        run: Its run.
+        tokens: What `evaluate_tokens` returns for them; by default found anew.
+    """
     from firstwords.insight import scale as scales
     from firstwords.insight.baselines import Given, baselines
     from firstwords.training.evaluate import evaluate_tokens
 
     if not quick_tokens(corpus):
         return None
-    tokens, held_out = evaluate_tokens(lm.model, corpus.val, lm.dtype), corpora.documents(corpus.val, lm.tokenizer)
+    tokens = tokens or evaluate_tokens(lm.model, corpus.val, lm.dtype)
     if tokens is None:
         return None
+    held_out = corpora.documents(corpus.val, lm.tokenizer)
     given = Given(*_bytes_of(corpus))
     blocks = scales.Blocks.of([len(document) for document in held_out])
     rows = list(baselines(held_out, given, blocks.starts, quick=True))

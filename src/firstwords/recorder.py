@@ -25,7 +25,7 @@ from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
 from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
-from firstwords.training.evaluate import Evaluation, held_out_tokens, of_mean
+from firstwords.training.evaluate import Evaluation, Tokens, held_out_tokens, of_mean
 from firstwords.training.events import (
     CopyDue,
     Evaluated,
@@ -103,6 +103,7 @@ class Recorder:
     history: list[tuple[int, float]] = dataclasses.field(
         default_factory=list
     )  # step and held-out figure of every evaluation
+    last_tokens: Tokens | None = None  # of the evaluation at the last step, where the report will have a scale
     measure: Measure | None = None  # of what the model says; None: nobody asks
     failed_saves: int = 0  # in a row
     rollbacks: int = 0  # since the newest save
@@ -252,7 +253,7 @@ class Recorder:
         """Let the time budget hear of the event, and take over its plan when one is due."""
         state = self.state
         if isinstance(event, Evaluated):
-            budget.look()
+            budget.look(is_best=event.best)
         due = isinstance(event, StepDone) and budget.step(time.perf_counter(), event.took_s)
         if not due or state.step == state.total_steps:
             return

@@ -19,12 +19,14 @@ DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is m
 # What is not a step becomes slower with the steps, but not by more: with every core taken by others, steps took eight times
 # as long, for a step goes on when its last thread is done, and what followed the last of them two to five times.
 MOST_SLOWED = 4.0
-REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 0.8, 4e8, 0.1  # of the report at the end: fixed, the best weights read, at most
+# The report at the end, and what the model says then: fixed, the best weights read, and the most of a budget.
+REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1
+LATE_SHARE = 0.02  # of the budget that a whole report may be late; what would be later is left out of it
 
 
-def report_s(total_s: float, checkpoint_bytes: int, scale_s: float = 0.0) -> float:
-    """Return how long the report at the end of a run may take, of a budget of `total_s`; `scale_s` of it for its scale."""
-    return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S + scale_s, REPORT_SHARE * total_s)
+def report_s(total_s: float, checkpoint_bytes: int) -> float:
+    """Return how long what follows the last evaluation may take, of a budget of `total_s`."""
+    return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S, REPORT_SHARE * total_s)
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Budget:
         now_s: When training begins.
         evaluation_steps: How many steps take as long as an evaluation, about; believed until one was measured.
         end_s: What follows the last step and its evaluation, on a machine as fast as it was before the first plan.
+        scale_steps: How many steps take as long as judging the best weights for the report's scale, about, where those
+            are not the last: these are judged by then.
     """
 
     deadline_s: float
@@ -47,20 +51,22 @@ class Budget:
     now_s: float
     evaluation_steps: float
     end_s: float = 0.0
+    scale_steps: float = 0.0
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
     _between_s: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
     _looks: int = 0  # since the first plan
     _look_s: float = 0.0
+    _is_best: bool = True  # the last evaluation
     _first_step_s: float = 0.0  # of the first plan
     _planned_looks: int = -1
     _planned_step_s: float = 0.0
     _late_s: float = 0.0  # behind the plan, by its steps alone
     _next_plan: int = 0
 
-    def look(self) -> None:
+    def look(self, *, is_best: bool = True) -> None:
         """Count an evaluation; its time, and that of what comes with it, is what passes between two steps."""
-        self._looks += 1
+        self._looks, self._is_best = self._looks + 1, is_best
 
     def step(self, now_s: float, took_s: float) -> bool:
         """Take note of a step and return whether a plan is due."""
@@ -91,13 +97,20 @@ class Budget:
             self._look_s = self._between_s / self._looks
         self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
         look_s = self._look_s * self._slowed()
-        left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed())
+        scale_s = 0.0 if self._is_best else self.scale_steps * step_s
+        left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed() - scale_s)
         if eval_every is None:
             planned = looks(self.total_s, look_s)
             eval_every = max(done + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
         steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
         self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
         return done + steps, eval_every
+
+    def has_time_for_scale(self, now_s: float) -> bool:
+        """Return whether the best weights can be judged now, after the last step, without ending much too late."""
+        step_s = statistics.mean(self._steps_s) if self._steps_s else 0.0
+        end_s = now_s + self.scale_steps * step_s + self.end_s * self._slowed()
+        return end_s <= self.deadline_s + LATE_SHARE * self.total_s
 
     def _slowed(self) -> float:
         """Return how many times as long as at the first plan what is not a step takes now."""
