@@ -35,8 +35,8 @@ def trained_state(preset: str) -> TrainState:
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     for optimizer in state.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(config.optim.peak_lr)
+    state.model.zero_grad(set_to_none=True)
     return state
 
 

@@ -128,3 +128,12 @@ def test_a_mistake_that_needs_no_torch_is_told_before_torch_is_imported(a_run: P
     told = [(expected, command, outcome) for (expected, _, command), outcome in zip(CASES, found, strict=True)]
     assert [case for case in told if case[2] != [case[0], False]] == []
     assert outcomes([["info", "run"]]) == [[0, True]]  # the negative control
+
+
+def test_a_run_needs_nothing_of_pytorchs_compiler_whose_import_takes_as_long_as_pytorchs(a_run: Path, here: Path):
+    program = PROGRAM.replace('"torch" in', '"torch._dynamo" in')
+    asked = json.dumps([["train", "--resume", "--out", "run", "--steps", "7"]])
+    done = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0, False]], done.stderr
+    by_torch = "import torch, sys; torch.optim.SGD([torch.ones(1)]); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", by_torch], check=False).returncode == 1  # the negative control

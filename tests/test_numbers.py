@@ -67,7 +67,7 @@ def inject(place: str, value: float, state: TrainState, patch: pytest.MonkeyPatc
             with torch.no_grad():
                 model.tok_emb.weight[1, 0] = value
         case "the optimizer":
-            momentum = state.optimizers[0].state[state.optimizers[0].param_groups[0]["params"][0]]["momentum"]
+            momentum = next(iter(state.optimizers[0].state.values()))["momentum"]
             momentum[0, 0] = value
 
 

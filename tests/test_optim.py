@@ -42,12 +42,37 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_are_decayed(small: 
     groups = [
         group
         for optimizer in optimizers(model, OptimConfig(kind=kind), torch.float32)  # type: ignore[arg-type]
-        for group in optimizer.param_groups
+        for group in optimizer.groups
     ]
-    owned = [id(p) for group in groups for p in group["params"]]
+    owned = [id(p) for group in groups for p in group.parameters]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     for group in groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+        assert all((p.ndim >= 2) == (group.weight_decay > 0) for p in group.parameters)
+
+
+def test_adamw_is_pytorchs_to_the_last_bit(small: ModelConfig) -> None:
+    ours, theirs = (GPTModel(small) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimConfig(kind="adamw")
+    (optimizer,) = optimizers(ours, config, torch.float32)
+    groups = [[p for p in theirs.parameters() if (p.ndim >= 2) == is_decayed] for is_decayed in (True, False)]
+    reference = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": config.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    random = seeded(0)
+    for lr in (0.01, 0.003, 0.02):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=random)
+            other.grad = one.grad.clone()
+        optimizer.step(lr)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 20), (2, 20, 6)])

@@ -209,10 +209,8 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
         place = f" on batch {index}, sequences {index * size} to {(index + 1) * size - 1} of the shuffled text"
         raise diverged(what, state.step + 1, place)
     for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(lr)
+    model.zero_grad(set_to_none=True)
     return nats_per_token, grad_norm
 
 

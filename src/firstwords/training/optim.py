@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import Any, assert_never
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from firstwords.config import OptimConfig
 from firstwords.model.cost import NEWTON_SCHULZ_STEPS
@@ -15,6 +19,7 @@ from firstwords.model.gpt import GPTModel
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+FUSED = ("cpu", "cuda")  # devices on which PyTorch has one pass for all of AdamW's
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int | None) -> float:
@@ -49,7 +54,35 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int | None) -> fl
     return config.floor_lr + (config.peak_lr - config.floor_lr) * share
 
 
-def optimizers(model: GPTModel, config: OptimConfig, dtype: torch.dtype) -> tuple[torch.optim.Optimizer, ...]:
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Parameters that are decayed alike."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float
+
+
+class Optimizer(ABC):
+    """What turns the gradients of its parameters into updates, and what it keeps of each parameter to do so.
+
+    Not a torch.optim.Optimizer: building one of those imports PyTorch's compiler, a second or two before the first step.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that it updates."""
+        return (parameter for group in self.groups for parameter in group.parameters)
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Update every parameter from its gradient."""
+
+
+def optimizers(model: GPTModel, config: OptimConfig, dtype: torch.dtype) -> tuple[Optimizer, ...]:
     """Return the optimizers of a model's parameters, each parameter in one of them.
 
     Matrices and tables are decayed; norms and biases are not. With `muon`, the matrices of the blocks are Muon's.
@@ -63,20 +96,58 @@ def optimizers(model: GPTModel, config: OptimConfig, dtype: torch.dtype) -> tupl
     for_muon = [p for p in hidden if p.ndim == 2] if config.kind == "muon" else []
     chosen = set(map(id, for_muon))
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = model.tok_emb.weight.device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(
-        groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused or None
+    groups = (
+        Group([p for p in rest if p.ndim >= 2], config.weight_decay),
+        Group([p for p in rest if p.ndim < 2], 0.0),
     )
-    if not for_muon:
-        return (adamw,)
-    return (Muon(for_muon, config.peak_lr, config.momentum, config.weight_decay, dtype), adamw)
+    by_adam = AdamW(groups, config.beta1, config.beta2, config.eps)
+    return (Muon(for_muon, config.momentum, config.weight_decay, dtype), by_adam) if for_muon else (by_adam,)
 
 
-class Muon(torch.optim.Optimizer):
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay, as PyTorch computes it.
+
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101).
+    """
+
+    def __init__(self, groups: Sequence[Group], beta1: float, beta2: float, eps: float) -> None:
+        super().__init__(groups)
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter from its gradient."""
+        for group in self.groups:
+            parameters: list[Tensor] = [p for p in group.parameters if p.grad is not None]
+            if not parameters:
+                continue
+            kept = [self._kept(p) for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters if p.grad is not None],
+                [state["exp_avg"] for state in kept],
+                [state["exp_avg_sq"] for state in kept],
+                [],
+                [state["step"] for state in kept],
+                fused=parameters[0].device.type in FUSED,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=lr,
+                weight_decay=group.weight_decay,
+                eps=self.eps,
+                maximize=False,
+            )
+
+    def _kept(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+
+class Muon(Optimizer):
     """Momentum whose matrix is replaced by the nearest (semi-)orthogonal one.
 
         m ← μ m + (1 - μ) g;   u = (1 - μ) g + μ m;   W ← W (1 - lr λ) - lr · 0.2 √max(rows, columns) · UVᵀ of u
@@ -87,34 +158,32 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al. 2024.
     """
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+    def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__([Group(parameters, weight_decay)])
+        self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
-        for group in self.param_groups:
+        for group in self.groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
+            for parameter in group.parameters:
                 by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                updates = orthogonal(torch.stack([self._averaged(p) for p in parameters]))
                 factor = 0.2 * math.sqrt(max(shape))
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(update.to(parameter.dtype), alpha=group["lr"] * factor)
+                    parameter.mul_(1 - lr * group.weight_decay)
+                    parameter.sub_(update.to(parameter.dtype), alpha=lr * factor)
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+    def _averaged(self, parameter: nn.Parameter) -> Tensor:
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         mean: Tensor = state["momentum"]
-        mean.lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(mean, momentum).to(self.dtype)
+        mean.lerp_(parameter.grad, 1 - self.momentum)
+        return parameter.grad.lerp(mean, self.momentum).to(self.dtype)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

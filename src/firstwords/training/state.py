@@ -17,7 +17,7 @@ from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel, unfilled
 from firstwords.text.batches import Batch
-from firstwords.training.optim import optimizers
+from firstwords.training.optim import Optimizer, optimizers
 
 # The registry: every scalar of TrainState that is saved, and its kind. The tensors are the model's and the optimizers'.
 SCALARS = {
@@ -37,7 +37,7 @@ class TrainState:
     """A run at one moment."""
 
     model: GPTModel
-    optimizers: tuple[torch.optim.Optimizer, ...]
+    optimizers: tuple[Optimizer, ...]
     step: int = 0  # updates done
     tokens: int = 0  # targets learnt from
     elapsed_s: float = 0.0  # of training in all, over every resume
@@ -184,9 +184,8 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int) for number in value)
 
 
-def _owners(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
+def _owners(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter, Optimizer]]:
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield names[id(parameter)], parameter, optimizer
+        for parameter in optimizer.parameters:
+            yield names[id(parameter)], parameter, optimizer
