@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import pytest
 import torch
 
 from command import Command, Refused
 from firstwords.config import run_config
 from firstwords.planning import machine, measure
-from firstwords.planning.speed import Speed
+from firstwords.planning.speed import Speed, point
 
 
 def test_bench_measures_the_machine_and_each_preset_against_its_limit(command: Command) -> None:
@@ -36,15 +39,30 @@ def test_a_measured_step_is_a_training_step() -> None:
     assert last[0] < first[0]  # the same batch again and again is learnt
 
 
-def test_the_speed_of_now_is_measured_and_what_was_measured_before_only_tells_the_sizes_apart() -> None:
-    small, usual = (run_config({"preset": name, "model.vocab_size": 2048}).model for name in ("laptop-small", "laptop"))
-    before = Speed(((small, 0.2), (usual, 1.0)))  # a second for a token: no machine is that slow
-    now = measure.speed_now("float32", before)
-    assert now.tokens_per_s(usual) > 10
-    assert now.tokens_per_s(small) == pytest.approx(5 * now.tokens_per_s(usual))
-    first = measure.speed_now("float32", None)  # on a machine where nothing was measured yet
-    assert [shape for shape, _ in first.points] == [usual]
-    assert first.tokens_per_s(usual) > 10
+def test_the_speed_of_now_is_measured_and_what_was_known_before_only_tells_the_sizes_apart() -> None:
+    small, usual = (
+        run_config({"preset": name, "model.vocab_size": 512, "precision": "float32"}) for name in ("laptop-small", "laptop")
+    )
+    before = Speed(((small.model, 2e-7), (usual.model, 1e-6)))  # a million tokens a second: no machine here is that fast
+    now = measure.speed_now(small, before, most_s=0.2)
+    assert 10 < now.tokens_per_s(small.model) < 1e6
+    assert now.tokens_per_s(small.model) == pytest.approx(5 * now.tokens_per_s(usual.model))
+    dropping = dataclasses.replace(small, model=dataclasses.replace(small.model, drop_rate=0.1), batch_size=1)
+    assert 10 < measure.speed_now(dropping, before, most_s=0.2).tokens_per_s(dropping.model, 256) < 1e6
+
+
+def test_what_is_too_slow_for_its_time_is_not_measured() -> None:
+    config = run_config({"preset": "laptop-small", "model.vocab_size": 512})
+    before = Speed(((config.model, 1.0),))  # a second for a token
+    assert measure.speed_now(config, before, most_s=1.0) is before
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
+@pytest.mark.parametrize("update_tokens", [256, 2048, 8192])
+def test_a_measured_step_is_foretold_to_take_as_long_as_it_did(drop_rate: float, update_tokens: int) -> None:
+    model = dataclasses.replace(run_config({"preset": "laptop", "model.vocab_size": 512}).model, drop_rate=drop_rate)
+    speed = Speed((point(model, update_tokens, 0.25),))
+    assert speed.tokens_per_s(model, update_tokens) == pytest.approx(update_tokens / 0.25)
 
 
 def test_what_a_processor_cannot_do_is_not_measured_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +96,14 @@ def test_the_limit_of_products_is_not_looked_for_where_one_takes_long(monkeypatc
     a_product_s = 1e-3
     assert measure.product_rate(torch.bfloat16) == pytest.approx(2 * measure.SIDES[-1] ** 3 / a_product_s)
     assert len(calls) == 2 * len(measure.SIDES)  # the negative control
+
+
+def test_measuring_ends_when_its_time_is_over() -> None:
+    calls: list[None] = []
+    measure.seconds(lambda: calls.append(time.sleep(0.02)), 100, most_s=0.03)
+    assert len(calls) == 2
+    measure.seconds(lambda: calls.append(time.sleep(0.02)), 100, most_s=0.0)
+    assert len(calls) == 3  # once in any case
 
 
 def test_more_work_takes_longer() -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import STORY
 from firstwords import api
 from firstwords.planning import recipe
+from firstwords.training.evaluate import HELD_OUT_TOKENS
 
 
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -44,7 +45,18 @@ def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() ->
     assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
     assert once > 0
     assert recipe.expected_tokens(600, 1e4, held_out_tokens=50_000) < once
-    assert recipe.expected_tokens(600, 1e4, 0, prepared_s=100) == pytest.approx(once - 100 * 1e4)
+    assert recipe.expected_tokens(600, 1e4, 0, start_s=recipe.START_S + 100) == pytest.approx(once - 100 * 1e4)
+
+
+def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
+    assert recipe.eval_tokens(75, 25_000) == HELD_OUT_TOKENS
+    slow, short = recipe.eval_tokens(75, 2500), recipe.eval_tokens(10, 25_000)
+    assert recipe.FEWEST_HELD_OUT <= slow < HELD_OUT_TOKENS
+    assert recipe.FEWEST_HELD_OUT <= short < HELD_OUT_TOKENS
+    assert recipe.eval_tokens(1, 1) == recipe.FEWEST_HELD_OUT
+    for seconds, tokens_per_s in ((75, 2500), (10, 25_000), (180, 5000)):
+        share = recipe.look_s(seconds, tokens_per_s, 1e6) / seconds
+        assert share < recipe.EVALUATION_SHARE + recipe.SPOKEN_S / seconds + 0.001  # of the training tokens beside it
 
 
 @pytest.mark.parametrize("seconds", [30.0, 180.0, 3600.0])

@@ -91,9 +91,7 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
-    begun_s = time.perf_counter()
     prepared = resolve.prepare(asked, listener)
-    prepared_s = time.perf_counter() - begun_s
     listener(Preparing("starting PyTorch", None))
     with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
         looked_at = beside.submit(_looked_at, prepared)
@@ -102,7 +100,7 @@ def train(
         from firstwords.training import loop
         from firstwords.training.state import taken
 
-    settled, expected = resolve.settled(asked, prepared, *looked_at.result(), prepared_s)
+    settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
     with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
         recorder = _begin(asked, settled, prepared, listener, started_s, expected)
         evaluate, sample = _looks(recorder)
@@ -150,11 +148,11 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else load(run.path)
     recorder.listener(Trained(lm))
     tokens, budget = recorder.last_tokens if is_best else None, recorder.budget
+    scale = None
     if tokens is not None or budget is None or budget.has_time_for_scale(time.perf_counter()):
-        scale = quick_scale(lm, corpus, run, tokens)
+        scale = quick_scale(lm, corpus, run, tokens) if quick_tokens(corpus, recorder.config.eval_tokens) else None
     else:
-        scale, line = None, f"no time was left to set its best weights on a scale: firstwords report {run.path} does"
-        recorder.listener(Notice(line))
+        recorder.listener(Notice(f"no time was left to set its best weights on a scale: firstwords report {run.path} does"))
     found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
     store.write(run.report, report.report([found], passage_explained(lm, corpus)))
 
@@ -173,7 +171,7 @@ def _begin(
 
     from firstwords.planning import machine
     from firstwords.recorder import Recorder
-    from firstwords.training.evaluate import cost_in_tokens
+    from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
     run, resume = asked.run, asked.texts is None
     if not resume:
@@ -195,13 +193,14 @@ def _begin(
     if config.for_s is not None:
         used_s = 0.0 if asked.more_time else state.elapsed_s
         step_tokens = (config.batch_size or 1) * config.model.context_length
+        judged = min(prepared.val.n_tokens, held_out_tokens(1, config.eval_tokens))
         recorder.budget = budget.Budget(
             started_s + config.for_s - used_s,
             config.for_s,
             now_s,
-            evaluation_steps=cost_in_tokens(prepared.val.n_tokens) / step_tokens,
+            evaluation_steps=cost_in_tokens(judged) / step_tokens,
             end_s=budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0,
-            scale_steps=quick_tokens(prepared) / step_tokens if config.report else 0.0,
+            scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
         )
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
@@ -341,10 +340,10 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
 
     def evaluate(step: int) -> tuple[float, Evaluation | None]:
         trained = evaluate_training(model, batches, step, dtype)
-        if step == recorder.state.total_steps and config.report and quick_tokens(corpus):
+        if step == recorder.state.total_steps and config.report and quick_tokens(corpus, config.eval_tokens):
             tokens = recorder.last_tokens = evaluate_tokens(model, corpus.val, dtype)
             return trained, None if tokens is None else tokens.evaluation
-        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step))
+        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step, config.eval_tokens))
 
     drawn: dict[int, str] = {}  # what was said when it was measured, at that step
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)

@@ -146,6 +146,7 @@ class RunConfig:
     batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
     eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
+    eval_tokens: int | None = option(None, "held-out tokens of an evaluation, at most; by default from the time", least=1)
     sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1)
     sample_prompt: str = option("", "how the samples during training begin; by default as a document does")
     save_every_s: float | None = option(

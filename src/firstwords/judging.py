@@ -160,7 +160,7 @@ def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: Token
     from firstwords.insight.baselines import Given, baselines
     from firstwords.training.evaluate import evaluate_tokens
 
-    if not quick_tokens(corpus):
+    if not quick_tokens(corpus, None):
         return None
     tokens = tokens or evaluate_tokens(lm.model, corpus.val, lm.dtype)
     if tokens is None:
@@ -172,10 +172,16 @@ def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: Token
     return scales.scale(run.path.name, tokens, (), rows, blocks).as_dict()
 
 
-def quick_tokens(corpus: Corpus) -> int:
-    """Return how many held-out tokens the scale in a run's report is made from; 0: it has none."""
+def quick_tokens(corpus: Corpus, eval_tokens: int | None) -> int:
+    """Return how many held-out tokens the scale in a run's report is made from; 0: it has none.
+
+    Args:
+        corpus: The text.
+        eval_tokens: By how many the run judges itself, at most: where it has no time for more, its report has none either.
+    """
     n_held_out = corpus.val.n_tokens
-    return n_held_out if len(corpus.train.ids) <= QUICK_IDS and n_held_out <= QUICK_HELD_OUT else 0
+    most = min(QUICK_HELD_OUT, eval_tokens or QUICK_HELD_OUT)
+    return n_held_out if len(corpus.train.ids) <= QUICK_IDS and n_held_out <= most else 0
 
 
 def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:

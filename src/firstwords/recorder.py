@@ -287,7 +287,7 @@ class Recorder:
         state, context_length, best = self.state, self.config.model.context_length, None
         best_step, nats, weights_sha256 = self._best()
         if nats is not None:
-            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step))
+            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step, self.config.eval_tokens))
         return TrainResult(
             run=str(self.run.path),
             steps=state.step,

@@ -6,7 +6,9 @@ Needs torch only for the last; whatever can be refused before is refused before 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
-PACED_FROM_S = 30.0  # a time budget of which half a second is little
+PACE_SHARE, PACE_S = 0.01, 1.5  # of a time budget, and at most, to learn how fast the machine is now
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (
@@ -77,6 +79,7 @@ UNTRAINED = frozenset(
         "special_tokens",
         "preset",
         "eval_every",
+        "eval_tokens",
         "sample_every",
     )
 )
@@ -261,7 +264,7 @@ def recorded_corpus(run: RunFolder) -> Path | None:
 
 
 def settled(
-    asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0, prepared_s: float = 0.0
+    asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0, started_s: float | None = None
 ) -> tuple[RunConfig, Candidate]:
     """Return the configuration with everything decided that was left open, which the run records, and what to expect of it.
 
@@ -270,26 +273,32 @@ def settled(
         prepared: The text.
         difficulty: Of the text; see `planning.difficulty`.
         repeated: Of its sample; see `planning.facts`.
-        prepared_s: How long it took to prepare it.
+        started_s: When the process began, on `time.perf_counter()`; by default now.
 
     Raises:
         ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
     """
     import torch
 
-    from firstwords.planning import machine, plan
+    from firstwords.planning import machine, plan, recipe
 
+    started_s = time.perf_counter() if started_s is None else started_s
     config = _of_text(asked, prepared)
     device = machine.device(config.device)
     with machine.threads(config.threads):
         key, cache = machine.key(device), cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
         found = known.read(cache, key)
+        config = dataclasses.replace(config, precision=precision)
         rate = speed(device, precision, config, found)
-    config = dataclasses.replace(config, precision=precision)
-    tokens = dataclasses.replace(plan_tokens(prepared, config.tokenizer, difficulty, repeated), prepared_s=prepared_s)
-    here = plan.Machine(rate, precision, machine.free_bytes())
-    config = _fitted(_chosen(config, asked, tokens, here), asked.given, tokens, here, prepared)
+        tokens, here = plan_tokens(prepared, config.tokenizer, difficulty, repeated), plan.Machine(rate, precision)
+        fitted = functools.partial(_fitted_to, asked, config, prepared)
+        if device.type == "cpu" and _time_budget(config) is not None and config.compile != "on":
+            here = dataclasses.replace(here, speed=_speed_now(fitted(tokens, here), rate))
+    start_s = time.perf_counter() - started_s + recipe.BEGIN_S
+    tokens = dataclasses.replace(tokens, start_s=start_s)
+    here = dataclasses.replace(here, free_bytes=machine.free_bytes())
+    config = fitted(tokens, here)
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
@@ -351,19 +360,19 @@ def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:
 
 
 def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
-    """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds.
-
-    A time budget on a CPU that has half a second for it measures how fast the machine is now.
-    """
-    from firstwords.planning import machine, measure
+    """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds."""
+    from firstwords.planning import machine
     from firstwords.planning import speed as speeds
 
-    if config.compile == "on":
-        return speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
-    before = found.speed(precision)
-    if device.type == "cpu" and (_time_budget(config) or 0.0) >= PACED_FROM_S:
-        return measure.speed_now(precision, before)
+    before = None if config.compile == "on" else found.speed(precision)
     return before or speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+
+
+def _speed_now(config: RunConfig, before: Speed) -> Speed:
+    """Return how fast the machine is at this moment, by steps of what is to be trained: a hundredth of its time."""
+    from firstwords.planning import measure
+
+    return measure.speed_now(config, before, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))
 
 
 def _time_budget(config: RunConfig) -> float | None:
@@ -397,6 +406,11 @@ def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> R
     return dataclasses.replace(config, preset=best.preset, model=other.model, optim=other.optim)
 
 
+def _fitted_to(asked: Asked, config: RunConfig, prepared: Corpus, tokens: Tokens, here: Machine) -> RunConfig:
+    """Return the configuration with all that follows from the text, the time and the machine's speed."""
+    return _fitted(_chosen(config, asked, tokens, here), asked.given, tokens, here, prepared)
+
+
 def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Machine, prepared: Corpus) -> RunConfig:
     """Return the configuration with what the run's length decides: batch, steps or time, dropout, and learning rate."""
     from firstwords.planning import recipe
@@ -405,7 +419,9 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     for_s = _time_budget(config)
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
-        learnt = recipe.expected_tokens(for_s, here.speed.tokens_per_s(config.model), tokens.held_out, tokens.prepared_s)
+        rate = here.speed.tokens_per_s(config.model)
+        learnt = recipe.expected_tokens(for_s, rate, tokens.held_out, tokens.start_s)
+        config = dataclasses.replace(config, eval_tokens=config.eval_tokens or recipe.eval_tokens(for_s, rate))
     batch_size = config.batch_size or recipe.batch_size(context_length, learnt, ring)
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)

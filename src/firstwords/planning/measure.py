@@ -5,6 +5,7 @@ The limits are what the machine does at best: its matrix products while learning
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import known, machine
+from firstwords.planning import speed as speeds
 from firstwords.planning.known import Compiling
 from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
 from firstwords.text import corpus, sources
@@ -33,8 +35,8 @@ from firstwords.training import loop, state
 ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
 MEASURED = (("laptop-small", 2048), ("laptop", 2048), ("laptop", 8192), ("laptop-large", 2048))  # with so many words
-MEASURED_STEPS = 3
-PACE, PACE_STEPS = ("laptop", 2048), 5  # by which a time budget learns how fast the machine is now
+MEASURED_STEPS, MEASURED_S = 3, 2.0  # of each; fewer where so many seconds are over
+PACE_STEPS = 5  # by which a time budget learns how fast the machine is now, at most
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
 PRODUCT_S = 1.0  # is long for one of them: of larger ones, nothing is learnt that is worth the time
@@ -66,27 +68,41 @@ def bench_config(preset: str) -> RunConfig:
 
 
 def learning_speed(precision: Precision) -> Speed:
-    """Return how fast this machine's CPU learns, from whole training steps of some sizes: some seconds in all."""
-    return Speed(tuple(_point(preset, n_words, precision, MEASURED_STEPS) for preset, n_words in MEASURED))
+    """Return how fast this machine's CPU learns, from whole training steps of some sizes: ten seconds at most, about."""
+    guess = speeds.guessed(machine.flops_per_s(torch.device("cpu"), machine.DTYPES[precision]))
+    return Speed(tuple(_point(preset, n_words, precision, guess) for preset, n_words in MEASURED))
 
 
-def speed_now(precision: Precision, before: Speed | None) -> Speed:
-    """Return how fast this machine's CPU learns at this moment, from some steps of one size: half a second.
+def speed_now(config: RunConfig, before: Speed, most_s: float) -> Speed:
+    """Return how fast this machine's CPU learns at this moment, from some steps of what is to be trained.
 
     What others do on a machine changes from one hour to the next: a laptop in its case, a rented part of a server.
 
     Args:
-        precision: Of the matrix products.
-        before: What `learning_speed` returned here before; it tells the sizes apart.
+        config: Settled as far as shape, optimizer, precision and batch go.
+        before: What was measured or guessed before; it tells the sizes apart, and stays where one sequence takes too long.
+        most_s: The seconds that this may take, about.
     """
-    shape, token_s = _point(*PACE, precision, PACE_STEPS)
-    return Speed(((shape, token_s),)) if before is None else before.slowed(token_s * before.tokens_per_s(shape))
+    T, limit = config.model.context_length, config.batch_size or ROWS
+    rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
+    if not rows:
+        return before
+    took_s = step_s(config, rows, PACE_STEPS, most_s)
+    return before.slowed(took_s * before.tokens_per_s(config.model, rows * T) / (rows * T))
 
 
-def _point(preset: str, n_words: int, precision: Precision, steps: int) -> Point:
+def _point(preset: str, n_words: int, precision: Precision, guess: Speed) -> Point:
     config = run_config({"preset": preset, "model.vocab_size": n_words, "precision": precision})
-    rows = max(1, UPDATE_TOKENS // config.model.context_length)
-    return config.model, step_s(config, rows, steps) / (rows * config.model.context_length)
+    model = config.model
+    most = UPDATE_TOKENS // model.context_length
+    rows = max(1, _rows(guess.tokens_per_s(model), model.context_length, MEASURED_S, most))
+    return speeds.point(model, rows * model.context_length, step_s(config, rows, MEASURED_STEPS, MEASURED_S))
+
+
+def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -> int:
+    """Return of how many sequences a step can be, one to warm up with and three more within `most_s`; 0: of none."""
+    row_s = context_length / tokens_per_s
+    return min(limit, max(int(most_s / (WARM_STEPS + 3) / row_s), int(row_s < most_s)))
 
 
 def marks(presets: Sequence[str]) -> Iterator[Mark]:
@@ -140,10 +156,10 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
         yield Mark(f"learning, {name}, compiled", tokens / compiled_s, "tokens/s")
 
 
-def seconds(work: Callable[[], object], times: int) -> float:
-    """Return the median seconds of so many calls."""
-    took_s = []
-    for _ in range(times):
+def seconds(work: Callable[[], object], times: int, most_s: float = math.inf) -> float:
+    """Return the median seconds of so many calls, or of fewer where they have taken `most_s` by then."""
+    took_s: list[float] = []
+    while len(took_s) < times and (not took_s or sum(took_s) < most_s):
         started_s = time.perf_counter()
         work()
         took_s.append(time.perf_counter() - started_s)
@@ -177,19 +193,19 @@ def reading_rate(n_bytes: int = READ_BYTES) -> float:
     return n_bytes / min(seconds(numbers.sum, 1) for _ in range(max(5, READ_AGAIN_BYTES // n_bytes)))
 
 
-def step_s(config: RunConfig, rows: int, steps: int) -> float:
+def step_s(config: RunConfig, rows: int, steps: int, most_s: float = math.inf) -> float:
     """Return the median seconds of whole training steps, on random ids.
 
     Args:
         config: Settled as far as shape, optimizer and precision go.
         rows: Sequences of a batch.
         steps: So many are measured, after one that is not counted.
+        most_s: No step begins after so many seconds; where the first one took longer, it counts.
     """
     step = training_step(config, rows)
     with machine.memory_kept():
-        for _ in range(WARM_STEPS):
-            step()
-        return seconds(step, steps)
+        warm_s = WARM_STEPS * seconds(step, WARM_STEPS)
+        return warm_s / WARM_STEPS if warm_s > most_s else seconds(step, steps, most_s - warm_s)
 
 
 def training_step(

@@ -45,7 +45,7 @@ class Tokens:
     held_out: float  # tokens
     difficulty: float  # of the text; see `planning.difficulty`
     repeated: float = 0.0  # of the text's sample
-    prepared_s: float = 0.0  # seconds that it takes, or took, to make it
+    start_s: float = recipe.START_S  # from the start of the process until a model of it is looked at
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
 
     def learnt_at(rate: float) -> float:
         if config.for_s is not None:
-            return recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.prepared_s)
+            return recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.start_s)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
     batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
@@ -124,7 +124,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
-    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.prepared_s)
+    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
     memory = cost.training_bytes(model, micro, config.precision)
     return Candidate(
@@ -203,7 +203,7 @@ def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> floa
     model = _dropping(model, preset, learnt / max(1.0, tokens.training))
     batch_size = recipe.batch_size(model.context_length, learnt, tokens.training)
     rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
-    return recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.prepared_s)
+    return recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
 
 
 def _model(tokens: Tokens, preset: str) -> ModelConfig:
@@ -240,12 +240,12 @@ def tokenized(facts: TextFacts) -> dict[str, Tokens]:
     known = {name: _tokenizer(name, facts) for name in dict.fromkeys(name for name, _ in CHOICES)}
     seen = b"".join(facts.sample.held_out or facts.sample.training).decode(errors="ignore")
     difficulty, found = facts.sample.difficulty(known["bpe"]), {}
-    repeated, prepared_s = facts.sample.repeated, facts.n_bytes / PREPARED_BYTES_PER_S
+    repeated, start_s = facts.sample.repeated, recipe.START_S + facts.n_bytes / PREPARED_BYTES_PER_S
     for name, tokenizer in known.items():
         share = len(tokenizer.encode(seen)) / len(seen.encode())  # tokens a byte
         training, held_out = share * facts.training_bytes + facts.n_documents, share * facts.held_out_bytes
         size, n_bytes = tokenizer.vocab_size, facts.training_bytes
-        found[name] = Tokens(name, size, training, n_bytes, held_out, difficulty, repeated, prepared_s)
+        found[name] = Tokens(name, size, training, n_bytes, held_out, difficulty, repeated, start_s)
     return found
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 from firstwords.planning import budget
-from firstwords.training.evaluate import cost_in_tokens
+from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
 
-START_S = 3.5  # pass before the first step, about, but for preparing the text
-SPOKEN_TOKENS = 4800  # could be learnt from while an evaluation's samples are drawn and looked up: 0.19 s at 25,000 a second
+START_S = 3.5  # pass before the first look at the model, about, but for preparing the text
+BEGIN_S = 0.3  # of them, when everything is decided: the first save, and the check of the device
+SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
+EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 8192  # of a run's time for one evaluation, and its held-out tokens at least
+NEAR_SHARE = 1e-3
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 FRESH_EPOCHS = 5.0  # what there is to learn from a text is worth no more readings of it; see the law's R*
@@ -16,27 +19,49 @@ DROP_RATES = ((7, 0.1), (12, 0.2), (20, 0.3), (30, 0.4))  # dropout from so many
 FAST_EPOCHS = 14  # as many are learnt at the full learning rate
 
 
-def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float, prepared_s: float = 0.0) -> float:
+def eval_tokens(for_s: float, tokens_per_s: float) -> int:
+    """Return by how many held-out tokens a run of so many seconds judges itself, at most: a power of two.
+
+    As many as are wanted where an evaluation takes a small share of the time; on a slow machine, or in seconds, fewer.
+    """
+    affordable = EVALUATION_SHARE * for_s * tokens_per_s / (cost_in_tokens(1.0) - cost_in_tokens(0.0))
+    return 1 << math.floor(math.log2(min(HELD_OUT_TOKENS, max(FEWEST_HELD_OUT, affordable))))
+
+
+def look_s(for_s: float, tokens_per_s: float, held_out_tokens: float) -> float:
+    """Return how long an evaluation with its samples takes in such a run, about."""
+    judged = min(held_out_tokens, eval_tokens(for_s, tokens_per_s))
+    return SPOKEN_S + cost_in_tokens(judged) / tokens_per_s
+
+
+def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float, start_s: float = START_S) -> float:
     """Return from how many tokens a run of so many seconds will learn, about.
 
     Args:
         for_s: The time budget, all in.
         tokens_per_s: At which this machine learns.
-        held_out_tokens: Of the text that the run judges itself by.
-        prepared_s: How long it takes, or took, to prepare the text.
+        held_out_tokens: Of the text.
+        start_s: From the start of the process to the first look at the model.
     """
-    look_s = (cost_in_tokens(held_out_tokens) + SPOKEN_TOKENS) / tokens_per_s
-    left_s = for_s - START_S - prepared_s - budget.REPORT_S - budget.looks(for_s, look_s) * look_s
-    return tokens_per_s * max(1.0, left_s)
+    return tokens_per_s * max(1.0, _learning_s(for_s, tokens_per_s, held_out_tokens, start_s))
 
 
-def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float, prepared_s: float = 0.0) -> float:
+def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float, start_s: float = START_S) -> float:
     """Return how long a run on so many tokens takes, all in, about: the inverse of `expected_tokens`."""
-    look_s = (cost_in_tokens(held_out_tokens) + SPOKEN_TOKENS) / tokens_per_s
-    learnt_s, n_looks = START_S + prepared_s + budget.REPORT_S + tokens / tokens_per_s, budget.FEWEST_LOOKS
-    while budget.looks(learnt_s + n_looks * look_s, look_s) > n_looks:
-        n_looks += 1
-    return learnt_s + n_looks * look_s
+    least_s = start_s + budget.REPORT_S + tokens / tokens_per_s
+    low_s, high_s = least_s, 2 * least_s + 4 * (SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / tokens_per_s)
+    while high_s - low_s > NEAR_SHARE * high_s:
+        middle_s = (low_s + high_s) / 2
+        enough = tokens_per_s * _learning_s(middle_s, tokens_per_s, held_out_tokens, start_s) >= tokens
+        low_s, high_s = (low_s, middle_s) if enough else (middle_s, high_s)
+    return high_s
+
+
+def _learning_s(for_s: float, tokens_per_s: float, held_out_tokens: float, start_s: float) -> float:
+    """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
+    each_s = look_s(for_s, tokens_per_s, held_out_tokens)
+    first_s = SPOKEN_S + cost_in_tokens(min(held_out_tokens, FIRST_TOKENS)) / tokens_per_s
+    return for_s - start_s - first_s - budget.REPORT_S - budget.looks(for_s, each_s) * each_s
 
 
 def batch_size(context_length: int, run_tokens: float | None, text_tokens: float = math.inf) -> int:

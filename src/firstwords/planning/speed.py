@@ -61,6 +61,13 @@ class Speed:
         return 1 / flop_s
 
 
+def point(model: ModelConfig, update_tokens: int, step_s: float) -> Point:
+    """Return a shape's point from the seconds of a whole step on so many tokens."""
+    one, flops = cost.update_flops(model), cost.training_flops(model)
+    kept = DROPPING_SHARE if model.drop_rate else 1.0
+    return model, kept * step_s / update_tokens * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
+
+
 def guessed(flops_per_s: float) -> Speed:
     """Return the speed of a machine of which only the matrix products are known."""
     return Speed(flops_per_s=PRODUCT_SHARE * flops_per_s)

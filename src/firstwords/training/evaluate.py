@@ -20,7 +20,7 @@ from firstwords.text.corpus import Part
 
 TOKENS_AT_ONCE = EVALUATED_AT_ONCE  # fixed, so that a figure never depends on a run's batch size
 HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
-FIRST_TOKENS = 4096  # and at step 0, when nothing is learnt that would be worth more time
+FIRST_TOKENS = 2048  # and at step 0, when nothing is learnt that would be worth more time
 TRAINING_TOKENS = 512  # that the training figure of an evaluation is made from, at least
 
 
@@ -153,17 +153,18 @@ def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens:
     return Evaluation.of_mean(nats_per_token, *_counts(part, _plan(part, context_length, most_tokens)))
 
 
-def held_out_tokens(step: int) -> int:
-    """Return by how many held-out tokens, at most, a run judges itself at a step."""
-    return HELD_OUT_TOKENS if step else FIRST_TOKENS
+def held_out_tokens(step: int, eval_tokens: int | None) -> int:
+    """Return by how many held-out tokens, at most, a run judges itself at a step; `eval_tokens` is what it recorded."""
+    most = eval_tokens or HELD_OUT_TOKENS
+    return most if step else min(most, FIRST_TOKENS)
 
 
 def cost_in_tokens(held_out_tokens: float) -> float:
-    """Return from how many tokens a run could learn while it judges itself on a part of so many, about.
+    """Return from how many tokens a run could learn while it judges itself by so many, about.
 
     The windows overlap by half, and a forward pass takes a third of a step.
     """
-    return (2 * min(held_out_tokens, HELD_OUT_TOKENS) + TRAINING_TOKENS) / 3
+    return (2 * held_out_tokens + TRAINING_TOKENS) / 3
 
 
 def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:
