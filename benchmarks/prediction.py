@@ -1,8 +1,8 @@
 """Trains on texts of many kinds and sizes, and fits the law that predicts held-out bits per byte from what came of it.
 
-    python benchmarks/prediction.py gather TEXTS [--beside 2]     adds the runs that the table lacks, so many at once
-    python benchmarks/prediction.py features TEXTS                measures the texts themselves
-    python benchmarks/prediction.py fit [--write]                 fits the law, leaving out one text at a time
+    python benchmarks/prediction.py gather TEXTS [--beside 2] [--presets laptop-tiny]    adds the runs that the table lacks
+    python benchmarks/prediction.py features TEXTS                                       measures the texts themselves
+    python benchmarks/prediction.py fit [--write]                  fits the law, leaving out one text at a time
 
 TEXTS is a folder of `NAME.txt`. The table is benchmarks/prediction_runs.jsonl: one run a line, with its command. The law's
 form and where it comes from: `firstwords.planning.prediction`.
@@ -68,8 +68,9 @@ SLICES = {
     "japanese": (200_000,),
     "javascript": (100_000,),
 }
+SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story")  # that small models read
 BYTES_A_TOKEN = 3.2  # about
-CONTEXT, LOOK_SHARE, MOST_LOOKS = 256, 0.08, 20
+LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ def cases() -> list[Case]:
     found += [Case(name, 0, "laptop", 4_000_000) for name in ("torch", "french", "sources", "python")]
     found += [Case("prose", 100_000, "laptop", 1_500_000), Case("dialogue", 0, "laptop-large", 1_600_000)]
     found += [Case("story", 0, "laptop", 4_000_000), Case("prose", 0, "laptop", 4_000_000)]
+    for preset, tokens in (("laptop-tiny", 800_000), ("laptop-mini", 400_000)):
+        found += [Case(name, 0, preset, tokens) for name in SHORT]
+    found += [Case(name, 0, "laptop-tiny", 200_000) for name in SHORT]
+    found += [
+        Case(name, 0, *long)
+        for name in ("dialogue", "prose")
+        for long in (("laptop-tiny", 2_400_000), ("laptop-mini", 1_500_000))
+    ]
     found += [Case(name, 0, preset, 400_000) for name in ("dialogue", "german") for preset in ("laptop-small", "laptop")]
     found += [Case(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
     found += [Case(name, size, "laptop", 400_000) for name, size in whole + parts]
@@ -114,10 +123,11 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in TABLE.read_text().splitlines()] if TABLE.is_file() else []
 
 
-def gather(texts: Path, beside: int) -> None:
-    """Add the runs that the table lacks, so many at once, which share the cores."""
+def gather(texts: Path, beside: int, presets: list[str]) -> None:
+    """Add the runs of these presets that the table lacks, so many at once, which share the cores."""
     done = {tuple(row["case"]) for row in rows()}
-    lacking = [case for case in cases() if case.key not in done and (texts / f"{case.text}.txt").is_file()]
+    lacking = [case for case in cases() if case.key not in done and case.preset in presets]
+    lacking = [case for case in lacking if (texts / f"{case.text}.txt").is_file()]
     threads = max(1, (os.cpu_count() or 1) // beside)
     with ThreadPoolExecutor(beside) as workers:
         for run in as_completed([workers.submit(trained, case, texts, threads) for case in lacking]):
@@ -140,7 +150,7 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     (folder / f"{case.text}.txt").write_bytes(data)
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
-    command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every), "--precision", "bfloat16"]
+    command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
     environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
@@ -178,12 +188,14 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
 
 def shape(case: Case, n_bytes: int) -> tuple[int, int, int]:
     """Return batch size, steps, and steps between evaluations, as a run of so many tokens within a time budget has them."""
+    from firstwords.config import run_config
     from firstwords.planning import recipe
 
-    batch_size = recipe.batch_size(CONTEXT, case.tokens, 0.9 * n_bytes / BYTES_A_TOKEN)
-    steps = max(1, round(case.tokens / (batch_size * CONTEXT)))
+    context_length = run_config({"preset": case.preset}).model.context_length
+    batch_size = recipe.batch_size(context_length, case.tokens, 0.9 * n_bytes / BYTES_A_TOKEN)
+    steps = max(1, round(case.tokens / (batch_size * context_length)))
     held_out = min(65536.0, 0.1 * n_bytes / BYTES_A_TOKEN)
-    look_steps = 2 + 2 * held_out / 3 / (batch_size * CONTEXT)
+    look_steps = 2 + 2 * held_out / 3 / (batch_size * context_length)
     looks = min(MOST_LOOKS, max(1, int(LOOK_SHARE * steps / look_steps)))
     return batch_size, steps, math.ceil(steps / looks)
 
@@ -351,11 +363,12 @@ def main() -> None:
     options.add_argument("what", choices=("gather", "features", "fit"))
     options.add_argument("texts", nargs="?", type=Path)
     options.add_argument("--beside", type=int, default=1, help="runs at once")
+    options.add_argument("--presets", nargs="+", default=sorted({case.preset for case in cases()}), help="of these alone")
     options.add_argument("--write", action="store_true", help="write the law into the package")
     given = options.parse_args()
     match given.what:
         case "gather":
-            gather(given.texts.absolute(), given.beside)
+            gather(given.texts.absolute(), given.beside, given.presets)
         case "features":
             features(given.texts.absolute())
         case _:

@@ -40,9 +40,10 @@ def run(name: str, steps: int) -> dict[str, float]:
     from firstwords.model import cost
     from firstwords.planning import machine, measure
 
+    precision = machine.precision("auto", torch.device("cpu"))
     if name == MACHINE:
-        return {"rate": measure.product_rate(torch.bfloat16)}
-    case = {**BASE, "precision": "bfloat16", **CASES[name]}
+        return {"rate": measure.product_rate(machine.DTYPES[precision])}
+    case = {**BASE, "precision": precision, **CASES[name]}
     rows = case.pop("rows")
     config = run_config(case)
     with machine.threads(None):

@@ -206,10 +206,18 @@ def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
     return {**GPT2, "model.emb_dim": emb_dim, "model.n_heads": n_heads, "model.n_layers": n_layers}
 
 
+def _smaller(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
+    """Return the recipe for a machine, or a time, in which few tokens are learnt from: in shorter sequences."""
+    shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "ff_dim": 16 * round(emb_dim / 6)}
+    return {**LAPTOP, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": 128}
+
+
 def presets() -> dict[str, Overrides]:
     """Return every preset by name. `gpt2-*` are the shapes of GPT-2's releases (Radford et al. 2019, table 2)."""
     return {
         "laptop": LAPTOP,
+        "laptop-tiny": _smaller(64, 1, 2),
+        "laptop-mini": _smaller(96, 2, 3),
         "laptop-small": {**LAPTOP, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
         "laptop-large": {
             **LAPTOP,

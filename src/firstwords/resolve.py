@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
-PACE_SHARE, PACE_S = 0.01, 1.5  # of a time budget, and at most, to learn how fast the machine is now
+PACE_SHARE, PACE_S = 0.01, 1.0  # of a time budget, and at most, to learn how fast the machine is now
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (

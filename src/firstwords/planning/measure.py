@@ -34,8 +34,15 @@ from firstwords.training import loop, state
 
 ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
-MEASURED = (("laptop-small", 2048), ("laptop", 2048), ("laptop", 8192), ("laptop-large", 2048))  # with so many words
-MEASURED_STEPS, MEASURED_S = 3, 2.0  # of each; fewer where so many seconds are over
+MEASURED = (  # with so many words
+    ("laptop-tiny", 2048),
+    ("laptop-mini", 2048),
+    ("laptop-small", 2048),
+    ("laptop", 2048),
+    ("laptop", 8192),
+    ("laptop-large", 2048),
+)
+MEASURED_STEPS, MEASURED_S = 3, 1.2  # of each; fewer where so many seconds are over
 PACE_STEPS = 5  # by which a time budget learns how fast the machine is now, at most
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine

@@ -21,7 +21,13 @@ from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
 
-PRESETS = ("laptop-small", "laptop", "laptop-large")  # among them a run that names none chooses
+PRESETS = (
+    "laptop-tiny",
+    "laptop-mini",
+    "laptop-small",
+    "laptop",
+    "laptop-large",
+)  # among them a run that names none chooses
 CHOICES = (*(("bpe", preset) for preset in PRESETS), ("bytes", "laptop"), ("gpt2", "gpt2-124m"))
 BETTER = 0.98  # of the expected bits per byte of `laptop` at which another preset is taken instead
 FREE_SHARE = 0.9  # of the free memory may be planned for
@@ -178,13 +184,14 @@ def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate to take: `laptop` with a vocabulary of the text's own, unless another is clearly better.
 
     Only what fits into memory, and whose recipe was tried, is recommended; and instead of `laptop` only what lies within
-    all that was tried.
+    all that was tried, or in a shorter run: the less a run learns from, the smaller is what it learns best.
     """
     known = _eligible(candidates)
     usual = next((one for one in known if one.preset == "laptop"), None)
     if usual is None:
         return min(known, key=_bits, default=None)
-    surer = [one for one in known if one.expected and not one.expected.beyond and _bits(one) < BETTER * _bits(usual)]
+    surer = [one for one in known if one.expected and not {*one.expected.beyond} - {prediction.SHORTER_RUN}]
+    surer = [one for one in surer if _bits(one) < BETTER * _bits(usual)]
     return min(surer, key=_bits, default=usual)
 
 

@@ -126,10 +126,11 @@ class Law:
 
 
 # What is said of a number below, or above, what was tried.
+SHORTER_RUN = "a shorter run than any that was tried"
 WORDS = {
     "difficulty": ("a text as easy as none that was tried", "a text as hard as none that was tried"),
     "text_bytes": ("a smaller text than any that was tried", "a larger text than any that was tried"),
-    "read_bytes": ("a shorter run than any that was tried", "a longer run than any that was tried"),
+    "read_bytes": (SHORTER_RUN, "a longer run than any that was tried"),
     "parameters": ("a smaller model than any that was tried", "a larger model than any that was tried"),
     "epochs": ("", "a text read more often than any that was tried"),
 }
