@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from firstwords.insight.memorisation import Memorisation
+    from firstwords.model.language_model import LanguageModel
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
     from firstwords.planning.plan import Candidate, Plan
     from firstwords.recorder import Recorder, TrainResult
     from firstwords.resolve import Asked
     from firstwords.training.evaluate import Evaluation
+    from firstwords.training.evaluate import Tokens as EvaluatedTokens
     from firstwords.training.loop import Forward
     from firstwords.training.state import TrainState
     from firstwords.verify import Verdict
@@ -147,14 +149,21 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     dtype = machine.DTYPES[recorder.config.precision]
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else load(run.path)
     recorder.listener(Trained(lm))
-    tokens, budget = recorder.last_tokens if is_best else None, recorder.budget
-    scale = None
-    if tokens is not None or budget is None or budget.has_time_for_scale(time.perf_counter()):
-        scale = quick_scale(lm, corpus, run, tokens) if quick_tokens(corpus, recorder.config.eval_tokens) else None
-    else:
-        recorder.listener(Notice(f"no time was left to set its best weights on a scale: firstwords report {run.path} does"))
+    scale = _scale_of(recorder, lm, recorder.last_tokens if is_best else None)
     found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
     store.write(run.report, report.report([found], passage_explained(lm, corpus)))
+
+
+def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: EvaluatedTokens | None) -> dict[str, Any] | None:
+    """Return the scale of a run that ends; None where its text is too long for one, or no time is left to judge `lm`."""
+    if not quick_tokens(recorder.corpus, recorder.config.eval_tokens):
+        return None
+    plans = recorder.budget
+    if tokens is None and plans is not None and not plans.has_time_for_scale(time.perf_counter()):
+        line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
+        recorder.listener(Notice(line))
+        return None
+    return quick_scale(lm, recorder.corpus, recorder.run, tokens)
 
 
 def _looked_at(prepared: Corpus) -> tuple[float, float]:

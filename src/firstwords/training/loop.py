@@ -74,10 +74,8 @@ def fit(
     """
     reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
-    if state.step == 0:
-        took_s = FIRST_SAVE * (
-            yield from _save(state)
-        )  # before the look, which a run resumed here takes as if it were first
+    if state.step == 0:  # saved before the look, which a run resumed here takes as if it were first
+        took_s = FIRST_SAVE * (yield from _save(state))
         saved_s = time.perf_counter()
         yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
     while state.total_steps is None or state.step < state.total_steps:
