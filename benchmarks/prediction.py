@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks/prediction_runs.jsonl"
 FEATURES = ROOT / "benchmarks/prediction_texts.json"
 LAW = ROOT / "src/firstwords/planning/prediction.json"
-FEWEST_TOKENS = 250_000  # of a run that is fitted; in less, a model learns little but the frequent letters
+FEWEST_TOKENS = 90_000  # of a run that is fitted; in less, a model learns little but the frequent letters
 WIDENING = 0.03  # of the range's half for each factor of e beyond what was tried: by judgement, not measured
 KINDS = {
     "story": "a short story, English",
