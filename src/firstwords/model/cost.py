@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from firstwords.config import ModelConfig, Precision
 
-PROCESS_BYTES = {2: 435 << 20, 4: 367 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
+PROCESS_BYTES = {2: 363 << 20, 4: 293 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
 KEPT_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
 EVALUATED_AT_ONCE = 2048  # tokens; training.evaluate: 8,192 are a twentieth faster and take 150 MB more
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
