@@ -23,6 +23,7 @@ from firstwords.insight.record import MOST_POINTS, read
 from firstwords.insight.report import _plotly, explained
 from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
+from firstwords.training import evaluate
 from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import Notice, Told, Trained
 
@@ -399,3 +400,24 @@ def test_a_run_ends_with_its_scale_its_meter_and_what_was_expected_of_it(tmp_pat
     assert "n-gram of the training text" in at_end.text
     api.report(run)
     assert page(run / "report.html").ids == at_end.ids
+
+
+@pytest.mark.parametrize(("eval_tokens", "judged"), [(None, 1), (64, 0)])
+def test_the_last_weights_are_judged_once_and_have_a_scale_where_all_tokens_are_judged(
+    eval_tokens: int | None, judged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+
+    def counted(*given: Any) -> evaluate.Tokens | None:
+        calls.append(None)
+        return evaluate_tokens(*given)
+
+    evaluate_tokens = evaluate.evaluate_tokens
+    monkeypatch.setattr(evaluate, "evaluate_tokens", counted)
+    run = trained(tmp_path, eval_every=4, eval_tokens=eval_tokens)
+    first, last = journal(run, "evaluation")
+    assert last["best"]
+    assert len(calls) == judged
+    assert ("scale" in page(run / "report.html").ids) == bool(judged)
+    assert (last["n_tokens"] <= 64) == (eval_tokens == 64)
+    assert first["n_tokens"] <= last["n_tokens"]

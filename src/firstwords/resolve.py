@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
-PACE_SHARE, PACE_S = 0.01, 1.0  # of a time budget, and at most, to learn how fast the machine is now
+PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
     (
@@ -292,11 +292,11 @@ def settled(
         config = dataclasses.replace(config, precision=precision)
         rate = speed(device, precision, config, found)
         tokens, here = plan_tokens(prepared, config.tokenizer, difficulty, repeated), plan.Machine(rate, precision)
+        tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
         if device.type == "cpu" and _time_budget(config) is not None and config.compile != "on":
             here = dataclasses.replace(here, speed=_speed_now(fitted(tokens, here), rate))
-    start_s = time.perf_counter() - started_s + recipe.BEGIN_S
-    tokens = dataclasses.replace(tokens, start_s=start_s)
+    tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
     config = fitted(tokens, here)
     model, batch_size = config.model, config.batch_size
@@ -369,7 +369,7 @@ def speed(device: torch.device, precision: Precision, config: RunConfig, found: 
 
 
 def _speed_now(config: RunConfig, before: Speed) -> Speed:
-    """Return how fast the machine is at this moment, by steps of what is to be trained: a hundredth of its time."""
+    """Return how fast the machine is at this moment, by steps of what is to be trained: a fiftieth of its time."""
     from firstwords.planning import measure
 
     return measure.speed_now(config, before, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))

@@ -20,6 +20,7 @@ from firstwords.text.tokenizer import Tokenizer
 PASSAGE_BYTES = 64  # repeated to the letter, they are no chance
 FINGERPRINTS = 64  # one passage of so many is remembered
 FINGERPRINT_BYTES = 64 << 20  # of a text are searched for repeated passages
+HASHED_BYTES = 1 << 18  # at once: each takes up to 40 bytes of memory meanwhile
 FEWEST_SHARE = 0.01  # of the letters that a script must have to be named
 ENGLISH = re.compile(rb"\b(?:the|and|of|to|in|that|he|was|it|is|for|with|as|his|on|be|at|by|I)\b")
 ENGLISH_SHARE, PROSE_SIGNS = 0.15, 0.02  # of the words; of the characters that are brackets and the like
@@ -202,8 +203,10 @@ class _Passages:
         if self._n_bytes >= FINGERPRINT_BYTES or len(data) < PASSAGE_BYTES:
             return
         self._n_bytes += len(data)
-        hashes = _rolling(np.frombuffer(data, np.uint8).astype(np.uint64))
-        self._hashes.append(hashes[hashes >> np.uint64(58) == 0])  # 6 of 64 bits: one of 64
+        for start in range(0, len(data) - PASSAGE_BYTES + 1, HASHED_BYTES):
+            piece = data[start : start + HASHED_BYTES + PASSAGE_BYTES - 1]  # as many places, and the last one's passage
+            hashes = _rolling(np.frombuffer(piece, np.uint8).astype(np.uint64))
+            self._hashes.append(hashes[hashes >> np.uint64(58) == 0])  # 6 of 64 bits: one of 64
 
     @property
     def repeated(self) -> float:

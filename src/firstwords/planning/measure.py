@@ -107,9 +107,9 @@ def _point(preset: str, n_words: int, precision: Precision, guess: Speed) -> Poi
 
 
 def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -> int:
-    """Return of how many sequences a step can be, one to warm up with and three more within `most_s`; 0: of none."""
+    """Return of how many sequences a step can be, one to warm up with and one more within `most_s`; 0: of none."""
     row_s = context_length / tokens_per_s
-    return min(limit, max(int(most_s / (WARM_STEPS + 3) / row_s), int(row_s < most_s)))
+    return min(limit, max(int(most_s / (WARM_STEPS + 1) / row_s), int(row_s < most_s)))
 
 
 def marks(presets: Sequence[str]) -> Iterator[Mark]:
