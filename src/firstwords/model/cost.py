@@ -60,12 +60,13 @@ def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precis
     """Return about the peak memory of a process that trains on a processor, in bytes.
 
     Python with PyTorch; weights, gradients, AdamW's two means (or Muon's one, and its work) and a copy of the best weights,
-    20 bytes a parameter; what a micro-batch leaves for backward; the logits of an evaluation. The factors are measured:
-    less is kept than the modules compute, as much of it is formed a second time.
+    20 bytes a parameter; what a micro-batch leaves for backward; the logits of a micro-batch or an evaluation. The factors are
+    measured: less is kept than the modules compute, as much of it is formed a second time.
     """
     item = 2 if precision == "bfloat16" else 4
     kept = KEPT_BYTES[config.block, item] * micro_batch_size * config.context_length * kept_numbers(config)
-    logits = LOGITS_SHARE * min(LOGITS_BYTES, EVALUATED_AT_ONCE * config.vocab_size * item)
+    at_once = max(EVALUATED_AT_ONCE, micro_batch_size * config.context_length)
+    logits = LOGITS_SHARE * min(LOGITS_BYTES, at_once * config.vocab_size * item)
     return int(PROCESS_BYTES[item] + 20 * parameters(config) + kept + logits)
 
 
