@@ -60,7 +60,7 @@ def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precis
     """Return about the peak memory of a process that trains on a processor, in bytes.
 
     Python with PyTorch; weights, gradients, AdamW's two means (or Muon's one, and its work) and a copy of the best weights,
-    20 bytes a parameter; what a micro-batch leaves for backward; the logits of a micro-batch or an evaluation. The factors are
+    20 bytes a parameter; what a micro-batch leaves for backward; the logits of it, or of an evaluation. The factors are
     measured: less is kept than the modules compute, as much of it is formed a second time.
     """
     item = 2 if precision == "bfloat16" else 4
