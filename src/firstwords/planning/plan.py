@@ -21,13 +21,8 @@ from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
 
-PRESETS = (
-    "laptop-tiny",
-    "laptop-mini",
-    "laptop-small",
-    "laptop",
-    "laptop-large",
-)  # among them a run that names none chooses
+# Among these a run that names none chooses.
+PRESETS = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop", "laptop-large")
 CHOICES = (*(("bpe", preset) for preset in PRESETS), ("bytes", "laptop"), ("gpt2", "gpt2-124m"))
 BETTER = 0.98  # of the expected bits per byte of `laptop` at which another preset is taken instead
 FREE_SHARE = 0.9  # of the free memory may be planned for
