@@ -16,6 +16,7 @@ from firstwords import store
 from firstwords.errors import ConfigError, DataError
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
+from firstwords.text import tokenizer as tokenizers
 from firstwords.text.corpus import Corpus, Part
 from firstwords.text.tokenizer import Tokenizer
 
@@ -24,6 +25,7 @@ def prepare(tmp_path: Path, *texts: str, tokenizer: str = "bytes", **options: ob
     paths = []
     for number, text in enumerate(texts):
         paths.append(tmp_path / f"{number}.txt")
+        paths[-1].parent.mkdir(exist_ok=True)
         paths[-1].write_bytes(text.encode())
     return corpora.prepare(sources.read(paths), tokenizer, cache=tmp_path / "cache", **options)  # type: ignore[arg-type]
 
@@ -55,6 +57,20 @@ def test_a_tokenizer_without_a_size_gets_the_one_that_fits_the_training_text(tmp
     assert corpora.SMALLEST_FITTING < size < corpora.LARGEST_FITTING
     fitting, named = (prepare(tmp_path, text, tokenizer=name).tokenizer for name in ("bpe", f"bpe:{size}"))
     assert fitting.ranks == named.ranks
+
+
+def test_of_a_large_text_a_tokenizer_is_trained_on_pieces_at_even_distances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stretches = [f"{word} " * 40_000 for word in ("first", "second", "third", "fourth")]
+    text = "".join(stretches)
+    whole = prepare(tmp_path, text, tokenizer="bpe:300", held_out=0.0).tokenizer
+    monkeypatch.setattr(corpora, "BPE_CHARS", len(text) // 2)
+    half = prepare(tmp_path / "half", text, tokenizer="bpe:300", held_out=0.0).tokenizer
+    every_second = tokenizers.train_bpe([*tokenizers.safe_pieces([text])][::2], 300)
+    assert half.ranks == every_second.ranks
+    assert half.ranks.keys() == whole.ranks.keys()  # all stretches are seen, each long enough for two pieces
+    assert prepare(tmp_path / "half", text, tokenizer="bpe:300", held_out=0.0).train.n_bytes == len(text)
 
 
 def test_a_trained_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:

@@ -6,12 +6,23 @@ import json
 import random
 
 import pytest
+import regex
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from conftest import STORY
 from firstwords.errors import ConfigError, DataError
 from firstwords.text import tokenizer as tokenizers
-from firstwords.text.tokenizer import PIECE_CHARS, Tokenizer, byte_tokenizer, from_json, gpt2, train_bpe
+from firstwords.text.tokenizer import (
+    KINDS,
+    LONGEST_TRAINED,
+    PIECE_CHARS,
+    Tokenizer,
+    byte_tokenizer,
+    from_json,
+    gpt2,
+    train_bpe,
+    without_long_runs,
+)
 
 TOKENIZERS = [gpt2(), byte_tokenizer(), train_bpe([STORY], 400)]
 ODD = [
@@ -75,6 +86,18 @@ def test_a_giant_run_without_a_space_is_encoded_and_left_out_of_training() -> No
     learnt = train_bpe([giant + " " + STORY], 300)
     assert b"aaaa" not in learnt.ranks
     assert learnt.decode(learnt.encode(giant)) == giant
+
+
+def test_every_run_of_over_a_thousand_of_one_kind_is_found_wherever_it_stands_and_none_that_is_shorter() -> None:
+    naive = regex.compile("|".join(rf"{kind}{{{LONGEST_TRAINED + 1},}}" for kind in KINDS))
+    drawn, found = random.Random(1), 0
+    kinds = ["ab", "é漢", "12", "!-", "!\x1c", "\x1c\x1f", " \n", "\t\u2003", "\u2028 "]
+    for _ in range(400):
+        run = "".join(drawn.choices(drawn.choice(kinds), k=LONGEST_TRAINED + drawn.randrange(-2, 3)))
+        piece = STORY[: drawn.randrange(1200)] + run + STORY[: drawn.randrange(1200)]
+        assert without_long_runs(piece) == naive.sub("\n", piece)
+        found += without_long_runs(piece) != piece
+    assert 100 < found < 300
 
 
 def test_training_gives_exactly_the_size_asked_for_or_what_the_text_has() -> None:
