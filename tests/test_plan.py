@@ -279,6 +279,19 @@ def test_another_preset_is_taken_where_it_is_clearly_better_and_none_was_named(
     assert settled(**{"model.n_layers": 3, "for_s": 60.0, "seed": 1}) == ("laptop", 192)
 
 
+def test_memory_that_the_process_had_before_its_first_step_is_foretold_too(tmp_path: Path) -> None:
+    story = str(write(tmp_path / "story.txt", STORY))
+
+    def foretold() -> int:
+        asked = resolve.new(tmp_path / "run", None, {"text": (story,), "preset": "laptop-tiny"}, lambda _: ({}, b""), ignore)
+        return resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)[1].memory_bytes
+
+    taken = foretold() + (64 << 20)  # beyond all that this process had, and all that the model needs
+    assert foretold() < taken
+    assert len(bytearray(taken)) == taken
+    assert foretold() >= taken
+
+
 def test_a_run_says_before_and_after_what_was_predicted(command: Command, here: Path) -> None:
     write(here / "story.txt", STORY)
     ended = command("train", "story.txt", "--out", "run", *FLAGS, "--json")

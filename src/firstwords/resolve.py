@@ -317,6 +317,8 @@ def settled(
         threads=config.threads or torch.get_num_threads(),
     )
     expected = plan.of_config(config, tokens, here)
+    had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
+    expected = dataclasses.replace(expected, memory_bytes=max(expected.memory_bytes, had_bytes))
     learnt = float(expected.steps * expected.batch_size * config.model.context_length)
     return dataclasses.replace(config, compile=_compile(config, learnt, found)), expected
 
