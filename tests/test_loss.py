@@ -17,7 +17,7 @@ B, T, C, V = 2, 7, 12, 50
 
 @pytest.fixture(params=[1, 3, 1000], ids=["chunks of 1", "chunks of 3", "one chunk"])
 def inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * V * request.param)
+    monkeypatch.setattr(loss, "chunk_bytes", lambda table_bytes: 4 * V * request.param)
     monkeypatch.setattr(loss, "PIECE_BYTES", 4 * V * 2)
     generator = seeded(0)
     features = torch.randn(B, T, C, generator=generator, requires_grad=True)

@@ -100,6 +100,9 @@ def test_estimates_grow_with_what_they_estimate() -> None:
     small, large = run_config().model, run_config({"preset": "laptop-large"}).model
     assert cost.training_bytes(small, 8) < cost.training_bytes(small, 16) < cost.training_bytes(large, 16)
     assert cost.micro_batch_size(small, 48) in (16, 24)
+    chunks = [cost.chunk_bytes(1 << n) for n in range(18, 32)]
+    assert chunks == sorted(chunks)
+    assert (chunks[0], chunks[-1]) == (cost.FEWEST_CHUNK_BYTES, cost.MOST_CHUNK_BYTES)
 
 
 @pytest.mark.parametrize("init_std", [None, 0.02])

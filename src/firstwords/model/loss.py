@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstwords.model.cost import LOGITS_BYTES
+from firstwords.model.cost import chunk_bytes
 from firstwords.text.batches import IGNORE
 
-CHUNK_BYTES = LOGITS_BYTES  # of logits: each chunk adds once to the gradient of the whole table, so few are better
 WORDS_AT_ONCE = 8192  # rows of the table whose gradient is formed together: products of that size are the fastest
 TINY = 1e-30  # far above the smallest float32
 PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache
@@ -61,7 +60,7 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
     weight = head_weight.to(rows.dtype)
     item_bytes = RANK_BYTES if ranked else weight.element_size()
-    for start, end in _chunks(len(flat), len(weight) * item_bytes):
+    for start, end in _chunks(len(flat), len(weight) * item_bytes, chunk_bytes(weight.nbytes)):
         logits, wanted = rows[start:end] @ weight.T, flat[start:end]
         nats[start:end] = _nats(logits, wanted, gradient=False)
         if ranked:
@@ -86,9 +85,9 @@ def _dtype(features: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
-def _chunks(n: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Return [start, end) of chunks of n rows, as equal as can be, of at most `CHUNK_BYTES` each where a row is not more."""
-    count = -(-n * row_bytes // CHUNK_BYTES)
+def _chunks(n: int, row_bytes: int, most_bytes: int) -> list[tuple[int, int]]:
+    """Return [start, end) of chunks of n rows, as equal as can be, of at most `most_bytes` each where a row is not more."""
+    count = -(-n * row_bytes // most_bytes)
     size = -(-n // max(1, min(n, count)))
     return [(start, min(n, start + size)) for start in range(0, n, max(1, size))]
 
@@ -130,7 +129,7 @@ class _ChunkedNats(torch.autograd.Function):
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
-        for start, end in _chunks(len(targets), len(table) * table.element_size()):
+        for start, end in _chunks(len(targets), len(table) * table.element_size(), chunk_bytes(table.nbytes)):
             logits = rows[start:end] @ table.T
             nats += _nats(logits, targets[start:end], gradient=wanted).sum()
             if wanted:
