@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
+from firstwords import api
 from firstwords.config import ModelConfig
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -84,6 +85,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_samples() -> None:
+    """Runs say less: half of the time of many a test went into samples of sixty tokens that it does not look at."""
+    api.SAMPLE_TOKENS = 10
 
 
 @pytest.fixture

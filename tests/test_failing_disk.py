@@ -27,7 +27,7 @@ from firstwords.training.events import Notice, Saved, Started, StepDone, Told
 
 REFUSED = (StorageError, PermissionDeniedError, CannotCreateError)  # exit codes 74, 77, 73
 TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}
-SAMPLE = 10  # of the operations of a run
+SAMPLE = 4  # of the operations of a run
 JOURNAL_CALLS = (1, 2, 3, 4, 20, 21, 22)  # of opening, writing, syncing and closing the journals
 RUN = {"config_sha256": "1"}
 
@@ -240,13 +240,13 @@ def test_a_disk_that_cannot_be_looked_at_for_a_moment_does_not_end_a_run(
 ) -> None:
     system, cases = FailingLooks(1 << 30, number), 0
     Tried(ram / "counted", system).check(expected, for_ever=False)
-    for n in range(1, system.count + 1, 7 if full else 19):
+    for n in range(1, system.count + 1, 7 if full else 31):
         for for_ever in (False, True):
             tried = Tried(ram / "home", FailingLooks(n, number, for_ever=for_ever))
             tried.check(expected, for_ever=for_ever)
             shutil.rmtree(ram / "home")
             cases += 1
-    assert cases > (50 if full else 20)
+    assert cases > (50 if full else 12)
     proved(cases)
 
 

@@ -89,7 +89,7 @@ class Budget:
             done: Updates done.
             eval_every: Where it is fixed already.
         """
-        step_s = statistics.mean(self._steps_s)
+        step_s = statistics.fmean(self._steps_s)
         if self._planned_looks < 0:
             self._look_s, self._first_step_s = self._between_s + self.evaluation_steps * step_s, step_s
             self._between_s, self._looks = 0.0, 0
@@ -108,13 +108,13 @@ class Budget:
 
     def has_time_for_scale(self, now_s: float) -> bool:
         """Return whether the best weights can be judged now, after the last step, without ending much too late."""
-        step_s = statistics.mean(self._steps_s) if self._steps_s else 0.0
+        step_s = statistics.fmean(self._steps_s) if self._steps_s else 0.0
         end_s = now_s + self.scale_steps * step_s + self.end_s * self._slowed()
         return end_s <= self.deadline_s + LATE_SHARE * self.total_s
 
     def _slowed(self) -> float:
         """Return how many times as long as at the first plan what is not a step takes now."""
-        return min(MOST_SLOWED, statistics.mean(self._steps_s) / self._first_step_s) if self._first_step_s else 1.0
+        return min(MOST_SLOWED, statistics.fmean(self._steps_s) / self._first_step_s) if self._first_step_s else 1.0
 
 
 def looks(total_s: float, look_s: float) -> int:
