@@ -291,3 +291,16 @@ def test_a_text_that_is_not_kept_is_measured_at_the_end(tmp_path: Path, monkeypa
     monkeypatch.setattr(memorisation, "KEPT_BYTES", 0)
     train(tmp_path, "run", steps=4, eval_every=2)
     assert [line["step"] for line in journal(tmp_path / "run", "memorisation")] == [4]
+
+
+@pytest.mark.parametrize(("bytes_per_s", "has_room"), [(1e9, True), (1.0, False)])
+def test_a_time_budget_without_room_for_it_leaves_a_long_text_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_s: float, has_room: bool
+) -> None:
+    monkeypatch.setattr(memorisation, "KEPT_BYTES", 0)
+    monkeypatch.setattr(memorisation, "PASSED_BYTES_PER_S", bytes_per_s)
+    told = list[str]()
+    length = {"for_s": 2.0, "steps": None, "eval_every": None}
+    train(tmp_path, "run", **length, listener=lambda event: told.append(getattr(event, "text", "")))
+    assert bool(journal(tmp_path / "run", "memorisation")) == has_room
+    assert any("firstwords eval" in line for line in told) != has_room

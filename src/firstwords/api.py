@@ -208,13 +208,22 @@ def _begin(
             config.for_s,
             now_s,
             evaluation_steps=cost_in_tokens(judged) / step_tokens,
-            end_s=budget.report_s(config.for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0,
+            end_s=_end_s(config, prepared, config.for_s),
             scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
         )
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
     recorder.begin(None if resume else expected.as_dict())
     return recorder
+
+
+def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
+    """Return how long what follows the last evaluation of a time budget takes, about."""
+    from firstwords.insight.memorisation import last_look_s
+
+    report_s = budget.report_s(for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
+    look_s = last_look_s(prepared.train) if config.meter else 0.0
+    return report_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
 
 
 def _trusted(
@@ -333,7 +342,7 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
 
 def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
     """Return what the loop asks at a step: how good the model is, and what it says; the recorder measures the latter."""
-    from firstwords.insight.memorisation import Meter
+    from firstwords.insight.memorisation import Meter, last_look_s
     from firstwords.model.language_model import LanguageModel
     from firstwords.model.sampling import Sampling
     from firstwords.planning import machine
@@ -360,6 +369,10 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
     def measure(event: Evaluated, at_last: bool) -> Memorisation | None:
         due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
         if not (at_last or (due and meter.text.is_kept)):
+            return None
+        if config.for_s is not None and not budget.has_room_for(last_look_s(corpus.train), config.for_s):
+            line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
+            recorder.listener(Notice(line))
             return None
         prompts, held_out = sample_prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
         seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]

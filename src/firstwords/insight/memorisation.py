@@ -31,6 +31,8 @@ COPIED = 50
 GRAM = 8  # words
 IDS_AT_ONCE, PAIRS_AT_ONCE = 1 << 17, 1 << 17
 KEPT_BYTES = 1 << 24  # of a text that is kept decoded for the next look
+# Of a text that is not kept: it goes by for the samples, for held-out text, and up to the place of the longest copy.
+PASSES, PASSED_BYTES_PER_S = 3, 4e7
 YARDSTICKS = 32  # pieces of held-out text
 TABLE_BITS = 18
 BETWEEN_DOCUMENTS, BETWEEN_SAMPLES = b"\xff", b"\xfe"  # bytes that no UTF-8 holds
@@ -253,6 +255,11 @@ class Meter:
     @functools.cached_property
     def _natural(self) -> Copies | None:
         return copies(self._held_out, self.text) if self._held_out else None
+
+
+def last_look_s(train: Part) -> float:
+    """Return how long measuring takes at the end of a run, about; 0 for a text so short that a look takes a moment."""
+    return PASSES * train.n_bytes / PASSED_BYTES_PER_S if train.n_bytes > KEPT_BYTES else 0.0
 
 
 def held_out_pieces(val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = YARDSTICKS) -> tuple[str, ...]:

@@ -24,6 +24,11 @@ REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1
 LATE_SHARE = 0.02  # of the budget that a whole report may be late; what would be later is left out of it
 
 
+def has_room_for(look_s: float, total_s: float) -> bool:
+    """Return whether a budget of `total_s` has room for one more look of so many seconds at its end."""
+    return look_s <= REPORT_SHARE * total_s
+
+
 def report_s(total_s: float, checkpoint_bytes: int) -> float:
     """Return how long what follows the last evaluation may take, of a budget of `total_s`."""
     return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S, REPORT_SHARE * total_s)
