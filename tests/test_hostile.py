@@ -33,6 +33,7 @@ pytestmark = [
 ]
 REFUSALS = {65, 66, 78}
 MOST_S = 5.0
+TRIES = 3  # where one took longer: a file that is slow is so each time, a machine that is used by others is not
 SPARE_BYTES = 200 << 20
 
 
@@ -89,9 +90,12 @@ def test_a_hostile_file_is_refused_without_harm(name: str, place: Path, jail: Ja
     around = sorted(path.name for path in place.parent.iterdir())
     wrong = []
     for door, path in cases:
-        answer = jail.open(door, path, place)
-        size = path.stat().st_size if path.is_file() else 0
         limit_s = MOST_S + (jail.importing_s if door == "pickled" else 0)
+        for _ in range(TRIES):
+            answer = jail.open(door, path, place)
+            if answer["seconds"] <= limit_s:
+                break
+        size = path.stat().st_size if path.is_file() else 0
         good = answer["code"] in REFUSALS and answer["seconds"] <= limit_s and answer["bytes"] <= 2 * size + SPARE_BYTES
         if not good or canary(place).exists():
             wrong.append((door, path.name, answer))

@@ -13,15 +13,20 @@ from firstwords.config import run_config
 from firstwords.planning import machine, measure
 from firstwords.planning.speed import Speed, point
 
+TRIES = 3  # where a limit was passed: it was measured a moment before, and others may have used the machine then
+
 
 def test_bench_measures_the_machine_and_each_preset_against_its_limit(command: Command) -> None:
-    ended = command("bench", "laptop-small", "--json")
-    marks = {mark["what"]: mark for mark in ended.json["marks"]}
+    for _ in range(TRIES):
+        ended = command("bench", "laptop-small", "--json")
+        marks = {mark["what"]: mark for mark in ended.json["marks"]}
+        if all(mark["limit"] is None or mark["share"] < 1 for mark in marks.values()):
+            break
     assert all(mark["rate"] > 0 for mark in marks.values())
     limited = {what for what, mark in marks.items() if mark["limit"] is not None}
     assert limited == {"learning, laptop-small", "speaking, laptop-small"}
     for what in limited:
-        assert 0 < marks[what]["share"] < 2  # a limit cannot be passed, but the machine may be faster a moment later
+        assert 0 < marks[what]["share"] < 1  # a limit is what cannot be passed
         assert marks[what]["share"] == pytest.approx(marks[what]["rate"] / marks[what]["limit"])
     assert all(what in ended.err for what in marks)
 
