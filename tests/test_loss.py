@@ -46,6 +46,22 @@ def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tu
     assert (nats > 0).sum() == B * T - 2
 
 
+def test_all_chunks_logits_stand_in_the_same_memory(
+    inputs: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, nats_of = [], loss._nats
+
+    def nats(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:
+        held.append(logits)  # what is held is not free for the next chunk
+        return nats_of(logits, targets, gradient=gradient)
+
+    monkeypatch.setattr(loss, "_nats", nats)
+    for figure in (target_nats, token_nats):
+        held.clear()
+        figure(*inputs)
+        assert len({logits.data_ptr() for logits in held}) == 1 <= len(held)
+
+
 def test_a_second_backward_is_refused_instead_of_being_wrong(inputs: tuple[torch.Tensor, ...]) -> None:
     nats = target_nats(*inputs)
     nats.backward(retain_graph=True)

@@ -60,13 +60,14 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
     weight = head_weight.to(rows.dtype)
     item_bytes = RANK_BYTES if ranked else weight.element_size()
-    for start, end in _chunks(len(flat), len(weight) * item_bytes, chunk_bytes(weight.nbytes)):
-        logits, wanted = rows[start:end] @ weight.T, flat[start:end]
+    chunks = _chunks(len(flat), len(weight) * item_bytes, chunk_bytes(weight.nbytes))
+    space = _space(chunks, weight)
+    for start, end in chunks:
+        logits, wanted = torch.mm(rows[start:end], weight.T, out=space[: end - start]), flat[start:end]
         nats[start:end] = _nats(logits, wanted, gradient=False)
         if ranked:
             own = logits.gather(1, wanted.clamp(min=0)[:, None])
             ranks[start:end] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
-        del logits  # or the next chunk's would stand beside them
     return nats.view(targets.shape), ranks.view(targets.shape)
 
 
@@ -90,6 +91,16 @@ def _chunks(n: int, row_bytes: int, most_bytes: int) -> list[tuple[int, int]]:
     count = -(-n * row_bytes // most_bytes)
     size = -(-n // max(1, min(n, count)))
     return [(start, min(n, start + size)) for start in range(0, n, max(1, size))]
+
+
+def _space(chunks: list[tuple[int, int]], table: Tensor) -> Tensor:
+    """Return room for the logits of one chunk after the other (N, V).
+
+    What a chunk leaves free the next one may not fit into, as something small has come to lie there: with room of its own
+    for each, a run would need that of one more now and then, for minutes.
+    """
+    rows = max((end - start for start, end in chunks), default=0)
+    return torch.empty((rows, len(table)), dtype=table.dtype, device=table.device)
 
 
 def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
@@ -129,13 +140,14 @@ class _ChunkedNats(torch.autograd.Function):
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
-        for start, end in _chunks(len(targets), len(table) * table.element_size(), chunk_bytes(table.nbytes)):
-            logits = rows[start:end] @ table.T
+        chunks = _chunks(len(targets), len(table) * table.element_size(), chunk_bytes(table.nbytes))
+        space = _space(chunks, table)
+        for start, end in chunks:
+            logits = torch.mm(rows[start:end], table.T, out=space[: end - start])
             nats += _nats(logits, targets[start:end], gradient=wanted).sum()
             if wanted:
                 d_features, d_weight = ctx.gradients
                 _add_gradients(d_features[start:end], rows[start:end], d_weight, table, logits, first=start == 0)
-            del logits  # or the next chunk's would stand beside them
         return nats.float()
 
     @staticmethod
