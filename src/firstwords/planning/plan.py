@@ -127,7 +127,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
-    memory = cost.training_bytes(model, micro, config.precision)
+    memory = cost.training_bytes(model, micro, config.precision, tokens.training)
     return Candidate(
         tokenizer=tokens.tokenizer,
         preset=config.preset,
