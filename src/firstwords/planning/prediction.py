@@ -2,10 +2,10 @@
 
 The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size:
 
-    bits per byte = h'^g * (e + a d^-b + n (N / 10^6)^-m) * d^(-r sqrt(c)),    h' = h min(1, U / 2^22)^s,    d = D' / 10^6
+    bits per byte = h'^g * (e + a d^-b + n (N / 10^6)^-m) * d^(-r sqrt(c)),    h' = h min(1, U / 2^21)^s,    d = D' / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
-h is the text's own difficulty (`planning.difficulty`), which seems larger where less than four megabytes could be seen;
+h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen;
 what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
 more of such a text is read, the more of the rest is known; that term is our own. N parameters, D bytes of text learnt from,
 repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import reading
-from firstwords.planning.difficulty import TRAINING_BYTES
 
 LAW = Path(__file__).with_name("prediction.json")
 MILLION = 1e6
+ENOUGH_BYTES = 1 << 21  # of a text, to see how hard it is
 MOST_BYTES = 1e13  # no plan is looked for beyond
 # Of a text that the law is fitted to: what consists of copies follows another law. Of the texts that were tried, the one
 # with the most has 0.39 in one sample of it and 0.43 in another; the next, generated code with 0.45, comes to a third of
@@ -89,7 +89,7 @@ class Law:
         """Return what is most likely."""
         learnt = effective_bytes(at.read_bytes, at.text_bytes, self.repeats) / MILLION
         gap = self.a * learnt**-self.b + self.n * (at.parameters / MILLION) ** -self.m
-        difficulty = at.difficulty * min(1.0, at.text_bytes / TRAINING_BYTES) ** self.s
+        difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
         return float(difficulty**self.g * (self.e + gap) * learnt ** (-self.r * math.sqrt(at.repeated)))
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
