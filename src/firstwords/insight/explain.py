@@ -63,7 +63,7 @@ def explain(lm: LanguageModel, text: str) -> Explanation:
     """
     ids = lm.tokenizer.encode(text)
     if len(ids) < 2:
-        raise DataError(f"the text has {len(ids)} token; two are needed", where="TEXT", why="the first is not predicted")
+        raise DataError("the text has fewer than two tokens", where="TEXT", why="the first token is not predicted")
     lm.model.eval()
     tokens = [TokenExplained(ids[0], _show(lm.tokenizer, ids[0]))]
     for window in windows(np.array([0]), np.array([len(ids)]), lm.model.config.context_length):
