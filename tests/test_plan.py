@@ -134,6 +134,22 @@ def test_the_risk_of_learning_by_heart_grows_with_epochs_and_size() -> None:
     assert plan.by_heart(40, small, long_text) == "some"  # it cannot hold a gigabyte
 
 
+def test_a_text_that_is_longer_than_the_memory_fits_and_counts_as_far_as_it_is_read() -> None:
+    """Its ids are mapped from the disk."""
+    config = run_config({"preset": "laptop", "batch_size": 16, "steps": 10})
+    needed = cost.training_bytes(config.model, cost.micro_batch_size(config.model, 16))
+    long_text = dataclasses.replace(TOKENS, training=1e12, training_bytes=3e12)
+
+    def planned(tokens: Tokens, free_bytes: int) -> Candidate:
+        return plan.of_config(config, tokens, here(free_bytes=free_bytes))
+
+    assert planned(TOKENS, 2 * needed).memory_bytes == needed + 2 * TOKENS.training  # 16 bits an id
+    read = planned(long_text, 2 * needed)
+    assert read.memory_bytes == needed + 160 * cost.MAPPED_BYTES
+    assert read.fits
+    assert not planned(long_text, needed).fits  # others use some of it
+
+
 def test_what_nobody_tried_is_named() -> None:
     assert laptop(40, repeated=0.1).as_dict()["beyond"] == []
     copies = laptop(40, repeated=0.9).expected

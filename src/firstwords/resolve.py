@@ -304,7 +304,7 @@ def settled(
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
     if device.type == "cpu":
-        _require_memory(cost.training_bytes(model, micro, precision, tokens.training), machine.memory_bytes())
+        _require_memory(cost.training_bytes(model, micro, precision), machine.memory_bytes())
     config = dataclasses.replace(
         config,
         text=_absolute(config.text),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from firstwords.config import ModelConfig, Precision
 
 PROCESS_BYTES = {2: 350 << 20, 4: 300 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
-ID_BYTES = 2  # of each token of the text, which is read where it lies on the disk: the pages count as the process's own
+MAPPED_BYTES = 64 << 10  # that Linux maps at once around what is read of a file
 KEPT_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
 EVALUATED_AT_ONCE = 2048  # tokens; training.evaluate: 8,192 are a twentieth faster and take 150 MB more
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
@@ -59,21 +59,29 @@ def kept_numbers(config: ModelConfig) -> int:
     return config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
 
 
-def training_bytes(
-    config: ModelConfig, micro_batch_size: int, precision: Precision = "float32", text_tokens: float = 0.0
-) -> int:
+def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precision = "float32") -> int:
     """Return about the peak memory of a process that trains on a processor, in bytes.
 
-    Python with PyTorch; the text's ids; weights, gradients, AdamW's two means (or Muon's one, and its work) and a copy of
-    the best weights, 20 bytes a parameter; what a micro-batch leaves for backward; the logits of it, or of an evaluation.
-    The factors are measured: less is kept than the modules compute, as much of it is formed a second time.
+    Python with PyTorch; weights, gradients, AdamW's two means (or Muon's one, and its work) and a copy of the best weights,
+    20 bytes a parameter; what a micro-batch leaves for backward; the logits of it, or of an evaluation. The factors are
+    measured: less is kept than the modules compute, as much of it is formed a second time.
     """
     item = 2 if precision == "bfloat16" else 4
     kept = KEPT_BYTES[config.block, item] * micro_batch_size * config.context_length * kept_numbers(config)
     at_once = max(EVALUATED_AT_ONCE, micro_batch_size * config.context_length)
     chunk = chunk_bytes(config.vocab_size * config.emb_dim * item)
     logits = LOGITS_SHARE * min(chunk, at_once * config.vocab_size * item)
-    return int(PROCESS_BYTES[item] + ID_BYTES * text_tokens + 20 * parameters(config) + kept + logits)
+    return int(PROCESS_BYTES[item] + 20 * parameters(config) + kept + logits)
+
+
+def mapped_bytes(vocab_size: int, text_tokens: float, windows: float) -> int:
+    """Return about how much of a text's ids counts for the peak of a process that reads so many windows of them.
+
+    They are read where they lie on the disk: the system takes those pages back where memory is short, so that they need not
+    fit into it.
+    """
+    id_bytes = 2 if vocab_size <= 1 << 16 else 4
+    return int(min(id_bytes * text_tokens, MAPPED_BYTES * windows))
 
 
 def chunk_bytes(table_bytes: int) -> int:

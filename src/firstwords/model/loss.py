@@ -7,6 +7,7 @@ in memory. The gradients are formed on the way forward, while a chunk's logits a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,14 +61,12 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
     weight = head_weight.to(rows.dtype)
     item_bytes = RANK_BYTES if ranked else weight.element_size()
-    chunks = _chunks(len(flat), len(weight) * item_bytes, chunk_bytes(weight.nbytes))
-    space = _space(chunks, weight)
-    for start, end in chunks:
-        logits, wanted = torch.mm(rows[start:end], weight.T, out=space[: end - start]), flat[start:end]
-        nats[start:end] = _nats(logits, wanted, gradient=False)
+    for chunk, logits in _logits(rows, weight, item_bytes):
+        wanted = flat[chunk]
+        nats[chunk] = _nats(logits, wanted, gradient=False)
         if ranked:
             own = logits.gather(1, wanted.clamp(min=0)[:, None])
-            ranks[start:end] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
+            ranks[chunk] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
     return nats.view(targets.shape), ranks.view(targets.shape)
 
 
@@ -93,14 +92,21 @@ def _chunks(n: int, row_bytes: int, most_bytes: int) -> list[tuple[int, int]]:
     return [(start, min(n, start + size)) for start in range(0, n, max(1, size))]
 
 
-def _space(chunks: list[tuple[int, int]], table: Tensor) -> Tensor:
-    """Return room for the logits of one chunk after the other (N, V).
+def _logits(rows: Tensor, table: Tensor, item_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield one chunk of the rows after the other, with its logits (N, V) where those of the last one stood.
 
     What a chunk leaves free the next one may not fit into, as something small has come to lie there: with room of its own
     for each, a run would need that of one more now and then, for minutes.
+
+    Args:
+        rows: (N, C).
+        table: (V, C).
+        item_bytes: That a logit takes, with what is formed of it.
     """
-    rows = max((end - start for start, end in chunks), default=0)
-    return torch.empty((rows, len(table)), dtype=table.dtype, device=table.device)
+    chunks = _chunks(len(rows), len(table) * item_bytes, chunk_bytes(table.nbytes))
+    space = rows.new_empty(max((end - start for start, end in chunks), default=0), len(table))
+    for start, end in chunks:
+        yield slice(start, end), torch.mm(rows[start:end], table.T, out=space[: end - start])
 
 
 def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
@@ -140,14 +146,11 @@ class _ChunkedNats(torch.autograd.Function):
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
-        chunks = _chunks(len(targets), len(table) * table.element_size(), chunk_bytes(table.nbytes))
-        space = _space(chunks, table)
-        for start, end in chunks:
-            logits = torch.mm(rows[start:end], table.T, out=space[: end - start])
-            nats += _nats(logits, targets[start:end], gradient=wanted).sum()
+        for chunk, logits in _logits(rows, table, table.element_size()):
+            nats += _nats(logits, targets[chunk], gradient=wanted).sum()
             if wanted:
                 d_features, d_weight = ctx.gradients
-                _add_gradients(d_features[start:end], rows[start:end], d_weight, table, logits, first=start == 0)
+                _add_gradients(d_features[chunk], rows[chunk], d_weight, table, logits, first=chunk.start == 0)
         return nats.float()
 
     @staticmethod

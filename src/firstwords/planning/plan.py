@@ -127,14 +127,15 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
-    memory = cost.training_bytes(model, micro, config.precision, tokens.training)
+    memory = cost.training_bytes(model, micro, config.precision)
+    mapped = cost.mapped_bytes(model.vocab_size, tokens.training, learnt / model.context_length)
     return Candidate(
         tokenizer=tokens.tokenizer,
         preset=config.preset,
         parameters=cost.parameters(model),
         batch_size=batch_size,
         fits=machine.free_bytes is None or memory <= FREE_SHARE * machine.free_bytes,
-        memory_bytes=memory,
+        memory_bytes=memory + mapped,
         tokens_per_s=steps * batch_size * model.context_length / elapsed_s,
         steps=steps,
         epochs=epochs,
