@@ -1,17 +1,20 @@
 """How good will it be? Held-out bits per byte as a range, from the text and the plan, by a law fitted to our own runs.
 
-The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size:
+The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size, of
+which the greater decides:
 
-    bits per byte = h'^g * (e + a d^-b + n (N / 10^6)^-m) * d^(-r sqrt(c)),    h' = h min(1, U / 2^21)^s,    d = D' / 10^6
+    bits per byte = h'^g * (e + ((a d^-b)^(1/b) + (n (N / 10^6)^-m)^(1/b))^b) * d^(-r sqrt(c))
+    h' = h min(1, U / 2^21)^s,    d = D' / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
 h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen;
 what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
 more of such a text is read, the more of the rest is known; that term is our own. N parameters, D bytes of text learnt from,
 repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The
-sum of powers: Kaplan et al. 2020 (arXiv:2001.08361), Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2). That a text read again
-and again is worth ever less: Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models
-in minutes, fitted by benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
+two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose
+plain sum of the powers promises a small model too much of a long run. That a text read again and again is worth ever less:
+Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes, fitted by
+benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
 """
 
 from __future__ import annotations
@@ -88,7 +91,8 @@ class Law:
     def bits(self, at: Situation) -> float:
         """Return what is most likely."""
         learnt = effective_bytes(at.read_bytes, at.text_bytes, self.repeats) / MILLION
-        gap = self.a * learnt**-self.b + self.n * (at.parameters / MILLION) ** -self.m
+        powers = self.a * learnt**-self.b, self.n * (at.parameters / MILLION) ** -self.m
+        gap = sum(power ** (1 / self.b) for power in powers) ** self.b
         difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
         return float(difficulty**self.g * (self.e + gap) * learnt ** (-self.r * math.sqrt(at.repeated)))
 
