@@ -208,6 +208,38 @@ def test_generate_shows_the_prompt_and_goes_on_from_it(command: Command, a_run: 
     assert all(word in shown for word in said.split() if word.isprintable())
 
 
+def test_what_is_said_stands_there_to_the_letter(command: Command, a_run: Path):
+    prompt = "if :key: a[0:100:2]\tb\t:x:\n\tc"
+    assert command("generate", a_run, "--prompt", prompt, "--max-new-tokens", "1").out.startswith(prompt)
+    assert command("generate", a_run, "--prompt", prompt, "--max-new-tokens", "1", "--samples", "2").out.startswith(prompt)
+
+
+def test_a_text_may_stand_behind_a_flag(command: Command, a_run: Path):
+    Path("other.txt").write_text("other words\n", encoding="utf-8")
+    before = command("eval", a_run, "other.txt", "text.txt", "--no-baselines", "--json").json
+    around = command("eval", a_run, "other.txt", "--no-baselines", "text.txt", "--json").json
+    behind = command("eval", a_run, "--no-baselines", "other.txt", "text.txt", "--json").json
+    assert before["n_bytes"] == around["n_bytes"] == behind["n_bytes"]
+    assert main(["eval", str(a_run), "--no-baseline", "other.txt"]) == 2  # the negative control: a flag that is none
+
+
+def test_a_model_beside_a_run_s_folders_is_not_judged_on_that_run_s_text(
+    command: Command, a_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command("export", a_run, "--to", "hf", "--out", "run/deep/model")
+    assert main(["eval", "run/deep/model"]) == 66
+    monkeypatch.chdir("run/checkpoints")
+    assert command("eval", "step-00000002", "--json").code == 0  # a checkpoint of the run, named from beside it
+    monkeypatch.chdir("..")
+    assert main(["eval", "deep/model"]) == 66
+    assert "has no held-out text" in capsys.readouterr().err
+
+
+def test_standard_input_is_not_read_twice(a_run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(a_run), "-", "--tasks"]) == 78
+    assert "can be read only once" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE to speak of")
 def test_a_reader_that_leaves_ends_the_program_in_silence_as_a_signal_would(a_run: Path):
     arguments = [sys.executable, "-m", "firstwords", "generate", "run", "--max-new-tokens", "100", "--samples", "1000"]

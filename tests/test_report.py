@@ -251,6 +251,15 @@ def test_the_plan_of_a_time_budget_stands_beside_what_came(tmp_path: Path) -> No
     assert f"{journal(run, 'plan')[-1]['total_steps']:,}" in found.text
 
 
+def test_what_was_expected_of_a_shorter_run_is_not_held_against_a_longer_one(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    api.report(run)
+    assert "plan" in page(run / "report.html").ids
+    api.train(out=run, resume=True, steps=2 * api.info(run)["steps"])
+    api.report(run)
+    assert "plan" not in page(run / "report.html").ids
+
+
 def test_a_long_run_is_shown_by_means(tmp_path: Path) -> None:
     run = trained(tmp_path)
     n = 2 * MOST_POINTS + 1

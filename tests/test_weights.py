@@ -170,6 +170,13 @@ def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: P
         reader.read(tmp_path / "model.pth", tokenizer="bytes")
 
 
+@pytest.mark.parametrize("gelu", [{"gelu_exact": True}, {"gelu_cubic": 0.44715}])
+def test_another_gelu_than_the_chapter_s_is_refused_before_anything_is_written(gelu: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of another shape"):
+        export.to_pth(drawn(dataclasses.replace(GPT2, **gelu)), tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
+
+
 # What must be noticed
 
 
@@ -263,8 +270,11 @@ def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, t
     back = command("import", "hf", "--out", "back", "--json")
     assert back.json["weights_sha256"] == command("info", "run", "--json").json["weights_sha256"]
     for verb in (("generate", "--max-new-tokens", "5"), ("eval", str(text)), ("info",)):
-        for model in ("back", "hf") if verb[0] != "info" else ("back",):
+        for model in ("back", "hf"):
             assert command(verb[0], model, *verb[1:], "--json").code == 0
+    described = command("info", "hf", "--json").json
+    assert described["config"]["emb_dim"] == 32
+    assert described["parameters"] == command("info", "run", "--json").json["parameters"]
 
 
 def test_the_verbs_refuse_what_cannot_be(refused: Refused, command: Command, text: Path) -> None:

@@ -66,7 +66,7 @@ class ModelConfig:
     qkv_bias: bool = option(False, "bias in the query, key and value layers")
     block: Block = option("gpt2", "gpt2: LayerNorm, learned positions, GELU; qwen3: RMSNorm, rotary, QK-norm, SwiGLU")
     tied_head: bool = option(False, "the output head is the token table itself")
-    ff_dim: int | None = option(None, "width of the feed-forward layer; by default 4 x emb_dim", least=1, most=2**22)
+    ff_dim: int | None = option(None, "width of the feed-forward layer; none: 4 x emb_dim", least=1, most=2**22)
     gelu_cubic: float = option(0.044715, "coefficient in GELU's tanh form (arXiv:1606.08415)", least=0.0, most=10.0)
     gelu_exact: bool = option(False, "GELU by the normal distribution itself, as nanoGPT has it, not in tanh form")
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)

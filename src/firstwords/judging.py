@@ -360,8 +360,9 @@ def report(
 
 
 def _predicted(run: RunFolder) -> dict[str, Any] | None:
-    """Return what was expected of a run before its first step."""
-    return next((line.get("predicted") for line in run.metrics.lines() if line["event"] == "start"), None)
+    """Return what was expected of a run before its first step; None where it went on to another length since."""
+    lines = [line for line in run.metrics.lines() if line["event"] in ("start", "stop") and "predicted" in line]
+    return lines[-1]["predicted"] if lines else None
 
 
 def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str | Path]) -> list[Path]:

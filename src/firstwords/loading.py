@@ -28,7 +28,7 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
         DataError: It is damaged.
     """
     source = located(source, notice)
-    if _is_foreign(source):
+    if is_foreign(source):
         from firstwords.weights import reader
 
         return reader.read(source, notice=notice)
@@ -78,7 +78,7 @@ def located(source: str | Path, notice: Callable[[str], None]) -> Path:
     return Path(source)
 
 
-def _is_foreign(source: Path) -> bool:
+def is_foreign(source: Path) -> bool:
     """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
     pickled = source.is_file() and source.suffix in archive.SUFFIXES
     if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
@@ -89,7 +89,7 @@ def _is_foreign(source: Path) -> bool:
 
 def require_there(source: Path) -> None:
     """Raise a NoInputError where no model is."""
-    if not (_is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
+    if not (is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
         raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
 
 
@@ -137,5 +137,9 @@ def prepared_text(run: RunFolder, listener: Listener) -> Corpus:
 
 
 def run_of(source: Path) -> RunFolder:
-    """Return the run that a source is, or is a checkpoint of."""
-    return RunFolder(source if (source / "config.toml").is_file() else source.parent.parent)
+    """Return the run that a source is, or is a checkpoint of; else one that does not exist."""
+    if RunFolder(source).exists:
+        return RunFolder(source)
+    parent = source.absolute().parent
+    run = RunFolder(parent.parent)
+    return run if run.checkpoints == parent else RunFolder(source)

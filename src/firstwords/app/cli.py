@@ -34,6 +34,8 @@ EXAMPLES = """examples:
 LARGEST_SEED = 2**62  # leaves room for one seed a sample
 LARGEST_COUNT = 10**9  # of tokens or samples; more is a slip of the finger, and no machine could hold them
 SPINS = "20000"  # how long a thread waits awake: with the default, two cores that others use too do a third of the work
+MODEL = "a run folder (its best checkpoint), a checkpoint folder, a model from elsewhere, or gpt2"
+FOLLOWING = ("model.vocab_size",)  # keys whose default follows from another
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 
 
@@ -131,6 +133,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown arguments in the verb's own parser, which knows the flags that are near."""
         options, unknown = super().parse_known_args(args, namespace)
+        several = [action.dest for action in self._actions if not action.option_strings and action.nargs in ("*", "+")]
+        if several and all(word == "-" or not word.startswith("-") for word in unknown):
+            # names behind a flag: `eval RUN --no-baselines TEXT`, which argparse has as unknown before Python 3.13
+            setattr(options, several[-1], [*getattr(options, several[-1]), *unknown])
+            unknown = []
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))
         return options, unknown
@@ -170,7 +177,7 @@ def parser() -> Parser:
         ("verify", verify, "whether every checkpoint of a run is whole, and whether training repeats itself"),
     ):
         made = verb(name, run, meaning)
-        made.add_argument("model", metavar="RUN", help="a run folder (its best checkpoint) or a checkpoint folder")
+        made.add_argument("model", metavar="RUN", help="a run folder" if name == "verify" else MODEL)
         _flags_of(name, made)
     made = verb("report", report, "one HTML file that shows what a run learnt, or several runs beside each other")
     made.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -196,11 +203,12 @@ def _import_flags(made: Parser) -> None:
 
 
 def _export_flags(made: Parser) -> None:
+    made.add_argument("model", metavar="RUN", help=MODEL)
     made.add_argument(
-        "model", metavar="RUN", help="a run folder (its best checkpoint), a checkpoint folder, another's model"
-    )
-    made.add_argument(
-        "--to", required=True, metavar="hf|pth", help="a folder for transformers, or a file for the chapter's code"
+        "--to",
+        required=True,
+        metavar="hf|gguf|pth",
+        help="a folder for transformers, a file for llama.cpp, or one for the chapter's code",
     )
     made.add_argument("--out", required=True, metavar="PATH", help="the folder or file to be made")
     made.add_argument("--type", metavar="f32|f16|q8_0", help="of a GGUF file's matrices (default f32)")
@@ -262,7 +270,7 @@ def _train_flags(made: Parser) -> None:
     made.epilog = "presets: " + ", ".join(presets())
     for key, field in fields_by_key().items():
         if key not in NOT_FLAGS:
-            default = "" if defaults[key] in (None, "") else f" (default {defaults[key]})"
+            default = "" if defaults[key] in (None, "") or key in FOLLOWING else f" (default {_shown(defaults[key])})"
             groups[key.rpartition(".")[0]].add_argument(
                 flag(key),
                 dest=key,
@@ -270,6 +278,11 @@ def _train_flags(made: Parser) -> None:
                 metavar=_metavar(key),
                 help=field.metadata["meaning"] + default,
             )
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a flag takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(key: str) -> str:
@@ -316,7 +329,7 @@ def plan(options: argparse.Namespace, console: Console, started_s: float) -> int
             encoding=options.encoding,
             listener=listener,
         )
-    console.planned(found, options.text)
+    console.planned(found, options.text, options.encoding)
     return 0
 
 
@@ -326,6 +339,10 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
     if kept and (text or out):
         raise ConfigError(
             "has its own tasks", where=f"--tasks {kept}", do="leave out the text and --tasks-out, or the folder"
+        )
+    if "-" in options.text and (kept is not None or out is not None):
+        raise ConfigError(
+            "standard input can be read only once", where="-", why="tasks and figures both read it", do="name a file"
         )
 
     from firstwords import api

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.console import Console as RichConsole
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -70,8 +72,8 @@ class Console:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = _Output(highlight=False, markup=False, soft_wrap=True)
-        self.err = _Output(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self.out = _Output(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.err = _Output(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._lm: LanguageModel | None = None  # what the run that just ended has in memory
 
     @contextmanager
@@ -131,9 +133,14 @@ class Console:
         if report.exists():
             self.out.print(f"report    {visible(str(report))}")
         lm = self._lm or api.load(result.run)
-        self.out.print(f"\nit says:\n{visible(lm.generate(max_new_tokens=120))}")
+        self.out.print("\nit says:")
+        self._to_the_letter(lm.generate(max_new_tokens=120) + "\n")
 
-    def planned(self, found: Plan, text: Sequence[str]) -> None:
+    def _to_the_letter(self, text: str, style: str = "") -> None:
+        """Show what a model read or says as it is; printed in the usual way, its tabs would become spaces."""
+        self.out.print(Segments([Segment(visible(text), Style.parse(style))]))
+
+    def planned(self, found: Plan, text: Sequence[str], encoding: str | None = None) -> None:
         """Show what could be trained, and what to take."""
         if self.as_json:
             self._json(found.as_dict())
@@ -155,9 +162,7 @@ class Console:
             self.out.print(f"* a wide guess: {', '.join(beyond)}")
         self.out.print(f"\ntake      {plans.taken(found)}\nbecause   {found.why}")
         if found.recommended is not None:
-            named = " ".join(map(shlex.quote, text))
-            length = plans.time_flag(found.recommended.elapsed_s)
-            self.out.print(f"train     {visible(' '.join(filter(None, ('firstwords train', named, '--for', length))))}")
+            self.out.print(f"train     {visible(shlex.join(plans.command(found, found.recommended, text, encoding)))}")
         if found.hint:
             self.out.print(f"hint      {found.hint}")
 
@@ -220,9 +225,9 @@ class Console:
 
     def speaks(self, prompt: str, stream: Iterator[str]) -> None:
         """Show a text as it is drawn."""
-        self.out.print(visible(prompt), end="", style="bold")
+        self._to_the_letter(prompt, "bold")
         for piece in stream:
-            self.out.print(visible(piece), end="")
+            self._to_the_letter(piece)
         self.out.print()
 
     def spoke(self, prompts: Sequence[str], said: Iterator[Said], tokenizer: Tokenizer) -> None:
@@ -231,8 +236,8 @@ class Console:
         for number, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
             texts.append(text)
             if not self.as_json:
-                self.out.print(("\n---\n" if number else "") + visible(prompt), end="", style="bold")
-                self.out.print(visible(text.text))
+                self._to_the_letter(("\n---\n" if number else "") + prompt, "bold")
+                self._to_the_letter(text.text + "\n")
         if self.as_json:
             tokens = [[_token(one, tokenizer) for one in text.tokens] for text in texts]
             speed = round(sum(map(len, tokens)) / (time.perf_counter() - started_s), 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from firstwords.app.words import duration
@@ -49,6 +49,13 @@ def taken(found: Plan) -> str:
     """Return which candidate is recommended."""
     best = found.recommended
     return "none of them" if best is None else f"{best.tokenizer}, {best.preset}, batch {best.batch_size}"
+
+
+def command(found: Plan, best: Candidate, text: Sequence[str], encoding: str | None) -> list[str]:
+    """Return the command that trains what is recommended; without a target, a run takes the same by itself."""
+    flags = {"--for": time_flag(best.elapsed_s), "--encoding": encoding, "--preset": best.preset if found.target else None}
+    given = [part for name, value in flags.items() if value is not None for part in (name, value)]
+    return ["firstwords", "train", *text, *given]
 
 
 def expectation(predicted: Mapping[str, Any] | None) -> list[str]:

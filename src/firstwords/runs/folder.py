@@ -123,5 +123,5 @@ def existing(path: Path) -> RunFolder:
     """
     run = RunFolder(path)
     if not run.exists:
-        raise NoInputError("there is no run", where=str(path), why="no config.toml in it", do="check --out")
+        raise NoInputError("there is no run", where=str(path), why="no config.toml in it", do="check the name")
     return run

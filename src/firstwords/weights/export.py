@@ -19,6 +19,7 @@ from torch import Tensor
 from firstwords import store
 from firstwords.config import ModelConfig
 from firstwords.errors import CannotCreateError, ConfigError, DataError
+from firstwords.model.gpt import GELU_CUBIC
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs.tensor_file import safetensors_bytes
 from firstwords.text.tokenizer import END_OF_TEXT
@@ -78,8 +79,9 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
     config = lm.model.config
     if store.exists(out):
         raise CannotCreateError("is there already", where=str(out), do="give another --out")
-    if config.block != "gpt2" or config.hidden_dim != 4 * config.emb_dim:
-        why = "it has GPT-2's block, with a feed-forward layer four times as wide as the model"
+    of_gpt2 = config.block == "gpt2" and config.hidden_dim == 4 * config.emb_dim
+    if not of_gpt2 or config.gelu_exact or config.gelu_cubic != GELU_CUBIC:
+        why = "it has GPT-2's block and GELU, with a feed-forward layer four times as wide as the model"
         raise ConfigError("the chapter's model is of another shape", where="--to pth", why=why, do="use --to hf")
     tensors = names.to_theirs(config, "chapter", _tensors(lm))
     mask = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)

@@ -100,4 +100,5 @@ def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Cal
         notice(f"{source} has no tokenizer.json; with {config.vocab_size} ids it is taken to have GPT-2's")
         return tokenizers.gpt2()
     why = f"it has no {TOKENIZER}, and {config.vocab_size} ids are not GPT-2's"
-    raise ConfigError("which tokenizer has it?", where=str(source), why=why, do="name it with --tokenizer")
+    do = f"firstwords import {source} --tokenizer NAME --out RUN makes it ours"
+    raise ConfigError("which tokenizer has it?", where=str(source), why=why, do=do)

@@ -179,7 +179,8 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], n_heads: int | None, *, 
     heads = n_heads or KNOWN_HEADS.get(emb_dim)
     if heads is None:
         why = f"the weights do not tell, and {emb_dim} is no width of GPT-2's"
-        raise ConfigError("how many heads has it?", where="--n-heads", why=why, do="give --n-heads")
+        do = f"firstwords import {where} --n-heads N --out RUN makes it ours"
+        raise ConfigError("how many heads has it?", where="--n-heads", why=why, do=do)
     saved = {
         "vocab_size": vocab_size,
         "context_length": context_length,
