@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import STORY, TINY
 from firstwords import api
+from firstwords.errors import ConfigError
 from firstwords.planning import budget
-from firstwords.planning.budget import PROBE_STEPS, Budget
+from firstwords.planning.budget import PROBE_STEPS, Budget, Preparation
 
 
 def simulate(
@@ -36,8 +41,7 @@ def simulate(
     return now_s + end_s * rest_pace, step, looks
 
 
-@pytest.mark.parametrize("budget_s", [20, 120, 3600])
-@pytest.mark.parametrize("step_s", [0.01, 0.2, 1.5])
+@pytest.mark.parametrize(("budget_s", "step_s"), [*product([20, 120], [0.01, 0.2, 1.5]), (3600, 0.2), (3600, 1.5)])
 @pytest.mark.parametrize("look_s", [0.01, 0.5, 2.0])
 def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: float) -> None:
     took_s, _, looks = simulate(budget_s, step_s, look_s)
@@ -135,3 +139,35 @@ def test_a_run_whose_plan_was_changed_on_the_way_replays_exactly(tmp_path: Path)
     other = api.verify(run, replay=steps).replay  # the negative control: the rates follow the plans
     assert other is not None
     assert not other.ok
+
+
+@pytest.mark.parametrize(("pass_s", "total_s", "too_long"), [(200, 180, True), (200, 240, True), (200, 600, False)])
+def test_a_text_too_large_for_a_budget_is_seen_early(pass_s: float, total_s: float, *, too_long: bool) -> None:
+    preparation, said = Preparation(started_s=100, total_s=total_s), []
+    for start_s, end_s in (
+        (110, 110 + pass_s / 10),
+        (110 + pass_s / 10, 110 + 1.1 * pass_s),
+    ):  # two passes over the text
+        for share in np.linspace(0, 1, 101):
+            now_s = start_s + share * (end_s - start_s)
+            found = preparation.too_long_s(now_s, float(share))
+            said += [] if found is None else [(now_s, found)]
+    assert bool(said) is too_long
+    if said:
+        assert said[0][0] < 110 + pass_s / 10 + 5  # in the first seconds of the second pass
+        assert said[0][1] == pytest.approx(10 + 1.1 * pass_s, rel=0.01)
+
+
+def test_a_text_that_leaves_no_time_to_learn_is_refused_while_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories = [tmp_path / f"{n}.txt" for n in range(3)]
+    for story in stories:
+        story.write_text(STORY)
+    monkeypatch.setattr(budget, "SURE_S", 0.0)  # they are prepared in less
+    train = functools.partial(api.train, stories, started_s=time.perf_counter() - 100, **TINY)
+    with pytest.raises(ConfigError) as refused:
+        train(out=tmp_path / "late", for_s=60)
+    assert refused.value.where == "--for"
+    assert "100 s to prepare" in refused.value.why
+    assert train(out=tmp_path / "counted", steps=1).steps == 1  # the negative control: no budget, no haste

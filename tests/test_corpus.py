@@ -88,6 +88,17 @@ def test_a_separate_held_out_text_leaves_all_of_the_text_to_training(tmp_path: P
     assert documents(corpus.val, corpus) == ["held out"]
 
 
+def test_documents_that_are_learnt_from_and_held_out_are_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    for name, text in (("a", "held out"), ("b", "other"), ("c", "")):
+        (tmp_path / f"{name}.md").write_text(text)
+    held_out = sources.read([tmp_path / "a.md", tmp_path / "b.md"])
+    prepare(tmp_path, STORY, "held out", STORY, held_out=held_out, notice=told.append)
+    assert told == ["1 document is both learnt from and held out: the held-out figures will be too good"]
+    prepare(tmp_path, STORY, "held out ", held_out=held_out, notice=told.append)  # the negative control
+    assert len(told) == 1
+
+
 def test_the_same_content_is_found_again_under_another_name_and_changed_content_is_not(tmp_path: Path) -> None:
     first = prepare(tmp_path, STORY)
     (tmp_path / "renamed.txt").write_text(STORY)

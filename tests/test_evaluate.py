@@ -83,6 +83,13 @@ def test_a_part_that_is_too_long_is_judged_by_an_even_spread_of_it(small: ModelC
     assert evaluate(model, part, most_tokens=10**6) == whole
 
 
+@pytest.mark.parametrize("lengths", [[4000], [40, 3], [9] * 9])
+def test_at_least_one_window_is_judged_however_few_tokens_are_wanted(small: ModelConfig, lengths: list[int]) -> None:
+    some = evaluate(GPTModel(small), part_of(lengths), most_tokens=1)
+    assert some is not None
+    assert 1 <= some.n_tokens <= small.context_length
+
+
 def test_evaluating_leaves_the_model_in_its_mode_and_without_gradients(small: ModelConfig) -> None:
     model = GPTModel(small).train()
     evaluate(model, part_of([20]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from command import TINY, Command, Refused, write
+from conftest import journal
 from firstwords import api
 from firstwords.config import ModelConfig
 from firstwords.model.gpt import GPTModel
@@ -56,6 +57,23 @@ def test_it_is_resumed_as_any_run_also_before_its_first_checkpoint(learnt: Path,
     assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
     shutil.rmtree(learnt)  # what it began with is in its checkpoints
     assert command("train", "--resume", "--out", "run", "--steps", "24").code == 0
+
+
+def test_its_own_configuration_repeats_it_adapted_as_it_was(learnt: Path, command: Command) -> None:
+    assert command(*going_on("--model.context-length", "20", "--model.drop-rate", "0.2")).code == 0
+    assert command("train", "--config", "run/config.toml", "--out", "again").code == 0
+    assert api.info("again")["config"] == api.info("run")["config"]
+    assert api.info("again")["weights_sha256"] == api.info("run")["weights_sha256"]
+    assert api.info("run")["config"]["context_length"] == 20
+
+
+def test_its_beginning_is_judged_by_as_much_as_what_follows(learnt: Path, command: Command) -> None:
+    write(Path("other.txt"), OTHER * 20)  # more held-out tokens than a new model is judged by at its beginning
+    assert command(*going_on("--steps", "2")).code == 0
+    assert command("train", "other.txt", *TINY, "--out", "new").code == 0  # the negative control
+    went_on, new = ([line["n_tokens"] for line in journal(Path(name), "evaluation")] for name in ("run", "new"))
+    assert went_on[0] == went_on[-1]
+    assert new[0] < new[-1]
 
 
 @pytest.mark.parametrize("context_length", [8, 20, 32, 50])

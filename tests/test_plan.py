@@ -15,6 +15,7 @@ from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
 from firstwords import api, resolve
 from firstwords.config import run_config
+from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
@@ -246,6 +247,39 @@ def test_plan_tells_how_long_a_wish_takes(command: Command, here: Path) -> None:
     never = command("plan", "story.txt", "--target-bits-per-byte", "0.001")
     assert never.code == 0
     assert "none of them" in never.out
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_command_that_a_plan_ends_with_names_all_that_the_plan_is_of(command: Command, here: Path) -> None:
+    story = STORY * 20
+    (here / "old.txt").write_bytes(story.replace("duck", "dück").encode("cp1252"))
+    shown = command("plan", "old.txt", "--encoding", "cp1252", "--target-bits-per-byte", "0.3")
+    assert shown.code == 0
+    (line,) = [line for line in shown.out.splitlines() if line.startswith("train ")]
+    best = command("plan", "old.txt", "--encoding", "cp1252", "--target-bits-per-byte", "0.3", "--json").json["recommended"]
+    assert line.endswith(f"--encoding cp1252 --preset {best['preset']}")
+
+
+def test_a_text_too_short_for_most_presets_is_learnt_by_one_that_can(tmp_path: Path) -> None:
+    contexts = [run_config({"preset": preset}).model.context_length for preset in plan.PRESETS]
+    assert min(contexts) == resolve.SHORTEST_CONTEXT < max(contexts)
+    words = " ".join(f"{n * n}" for n in range(190))  # about as many tokens as bytes: no two are alike
+    story = write(tmp_path / "story.txt", words)
+    made = plan.plan(facts.read(sources.read([write(tmp_path / "part.txt", words[:400])])), here(), for_s=60)
+    assert made.recommended is not None
+    assert run_config({"preset": made.recommended.preset}).model.context_length == resolve.SHORTEST_CONTEXT
+    assert "so short a text" in made.why
+    given = {"text": (str(story),), "for_s": 60.0}
+    asked = resolve.new(tmp_path / "run", None, given, lambda source: ({}, b""), ignore)
+    prepared = resolve.prepare(asked, ignore)
+    assert resolve.SHORTEST_CONTEXT < prepared.train.n_tokens <= max(contexts)
+    config, _ = resolve.settled(asked, prepared, difficulty=1.0)
+    assert config.model.context_length == resolve.SHORTEST_CONTEXT
+    named = resolve.new(tmp_path / "named", None, {**given, "preset": "laptop"}, lambda source: ({}, b""), ignore)
+    with pytest.raises(DataError, match="a context of 256"):  # the negative control: what was named is not changed
+        resolve.prepare(named, ignore)
+    with pytest.raises(DataError, match="no candidate"):
+        plan.plan(facts.read(sources.read([write(tmp_path / "short.txt", words[:150])])), here(), for_s=60)
 
 
 def test_plan_refuses_what_it_cannot_plan(refused: Refused, here: Path) -> None:

@@ -18,13 +18,16 @@ import torch
 
 from conftest import STORY, TINY, journal, outcome
 from firstwords import api, recorder, store
+from firstwords.config import from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
+from firstwords.insight import memorisation, record
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
+from firstwords.runs.folder import RunFolder
 from firstwords.text.tokenizer import train_bpe
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import Notice, Sampled, SaveDue, Started, StepDone, Told
+from firstwords.training.events import Listener, Notice, Sampled, SaveDue, Started, StepDone, Told, ignore
 
 STEPS = 24
 
@@ -33,17 +36,42 @@ class KilledError(Exception):
     """Stands for the end of the process: nothing after it runs."""
 
 
-def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None, **options: Any) -> TrainResult:
+def killing(at: tuple[type, int]) -> Listener:
+    """Return a listener that ends the process, as it were, at a step."""
+
+    def listener(told: Told) -> None:
+        if isinstance(told, at[0]) and getattr(told, "step", -1) >= at[1]:
+            raise KilledError
+
+    return listener
+
+
+def stopping(at: tuple[type, int]) -> Listener:
+    """Return a listener that asks for a stop at a step."""
+
+    def listener(told: Told) -> None:
+        if isinstance(told, at[0]) and getattr(told, "step", -1) == at[1]:
+            signal.raise_signal(signal.SIGTERM)
+
+    return listener
+
+
+def train(
+    tmp_path: Path,
+    name: str,
+    *,
+    stop_at: tuple[type, int] | None = None,
+    stop_by: tuple[type, int] | None = None,
+    **options: Any,
+) -> TrainResult:
     text = tmp_path / "story.txt"
     text.write_text(STORY)
     other = tmp_path / "other.txt"
     other.write_text(STORY[::-1][:900])  # first its letters are learnt, then that it is unlike the story
 
-    def listener(told: Told) -> None:
-        if stop_at is not None and isinstance(told, stop_at[0]) and getattr(told, "step", -1) == stop_at[1]:
-            raise KilledError
-
+    listener = killing(stop_at) if stop_at else stopping(stop_by) if stop_by else ignore
     options = {
+        "listener": listener,
         **TINY,
         "val": str(other),
         "steps": STEPS,
@@ -55,7 +83,7 @@ def train(tmp_path: Path, name: str, *, stop_at: tuple[type, int] | None = None,
     if options.get("resume"):
         options = {key: value for key, value in options.items() if key in ("resume", "steps", "threads", "listener")}
         return api.train(out=tmp_path / name, **options)
-    return api.train(text, out=tmp_path / name, listener=listener, **options)
+    return api.train(text, out=tmp_path / name, **options)
 
 
 def same(a: TrainResult, b: TrainResult) -> bool:
@@ -216,6 +244,55 @@ def test_a_finished_run_goes_on_for_the_time_that_it_is_given(tmp_path: Path, wh
     longer = api.train(out=tmp_path / "whole", resume=True, for_s=2)
     assert longer.steps > whole.steps
     assert journal(tmp_path / "whole", "plan")[-1]["total_steps"] == longer.steps
+
+
+def test_time_that_a_run_was_given_once_more_is_kept_where_it_stops_again(tmp_path: Path, whole: TrainResult) -> None:
+    folder = tmp_path / "whole"
+    longer = api.train(out=folder, resume=True, for_s=1)
+    recorded = run_config(from_toml((folder / "config.toml").read_text(), "config.toml"))
+    assert recorded.for_s == pytest.approx(whole.elapsed_s + 1, abs=0.01)
+    with pytest.raises(KilledError):  # after some of ten more seconds
+        api.train(out=folder, resume=True, for_s=10, listener=killing((StepDone, longer.steps + 5)))
+    began_s = time.perf_counter()
+    api.train(out=folder, resume=True)
+    assert 5 < time.perf_counter() - began_s < 11  # the rest of the ten
+
+
+def test_more_steps_in_place_of_a_time_budget_bring_their_own_evaluations(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 3), steps=None, for_s=60, eval_every=None)
+    api.train(out=tmp_path / "killed", resume=True, steps=40)
+    assert [line["step"] for line in journal(tmp_path / "killed", "evaluation")] == [0, *range(4, 41, 2)]
+
+
+def test_a_run_that_was_not_judged_since_it_began_speaks_with_what_it_learnt(tmp_path: Path) -> None:
+    stopped = train(tmp_path, "stopped", eval_every=20, stop_by=(StepDone, 12))
+    assert (stopped.stopped, stopped.best_step, stopped.bits_per_byte) == ("SIGTERM", 12, None)
+    told: list[str] = []
+    assert api.load(tmp_path / "stopped", notice=told.append).step == 12
+    assert "was not judged since it began" in told[0]
+    assert record.read(RunFolder(tmp_path / "stopped"), None).best is None
+    judged = train(tmp_path, "judged", eval_every=10, stop_by=(StepDone, 12))  # the negative control
+    assert judged.best_step == 10
+    assert api.load(tmp_path / "judged").step == 10
+    assert record.read(RunFolder(tmp_path / "judged"), None).best["step"] == 10
+
+
+def test_figures_stay_of_the_same_held_out_tokens(tmp_path: Path, whole: TrainResult) -> None:
+    api.train(out=tmp_path / "whole", resume=True, for_s=1)
+    assert 'eval_tokens = "none"' in (tmp_path / "whole/config.toml").read_text()
+
+
+def test_a_text_that_cannot_be_looked_up_does_not_end_the_run(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise FileNotFoundError(2, "No such file", "train.bin")
+
+    monkeypatch.setattr(memorisation.Meter, "measure", gone)
+    told: list[Told] = []
+    assert train(tmp_path, "other", listener=told.append).weights_sha256 == whole.weights_sha256
+    assert any(isinstance(line, Notice) and "by heart" in line.text for line in told)
 
 
 @pytest.mark.parametrize("changed", ["tokenizer.json", "other.txt"])
@@ -389,6 +466,16 @@ def test_what_is_not_as_recorded_is_found(tmp_path: Path, whole: TrainResult, da
     assert [part.ok for part in found.checkpoints] == [damage != "weights", True, True]
     assert found.corpus.ok == (damage != "shard")
     assert (found.replay is None) == (damage != "journal")
+
+
+def test_a_step_that_the_journal_lacks_is_named(tmp_path: Path, whole: TrainResult) -> None:
+    path, gone = tmp_path / "whole/metrics.jsonl", whole.best_step + 1  # the first that is replayed
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if (json.loads(line)["event"], json.loads(line).get("step")) != ("step", gone)]
+    assert len(kept) == len(lines) - 1
+    path.write_text("".join(kept))
+    with pytest.raises(DataError, match=f"step {gone} is not in it"):
+        api.verify(tmp_path / "whole", replay=2)
 
 
 def test_the_threads_of_the_process_are_put_back(tmp_path: Path) -> None:

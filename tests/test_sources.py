@@ -130,6 +130,22 @@ def test_a_folder_is_searched_in_sorted_order_without_hidden_and_other_files(tmp
     assert contents(texts) == ["a.TXT", "json", "a/z.md", "b.txt", "é.md.gz"]
 
 
+def test_a_run_in_the_text_s_folder_is_no_text(tmp_path: Path):
+    write(tmp_path / "a.txt", "a")
+    for run in (tmp_path / "runs/b", tmp_path / "c"):
+        write(run / "config.toml", "")
+        write(run / "samples.jsonl", '{"event": "sample", "text": "what the model said"}')
+        write(run / "notes.txt", "")
+        (run / "checkpoints").mkdir()
+    write(tmp_path / "d/config.toml", "")  # the negative control: of another tool
+    write(tmp_path / "d/d.txt", "d")
+    told: list[str] = []
+    assert contents(read([tmp_path], notice=told.append)) == ["a", "d"]
+    assert len(told) == 2
+    assert all("it is a run" in line for line in told)
+    error_of(NoInputError, tmp_path / "c")
+
+
 def test_links_to_files_are_followed_and_links_to_folders_are_said(tmp_path: Path):
     write(tmp_path / "real/a.txt", "a")
     (tmp_path / "folder").mkdir()

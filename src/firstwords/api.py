@@ -31,7 +31,7 @@ from firstwords.judging import memorisation as memorisation
 from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
 from firstwords.judging import report as report
 from firstwords.judging import scale as scale
-from firstwords.loading import checkpoint_of, named_texts
+from firstwords.loading import checkpoint_of, is_foreign, located, named_texts
 from firstwords.loading import load as load
 from firstwords.model import cost
 from firstwords.planning import budget, facts
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 BENCH_PRESETS = ("laptop", "gpt2-124m")
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
+LEAST_LEFT_S = 1.0  # of a time budget that is used up when its run goes on
 METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
 
 
@@ -93,7 +94,7 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
-    prepared = resolve.prepare(asked, listener)
+    prepared = resolve.prepare(asked, listener, started_s)
     listener(Preparing("starting PyTorch", None))
     with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
         looked_at = beside.submit(_looked_at, prepared)
@@ -196,19 +197,21 @@ def _begin(
     recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
     if resume:
         recorder.restore(more_time=asked.more_time)
+        config = recorder.config
     if resume or checks:
         store.write(run.config, to_toml(config).encode())
     now_s = time.perf_counter()
     if config.for_s is not None:
-        used_s = 0.0 if asked.more_time else state.elapsed_s
+        left_s = max(config.for_s - state.elapsed_s, LEAST_LEFT_S)
         step_tokens = (config.batch_size or 1) * config.model.context_length
-        judged = min(prepared.val.n_tokens, held_out_tokens(1, config.eval_tokens))
+        as_first = config.from_ is not None and not resume  # then the first look, which is timed, judges as much
+        judged = 0 if as_first else min(prepared.val.n_tokens, held_out_tokens(1, config))
         recorder.budget = budget.Budget(
-            started_s + config.for_s - used_s,
-            config.for_s,
+            started_s + left_s,
+            left_s,
             now_s,
             evaluation_steps=cost_in_tokens(judged) / step_tokens,
-            end_s=_end_s(config, prepared, config.for_s),
+            end_s=_end_s(config, prepared, left_s),
             scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
         )
     state.elapsed_s += now_s - started_s
@@ -278,10 +281,8 @@ def plan(
     found = facts.read(
         texts, val_fraction=config.val_fraction, progress=lambda what, share: listener(Preparing(what, share))
     )
-    if found.training_bytes <= config.model.context_length:  # and a token is a byte at least
-        what = (
-            f"{found.training_bytes} bytes to learn from are less than one context of {config.model.context_length} tokens"
-        )
+    if found.training_bytes <= resolve.SHORTEST_CONTEXT:  # and a token is a byte at least
+        what = f"{found.training_bytes} bytes to learn from are less than one context of {resolve.SHORTEST_CONTEXT} tokens"
         raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
@@ -361,7 +362,7 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
         if step == recorder.state.total_steps and config.report and quick_tokens(corpus, config.eval_tokens):
             tokens = recorder.last_tokens = evaluate_tokens(model, corpus.val, dtype)
             return trained, None if tokens is None else tokens.evaluation
-        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step, config.eval_tokens))
+        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step, config))
 
     drawn: dict[int, str] = {}  # what was said when it was measured, at that step
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
@@ -403,12 +404,18 @@ def _forward(recorder: Recorder) -> Forward:
 
 
 def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
-    """Return what is in a run or checkpoint.
+    """Return what is in a run, a checkpoint or a model from elsewhere, which has no steps.
 
     Raises:
-        NoInputError: Neither is there.
+        NoInputError: None of them is there.
     """
-    found = checkpoint_of(Path(source), resolve.noticed(listener))
+    notice = resolve.noticed(listener)
+    place = located(source, notice)
+    if is_foreign(place):
+        model = load(place, notice=notice).model.config
+        shape = dataclasses.asdict(model)
+        return {"run": str(source), "parameters": cost.parameters(model), "checkpoint": str(place), "config": shape}
+    found = checkpoint_of(place, notice)
 
     from firstwords.runs import checkpoint
 

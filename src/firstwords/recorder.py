@@ -169,12 +169,22 @@ class Recorder:
             self.history.append((event.step, event.evaluation.nats_per_token))
         turns = None if event.evaluation is None else overfitting.turns(self.history)
         at_last = turns is not None or event.step == self.state.total_steps
-        figures = None if self.measure is None else self.measure(event, at_last)
+        figures = self._measured(event, at_last=at_last)
         if figures is not None:
             self.note("memorisation", {"step": event.step, **figures.as_dict()})
             self.listener(Measured(event.step, figures))
         if turns is not None:
             self._notice(overfitting.sentence(turns, None if figures is None else figures.copied_share))
+
+    def _measured(self, event: Evaluated, *, at_last: bool) -> Memorisation | None:
+        """Return what was measured; a text that cannot be read meanwhile costs the figures, not the run."""
+        try:
+            return None if self.measure is None else self.measure(event, at_last)
+        except DivergedError:
+            raise
+        except (OSError, FirstwordsError) as error:
+            self._notice(f"it could not be measured how much is learnt by heart: {error}")
+            return None
 
     def best_is_behind(self) -> str | None:
         """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
@@ -287,7 +297,7 @@ class Recorder:
         state, context_length, best = self.state, self.config.model.context_length, None
         best_step, nats, weights_sha256 = self._best()
         if nats is not None:
-            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step, self.config.eval_tokens))
+            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step, self.config))
         return TrainResult(
             run=str(self.run.path),
             steps=state.step,
@@ -314,13 +324,15 @@ class Recorder:
     def _best(self) -> tuple[int, float | None, str]:
         """Return step, held-out nats per token and weights' hash of what speaks for the run: as `checkpoint.best` does."""
         assert self.newest is not None
-        step = self.state.best_step
+        step, newest = self.state.best_step, self.newest
+        if step == 0 < newest.step and all(at == 0 for at, _ in self.history):
+            return newest.step, None, newest.weights_sha256
         if step is not None:
             try:
                 return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
             except FirstwordsError as error:  # its save was refused
-                self._notice(f"{error}; using step {self.newest.step} instead of the best")
-        return self.newest.step, self.last_held_out, self.newest.weights_sha256
+                self._notice(f"{error}; using step {newest.step} instead of the best")
+        return newest.step, self.last_held_out, newest.weights_sha256
 
     def restore(self, *, more_time: bool = False) -> None:
         """Bring the run back to its newest valid checkpoint, and its journals with it.
@@ -399,14 +411,15 @@ class Recorder:
     def _extend(self, *, more_time: bool) -> None:
         """Take over a new length: the learning rate goes on as if it had been planned so."""
         state = self.state
-        if more_time:
+        if more_time and self.config.for_s is not None:  # recorded as what all of the run has, wherever it stops again
             state.total_steps = None
+            self.config = dataclasses.replace(self.config, for_s=self.config.for_s + state.elapsed_s)
         if self.config.steps is None:
             return
         if self.config.steps < state.step:
             what = f"the run has {state.step} steps already"
             raise ConfigError(what, where="--steps", do=f"give more than {state.step}, or begin a new run")
-        state.total_steps = self.config.steps
+        state.total_steps, state.eval_every = self.config.steps, self.config.eval_every
 
     def _still_true(self, predicted: Any) -> dict[str, Any] | None:
         """Return what was predicted, unless another number of steps is wanted by now."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from firstwords import reading, store
 from firstwords.config import Compile, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
-from firstwords.planning import known
+from firstwords.planning import budget, known
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
@@ -28,7 +29,7 @@ from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.corpus import Corpus
 from firstwords.text.sources import Texts
-from firstwords.training.events import Listener, Notice, Preparing
+from firstwords.training.events import Listener, Notice, Preparing, Told
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
 PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
@@ -121,6 +123,8 @@ def new(
         shape, tokenizer_json = describe(asked.from_)
         enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(_special(asked))
         shape["model.vocab_size"] = max(shape["model.vocab_size"], enlarged.vocab_size)
+        named = {key for layer in layers for key in layer}  # a run's own file says how the model was adapted
+        shape = {key: value for key, value in shape.items() if key not in ADAPTABLE & named}
         gently = {} if any("preset" in layer for layer in (*layers, given)) else GOING_ON
         place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
         given = {**gently, **shape, **given, "from_": place}
@@ -183,14 +187,24 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     return Asked(run, run_config(recorded, given), None, frozenset(key_types()), more_time=more_time)
 
 
-def prepare(asked: Asked, listener: Listener) -> Corpus:
+def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:
     """Return the prepared text of a run.
 
+    Args:
+        asked: What the caller wants.
+        listener: Told how far it is.
+        started_s: When the process began, on `time.perf_counter()`; by default now.
+
     Raises:
+        ConfigError: A text that takes longer than the time budget of a new run.
         DataError: Not the text that the configuration names by its hash, or too short for the context.
     """
     config = asked.config
-    prepared = _prepare_anew(config, asked.texts, listener) if asked.texts else _prepare_again(asked, listener)
+    if asked.texts:
+        within = _within(config, listener, time.perf_counter() if started_s is None else started_s)
+        prepared = _prepare_anew(config, asked.texts, within)
+    else:
+        prepared = _prepare_again(asked, listener)
     if config.text_sha256 not in (None, prepared.text_sha256):
         raise DataError(
             "the text is not the one that the run was made from",
@@ -198,8 +212,8 @@ def prepare(asked: Asked, listener: Listener) -> Corpus:
             why=f"its SHA-256 is {prepared.text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
             do="restore the text, or begin a new run",
         )
-    corpora.require_context(prepared.train, config.model.context_length)
     n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
+    corpora.require_context(prepared.train, SHORTEST_CONTEXT if _is_free(asked) else context_length)
     if not n_held_out:
         listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
     elif n_held_out < context_length:
@@ -229,6 +243,28 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
             do="restore it, or begin a new run",
         )
     return prepared
+
+
+def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener:
+    """Return the listener; where there is a time budget, one that refuses a text as soon as it is seen to be too large."""
+    for_s = _time_budget(config)
+    if for_s is None:
+        return listener
+    preparation = budget.Preparation(started_s, for_s)
+
+    def heard(told: Told) -> None:
+        listener(told)
+        if isinstance(told, Preparing) and told.share is not None:
+            took_s = preparation.too_long_s(time.perf_counter(), told.share)
+            if took_s is not None:
+                raise ConfigError(
+                    "no time is left to learn",
+                    where=flag("for_s"),
+                    why=f"it takes about {took_s:.0f} s to prepare this text, and the run has {for_s:.0f} s",
+                    do=f"give --for {math.ceil(2 * took_s / 60)}m or more, or a part of the text",
+                )
+
+    return heard
 
 
 def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
@@ -299,6 +335,7 @@ def settled(
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
     config = fitted(tokens, here)
+    corpora.require_context(prepared.train, config.model.context_length)
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
@@ -393,15 +430,22 @@ def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: f
     )
 
 
-def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> RunConfig:
-    """Return the configuration with the preset that is recommended, where neither it nor a part of it was named."""
+def _is_free(asked: Asked) -> bool:
+    """Whether the size is to be chosen: in a time budget of a new run, where neither a preset nor a part of one is named."""
+    config, named = asked.config, any(key == "preset" or key.startswith(("model.", "optim.")) for key in asked.given)
+    begins = asked.texts is not None and config.from_ is None
+    return begins and not named and config.steps is None and config.epochs is None
+
+
+def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine, n_tokens: int) -> RunConfig:
+    """Return the configuration with the preset that is recommended, where the size is to be chosen."""
     from firstwords.planning import plan
 
-    named = any(key == "preset" or key.startswith(("model.", "optim.")) for key in asked.given)
-    if named or asked.texts is None or config.from_ is not None or config.steps is not None or config.epochs is not None:
+    if not _is_free(asked):
         return config
     for_s = config.for_s or DEFAULT_FOR_S
-    best = plan.recommended([plan.of_preset(tokens, preset, for_s, here) for preset in plan.PRESETS])
+    able = [preset for preset in plan.PRESETS if plan.can_learn(preset, n_tokens)]
+    best = plan.recommended([plan.of_preset(tokens, preset, for_s, here) for preset in able])
     if best is None or best.preset == config.preset:
         return config
     other = run_config({"preset": best.preset, "model.vocab_size": config.model.vocab_size})
@@ -410,7 +454,8 @@ def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine) -> R
 
 def _fitted_to(asked: Asked, config: RunConfig, prepared: Corpus, tokens: Tokens, here: Machine) -> RunConfig:
     """Return the configuration with all that follows from the text, the time and the machine's speed."""
-    return _fitted(_chosen(config, asked, tokens, here), asked.given, tokens, here, prepared)
+    chosen = _chosen(config, asked, tokens, here, prepared.train.n_tokens)
+    return _fitted(chosen, asked.given, tokens, here, prepared)
 
 
 def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Machine, prepared: Corpus) -> RunConfig:
@@ -423,7 +468,8 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     if for_s is not None:
         rate = here.speed.tokens_per_s(config.model)
         learnt = recipe.expected_tokens(for_s, rate, tokens.held_out, tokens.start_s)
-        config = dataclasses.replace(config, eval_tokens=config.eval_tokens or recipe.eval_tokens(for_s, rate))
+        if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
+            config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))
     batch_size = config.batch_size or recipe.batch_size(context_length, learnt, ring)
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)

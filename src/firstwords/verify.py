@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from firstwords import resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
@@ -113,6 +115,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     if n_steps < 1 or not starts:
         most = last - min(map(checkpoint.step_of, whole), default=0)
         raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=f"allowed: from 1 to {most}")
+    machine.device(config.device)
     with machine.threads(config.threads):
         state = _state_at(starts[-1], config)
         return _compare(state, config, run, lines, state.step + n_steps)
@@ -144,14 +147,17 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
         states.taken(resolve.batches(config, corpora.load(folder)), state),
         resolve.fit_config(config),
     )
-    start = state.step
+    features = state.model.features
+    start, forward = state.step, torch.compile(features) if config.compile == "on" else features
     while state.step < end:
         state.total_steps = plans.get(state.step, state.total_steps)
         state.skipped += [rollbacks[state.step]] if state.step in rollbacks else []
         lr = learning_rate(state.step, config.optim, state.total_steps)
-        figures = train_step(state, batches(state.step), fit_config, lr, state.model.features)
+        figures = train_step(state, batches(state.step), fit_config, lr, forward)
         state.step += 1
-        line = recorded[state.step]
+        line = recorded.get(state.step)
+        if line is None:
+            raise DataError(f"step {state.step} is not in it", where=str(run.metrics.path), do="replay fewer steps")
         if figures != (line["nats_per_token"], line["grad_norm"]):
             wanted = line["nats_per_token"], line["grad_norm"]
             problem = f"step {state.step}: loss and gradient norm are {figures}, recorded are {wanted}"

@@ -59,7 +59,7 @@ class Record:
     evaluations: Table
     memorisation: Table
     every: int
-    best: Line | None  # the best evaluation's line
+    best: Line | None  # the best evaluation's line; None where what was learnt was not judged
     longest_copy: tuple[str, str]  # of the last look at memorisation: what was copied, and where it stands
     samples: tuple[tuple[int, str], ...]
     plans: tuple[Line, ...]
@@ -107,7 +107,7 @@ def read(
         evaluations=_with_training_bits(_table(evaluations, EVALUATION, places), text),
         memorisation=_table(looks, MEMORISATION, places),
         every=every,
-        best=next((line for line in reversed(evaluations) if line.get("best") is True), None),
+        best=_best(evaluations, began=bool(steps)),
         longest_copy=_longest_copy(looks[-1]) if looks else ("", ""),
         samples=tuple(
             (line["step"], line["text"])
@@ -130,6 +130,13 @@ def number(value: Any) -> float | int | None:
     """Return a value where it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
+
+
+def _best(evaluations: Sequence[Line], *, began: bool) -> Line | None:
+    """Return the line of the best evaluation; None where only the untrained model was judged, and the run has gone on."""
+    if began and not any(line.get("step") for line in evaluations):
+        return None
+    return next((line for line in reversed(evaluations) if line.get("best") is True), None)
 
 
 def _ended(events: Sequence[Line]) -> Line | None:

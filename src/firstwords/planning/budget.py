@@ -22,6 +22,8 @@ MOST_SLOWED = 4.0
 # The report at the end, and what the model says then: fixed, the best weights read, and the most of a budget.
 REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1
 LATE_SHARE = 0.02  # of the budget that a whole report may be late; what would be later is left out of it
+PREPARING_SHARE = 0.75  # of the budget, at most, may pass until the text is prepared
+SURE_S, SURE_SHARE = 3.0, 0.01  # of a pass over a text, from when on its speed tells when it ends
 
 
 def has_room_for(look_s: float, total_s: float) -> bool:
@@ -32,6 +34,37 @@ def has_room_for(look_s: float, total_s: float) -> bool:
 def report_s(total_s: float, checkpoint_bytes: int) -> float:
     """Return how long what follows the last evaluation may take, of a budget of `total_s`."""
     return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S, REPORT_SHARE * total_s)
+
+
+@dataclass
+class Preparation:
+    """How preparing a text goes, which may be too large for a budget.
+
+    Args:
+        started_s: When the process began.
+        total_s: The whole budget.
+    """
+
+    started_s: float
+    total_s: float
+    _pass_s: float = 0.0  # when this pass over the text began
+    _share: float = 1.0
+
+    def too_long_s(self, now_s: float, share: float) -> float | None:
+        """Return how long it takes from the process's start to the end of this pass, where that leaves no time to learn.
+
+        Args:
+            now_s: The time.
+            share: Of this pass that is done; less than the last time where a new one begins.
+        """
+        if share < self._share:
+            self._pass_s = now_s
+        self._share = share
+        took_s = now_s - self._pass_s
+        if took_s < SURE_S or share < SURE_SHARE:
+            return None
+        whole_s = self._pass_s + took_s / share - self.started_s
+        return whole_s if whole_s > PREPARING_SHARE * self.total_s else None
 
 
 @dataclass

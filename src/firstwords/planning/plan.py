@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from firstwords.config import ModelConfig, Precision, RunConfig, run_config
+from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.planning import prediction, recipe
 from firstwords.planning.facts import TextFacts
@@ -176,6 +177,11 @@ def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:
     return "high" if epochs > MANY_EPOCHS and can_hold > 0.5 else "some"
 
 
+def can_learn(preset: str, n_tokens: float) -> bool:
+    """Whether so many tokens of a text are a context of a preset and its target."""
+    return run_config({"preset": preset}).model.context_length < n_tokens
+
+
 def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate to take: `laptop` with a vocabulary of the text's own, unless another is clearly better.
 
@@ -271,11 +277,16 @@ def plan(facts: TextFacts, machine: Machine, for_s: float, target: float | None 
         machine: The machine.
         for_s: The time budget.
         target: Bits per byte to reach instead; what never gets there is left out.
+
+    Raises:
+        DataError: No candidate could learn from so short a text.
     """
     texts = tokenized(facts)
-    times = {
-        choice: for_s if target is None else time_for(texts[choice[0]], choice[1], target, machine) for choice in CHOICES
-    }
+    able = [(name, preset) for name, preset in CHOICES if can_learn(preset, texts[name].training - facts.n_documents)]
+    if not any(name == "bpe" for name, _ in able):
+        what = f"about {texts['bpe'].training:,.0f} tokens to learn from are less than a context of any candidate"
+        raise DataError(what, where="text", why="no candidate could learn from them", do="give more text")
+    times = {choice: for_s if target is None else time_for(texts[choice[0]], choice[1], target, machine) for choice in able}
     found = [of_preset(texts[name], preset, s, machine) for (name, preset), s in times.items() if s is not None]
     best = recommended(found) if target is None else soonest(found)
     return Plan(
@@ -308,7 +319,9 @@ def why(best: Candidate | None, candidates: Sequence[Candidate], target: float |
         return f"it is expected to reach {target} bits per byte first"
     if best.preset == "laptop":
         return f"no other that fits and was tried is expected to be better by more than {1 - BETTER:.0%}"
-    usual = next(one for one in candidates if (one.tokenizer, one.preset) == ("bpe", "laptop"))
+    usual = next((one for one in candidates if (one.tokenizer, one.preset) == ("bpe", "laptop")), None)
+    if usual is None:
+        return "it is expected to be the best of those that can learn from so short a text"
     return f"it is expected to be better than laptop by {1 - _bits(best) / _bits(usual):.0%}"
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -98,8 +98,15 @@ def silent(what: str, share: float | None) -> None:
     """Show no progress."""
 
 
-def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey:
+def survey(
+    documents: Iterable[Document], progress: Progress = silent, take: Callable[[bytes], object] = lambda _: None
+) -> Survey:
     """Read every document once.
+
+    Args:
+        documents: What is read.
+        progress: Told what is being done.
+        take: Given the hash of each document that is not empty.
 
     Raises:
         DataError: Nothing but white space in all of them.
@@ -114,6 +121,8 @@ def survey(documents: Iterable[Document], progress: Progress = silent) -> Survey
             blank = blank and not piece.strip()
         whole.update(digest.digest())
         n_chars.append(length)
+        if length:
+            take(digest.digest())
     if blank:
         what = "there is no text, only white space" if n_chars else "there is no text"
         raise DataError(what, where=name, why="there is nothing to learn from", do="name another text")
@@ -149,10 +158,14 @@ def prepare(
     if isinstance(tokenizer, str):
         parse_tokenizer(tokenizer)
     val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
-    found = survey(texts, progress)
-    found_val = None if val is None else survey(val, progress)
+    held, both = set[bytes](), Counter[bool]()
+    found_val = None if val is None else survey(val, progress, held.add)
+    found = survey(texts, progress, lambda digest: both.update([digest in held]))
     if found_val is not None and found_val.sha256 == found.sha256:
         notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
+    elif both[True]:
+        which = "1 document is" if both[True] == 1 else f"{both[True]} documents are"
+        notice(f"{which} both learnt from and held out: the held-out figures will be too good")
     folder = cache / _key(found, found_val, fraction, tokenizer, special)
     store.make_folder(cache)
     _remove_abandoned(cache)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]  # told one line that a person should read
 
 SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, each also with .gz
+RUN_PARTS = ("config.toml", "checkpoints")  # of a run folder, whose journals are no text
 PIECE_BYTES = 2**20
 HEAD_BYTES = 2**16  # looked at before anything is read in full
 LONGEST_NAME = 60  # characters of a short name: with a number behind it, it must still be the name of a folder
@@ -254,6 +255,10 @@ def _text_files(folder: Path, notice: Notice) -> list[Path]:
     found = []
     with _errors_of(_shown(folder)):
         for parent, folders, files in os.walk(folder, onerror=_raise):
+            if set(RUN_PARTS) <= {*folders, *files}:
+                notice(f"{_shown(Path(parent))}: skipped, it is a run and no text")
+                folders[:] = []
+                continue
             folders[:] = [name for name in folders if not name.startswith(".")]
             for link in filter(Path.is_symlink, (Path(parent, name) for name in folders)):
                 notice(f"{_shown(link)}: skipped, it is a link to a folder")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from firstwords.model.gpt import GPTModel
 from firstwords.model.loss import bits_per_byte, perplexity, token_figures, token_nats
 from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
+
+if TYPE_CHECKING:
+    from firstwords.config import RunConfig
 
 TOKENS_AT_ONCE = EVALUATED_AT_ONCE  # fixed, so that a figure never depends on a run's batch size
 HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
@@ -153,10 +156,13 @@ def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens:
     return Evaluation.of_mean(nats_per_token, *_counts(part, _plan(part, context_length, most_tokens)))
 
 
-def held_out_tokens(step: int, eval_tokens: int | None) -> int:
-    """Return by how many held-out tokens, at most, a run judges itself at a step; `eval_tokens` is what it recorded."""
-    most = eval_tokens or HELD_OUT_TOKENS
-    return most if step else min(most, FIRST_TOKENS)
+def held_out_tokens(step: int, config: RunConfig) -> int:
+    """Return by how many held-out tokens, at most, a run judges itself at a step.
+
+    Fewer at step 0, but for a model that has learnt before: that may stay the best, and is held against later ones.
+    """
+    most = config.eval_tokens or HELD_OUT_TOKENS
+    return min(most, FIRST_TOKENS) if step == 0 and config.from_ is None else most
 
 
 def cost_in_tokens(held_out_tokens: float) -> float:
@@ -183,8 +189,9 @@ def _counts(part: Part, plan: list[Window]) -> tuple[int, int]:
 
 
 def _spread(plan: list[Window], share: float) -> list[Window]:
-    """Return about that share of the windows, at even distances."""
-    return [plan[int((i + 0.5) / share)] for i in range(int(len(plan) * share))]
+    """Return about that share of the windows, at even distances; where it is less than one, the one in the middle."""
+    count = int(len(plan) * share)
+    return [plan[int((i + 0.5) / share)] for i in range(count)] or [plan[len(plan) // 2]]
 
 
 @torch.no_grad()
