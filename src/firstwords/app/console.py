@@ -24,6 +24,7 @@ from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError
+from firstwords.model.sampling import Sampling
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Told, Trained
 
@@ -134,7 +135,8 @@ class Console:
             self.out.print(f"report    {visible(str(report))}")
         lm = self._lm or api.load(result.run)
         self.out.print("\nit says:")
-        self._to_the_letter(lm.generate(max_new_tokens=120) + "\n")
+        said = lm.generate(max_new_tokens=120, sampling=Sampling(temperature=api.SAMPLE_TEMPERATURE))
+        self._to_the_letter(f"{said}\n")
 
     def _to_the_letter(self, text: str, style: str = "") -> None:
         """Show what a model read or says as it is; printed in the usual way, its tabs would become spaces."""
