@@ -52,6 +52,8 @@ KINDS = {
     "japanese": "manual pages, Japanese (Debian manpages-ja)",
     "javascript": "JavaScript (the packages that node-llama-cpp installs)",
     "sources": "Python (transformers)",
+    "handbook": "a handbook, English (Debian vim-runtime)",
+    "spanish": "proverbs and quotations, Spanish (Debian fortunes-es)",
 }
 SLICES = {
     "dialogue": (60_000, 300_000),
@@ -68,7 +70,8 @@ SLICES = {
     "japanese": (200_000,),
     "javascript": (100_000,),
 }
-SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story")  # that small models read
+SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story", "handbook", "spanish")
+LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
 BYTES_A_TOKEN = 3.2  # about
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
@@ -101,9 +104,7 @@ def cases() -> list[Case]:
     for preset, tokens in (("laptop-tiny", 800_000), ("laptop-mini", 400_000)):
         found += [Case(name, 0, preset, tokens) for name in SHORT]
     found += [Case(name, 0, "laptop-tiny", 200_000) for name in SHORT]
-    found += [
-        Case(name, 0, "laptop-tiny", 2_400_000) for name in ("torch", "prose", "german", "dialogue", "python", "russian")
-    ]
+    found += [Case(name, 0, "laptop-tiny", 2_400_000) for name in LONG]
     found += [Case(name, 0, "laptop-mini", 1_500_000) for name in ("dialogue", "prose")]
     found += [Case(name, 0, preset, 400_000) for name in ("dialogue", "german") for preset in ("laptop-small", "laptop")]
     found += [Case(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
