@@ -325,7 +325,8 @@ class Recorder:
         """Return step, held-out nats per token and weights' hash of what speaks for the run: as `checkpoint.best` does."""
         assert self.newest is not None
         step, newest = self.state.best_step, self.newest
-        if step == 0 < newest.step and all(at == 0 for at, _ in self.history):
+        plan = self.state.eval_every, self.state.total_steps
+        if step == 0 < newest.step and not checkpoint.judged_since_start(newest.step, *plan):
             return newest.step, None, newest.weights_sha256
         if step is not None:
             try:
