@@ -4,8 +4,8 @@
 
 TEXTS is a folder of `NAME.txt`. Each pair of text and budget is one `firstwords train` in a process of its own, after one
 `firstwords plan` for the machine; rows that benchmarks/promises.jsonl holds are not run again. The machine should do nothing
-else meanwhile. The texts: those of benchmarks/prediction.py, which the law was fitted to, and two that it was not: Vim's
-handbook (Debian vim-runtime) and Spanish proverbs and quotations (Debian fortunes-es).
+else meanwhile. The texts: those of benchmarks/prediction.py, which the law was fitted to, and two that it was not: essays in
+Markdown (Debian anarchism) and Italian proverbs and quotations (Debian fortunes-it).
 """
 
 from __future__ import annotations
