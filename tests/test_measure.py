@@ -11,7 +11,7 @@ import torch
 from command import Command, Refused
 from firstwords.config import run_config
 from firstwords.planning import machine, measure
-from firstwords.planning.speed import Speed, point
+from firstwords.planning.speed import Speed, guessed, point
 
 TRIES = 3  # where a limit was passed: it was measured a moment before, and others may have used the machine then
 
@@ -49,17 +49,42 @@ def test_the_speed_of_now_is_measured_and_what_was_known_before_only_tells_the_s
         run_config({"preset": name, "model.vocab_size": 512, "precision": "float32"}) for name in ("laptop-small", "laptop")
     )
     before = Speed(((small.model, 2e-7), (usual.model, 1e-6)))  # a million tokens a second: no machine here is that fast
-    now = measure.speed_now(small, before, most_s=0.2)
+    point = measure.point_now(small, before, most_s=0.2)
+    assert point is not None
+    now = before.now(point, others=True)
     assert 10 < now.tokens_per_s(small.model) < 1e6
     assert now.tokens_per_s(small.model) == pytest.approx(5 * now.tokens_per_s(usual.model))
     dropping = dataclasses.replace(small, model=dataclasses.replace(small.model, drop_rate=0.1), batch_size=1)
-    assert 10 < measure.speed_now(dropping, before, most_s=0.2).tokens_per_s(dropping.model, 256) < 1e6
+    point = measure.point_now(dropping, before, most_s=0.2)
+    assert point is not None
+    assert 10 < before.now(point, others=True).tokens_per_s(dropping.model, 256) < 1e6
 
 
 def test_what_is_too_slow_for_its_time_is_not_measured() -> None:
     config = run_config({"preset": "laptop-small", "model.vocab_size": 512})
     before = Speed(((config.model, 1.0),))  # a second for a token
-    assert measure.speed_now(config, before, most_s=1.0) is before
+    assert measure.point_now(config, before, most_s=1.0) is None
+
+
+def test_a_second_size_that_is_measured_leaves_the_others_as_they_are() -> None:
+    tiny, mini, usual = (
+        run_config({"preset": name, "model.vocab_size": 512}).model for name in ("laptop-tiny", "laptop-mini", "laptop")
+    )
+    before = Speed(((mini, 2e-4), (usual, 1e-3)))
+    once = before.now((usual, 2e-3), others=True)
+    assert once.tokens_per_s(mini) == pytest.approx(before.tokens_per_s(mini) / 2)
+    twice = once.now((mini, 1e-4), others=False)
+    assert twice.tokens_per_s(usual) == pytest.approx(once.tokens_per_s(usual)) == pytest.approx(500)
+    assert twice.tokens_per_s(mini) == pytest.approx(10_000)
+    assert twice.now((tiny, 1e-5), others=False).tokens_per_s(tiny) == pytest.approx(100_000)
+
+
+@pytest.mark.parametrize("preset", ["laptop-tiny", "laptop-mini", "laptop-large"])
+def test_where_nothing_was_measured_one_size_tells_how_fast_all_are(preset: str) -> None:
+    here, other = (run_config({"preset": name, "model.vocab_size": 512}).model for name in (preset, "laptop"))
+    guess = guessed(1e11)
+    twice = guess.now((here, 2 / guess.tokens_per_s(here)), others=True)
+    assert twice.tokens_per_s(other) == pytest.approx(guess.tokens_per_s(other) / 2)
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])

@@ -14,13 +14,13 @@ from command import TEXT, Command, Refused, write
 from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
 from firstwords import api, resolve
-from firstwords.config import run_config
+from firstwords.config import RunConfig, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import WORDS, Prediction
-from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDE, Speed
+from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDE, Point, Speed
 from firstwords.text import sources
 from firstwords.training.events import ignore
 
@@ -327,6 +327,23 @@ def test_another_preset_is_taken_where_it_is_clearly_better_and_none_was_named(
     assert settled(preset="laptop", for_s=60.0) == ("laptop", 192)
     assert settled(steps=3) == ("laptop", 192)
     assert settled(**{"model.n_layers": 3, "for_s": 60.0, "seed": 1}) == ("laptop", 192)
+
+
+def test_the_size_that_is_taken_is_one_whose_speed_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = str(write(tmp_path / "story.txt", STORY))
+    best, measured, point_now = ["laptop-small"], list[str](), measure.point_now
+
+    def spied(config: RunConfig, before: Speed, most_s: float) -> Point | None:
+        measured.append(config.preset)
+        best[0] = "laptop-mini"  # what the first steps tell makes it the better one
+        return point_now(config, before, most_s)
+
+    monkeypatch.setattr(measure, "point_now", spied)
+    monkeypatch.setattr(plan, "recommended", lambda candidates: next(c for c in candidates if c.preset == best[0]))
+    asked = resolve.new(tmp_path / "run", None, {"text": (story,), "for_s": 60.0}, lambda source: ({}, b""), ignore)
+    config, _ = resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)
+    assert config.preset == best[0] == "laptop-mini"
+    assert measured == ["laptop-small", "laptop-mini"]
 
 
 def test_memory_that_the_process_had_before_its_first_step_is_foretold_too(tmp_path: Path) -> None:

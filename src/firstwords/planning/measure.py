@@ -80,22 +80,19 @@ def learning_speed(precision: Precision) -> Speed:
     return Speed(tuple(_point(preset, n_words, precision, guess) for preset, n_words in MEASURED))
 
 
-def speed_now(config: RunConfig, before: Speed, most_s: float) -> Speed:
+def point_now(config: RunConfig, before: Speed, most_s: float) -> Point | None:
     """Return how fast this machine's CPU learns at this moment, from some steps of what is to be trained.
 
     What others do on a machine changes from one hour to the next: a laptop in its case, a rented part of a server.
 
     Args:
         config: Settled as far as shape, optimizer, precision and batch go.
-        before: What was measured or guessed before; it tells the sizes apart, and stays where one sequence takes too long.
-        most_s: The seconds that this may take, about.
+        before: What was measured or guessed before: how many sequences a step may have.
+        most_s: The seconds that this may take, about; None is returned where one sequence takes too long.
     """
     T, limit = config.model.context_length, config.batch_size or ROWS
     rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
-    if not rows:
-        return before
-    took_s = step_s(config, rows, PACE_STEPS, most_s)
-    return before.slowed(took_s * before.tokens_per_s(config.model, rows * T) / (rows * T))
+    return speeds.point(config.model, rows * T, step_s(config, rows, PACE_STEPS, most_s)) if rows else None
 
 
 def _point(preset: str, n_words: int, precision: Precision, guess: Speed) -> Point:

@@ -39,10 +39,19 @@ class Speed:
         kept = DROPPING_SHARE if model.drop_rate else 1.0
         return kept * self._measured(model) * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
 
-    def slowed(self, times: float) -> Speed:
-        """Return the speed of this machine when everything takes so many times as long."""
-        points = tuple((shape, token_s * times) for shape, token_s in self.points)
-        return Speed(points, self.flops_per_s / times)
+    def now(self, point: Point, *, others: bool) -> Speed:
+        """Return the speed of this machine where one shape was measured anew.
+
+        Args:
+            point: What was measured.
+            others: Whether all other shapes are taken to be as much slower or faster than they were.
+        """
+        model, token_s = point
+        times = token_s * self._measured(model)
+        points = tuple(
+            (shape, was_s * times if others or same_layers(shape, model) else was_s) for shape, was_s in self.points
+        )
+        return Speed(points if any(same_layers(shape, model) for shape, _ in points) else (*points, point))
 
     def _measured(self, model: ModelConfig) -> float:
         if not self.points:
