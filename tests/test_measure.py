@@ -49,15 +49,15 @@ def test_the_speed_of_now_is_measured_and_what_was_known_before_only_tells_the_s
         run_config({"preset": name, "model.vocab_size": 512, "precision": "float32"}) for name in ("laptop-small", "laptop")
     )
     before = Speed(((small.model, 2e-7), (usual.model, 1e-6)))  # a million tokens a second: no machine here is that fast
-    point = measure.point_now(small, before, most_s=0.2)
-    assert point is not None
-    now = before.now(point, others=True)
+    measured = measure.point_now(small, before, most_s=0.2)
+    assert measured is not None
+    now = before.now(measured, others=True)
     assert 10 < now.tokens_per_s(small.model) < 1e6
     assert now.tokens_per_s(small.model) == pytest.approx(5 * now.tokens_per_s(usual.model))
     dropping = dataclasses.replace(small, model=dataclasses.replace(small.model, drop_rate=0.1), batch_size=1)
-    point = measure.point_now(dropping, before, most_s=0.2)
-    assert point is not None
-    assert 10 < before.now(point, others=True).tokens_per_s(dropping.model, 256) < 1e6
+    measured = measure.point_now(dropping, before, most_s=0.2)
+    assert measured is not None
+    assert 10 < before.now(measured, others=True).tokens_per_s(dropping.model, 256) < 1e6
 
 
 def test_what_is_too_slow_for_its_time_is_not_measured() -> None:

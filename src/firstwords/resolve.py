@@ -331,9 +331,7 @@ def settled(
         tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
         if device.type == "cpu" and _time_budget(config) is not None and config.compile != "on":
-            here = dataclasses.replace(
-                here, speed=_speed_now(lambda speed: fitted(tokens, dataclasses.replace(here, speed=speed)), rate)
-            )
+            here = _at_this_moment(here, functools.partial(fitted, tokens))
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
     config = fitted(tokens, here)
@@ -409,21 +407,21 @@ def speed(device: torch.device, precision: Precision, config: RunConfig, found: 
     return before or speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
 
 
-def _speed_now(fitted: Callable[[Speed], RunConfig], before: Speed) -> Speed:
-    """Return how fast the machine is at this moment, by steps of what is to be trained: a fiftieth of its time.
+def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Machine:
+    """Return the machine as fast as some steps of what is to be trained show it: a fiftieth of the time.
 
     The first steps tell how much slower or faster everything is than it was. Where another size is the better one then, it
     is measured as well: what tells sizes apart is only about right.
     """
     from firstwords.planning import measure
 
-    speed, measured = before, list[str]()
-    while (config := fitted(speed)).preset not in measured:
-        point = measure.point_now(config, speed, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))
+    measured = list[str]()
+    while (config := fitted(here)).preset not in measured:
+        point = measure.point_now(config, here.speed, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))
         if point is not None:
-            speed = speed.now(point, others=not measured)
+            here = dataclasses.replace(here, speed=here.speed.now(point, others=not measured))
         measured.append(config.preset)
-    return speed
+    return here
 
 
 def _time_budget(config: RunConfig) -> float | None:
