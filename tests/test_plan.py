@@ -123,6 +123,14 @@ def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
     )
     assert plan.recommended([usual, short]) == short
     assert plan.recommended([usual, long]) == usual
+    hard = WORDS["difficulty"][True]  # of the text, so of every candidate
+    of_hard_text = [
+        dataclasses.replace(one, expected=Prediction(*one.expected.range, (*one.expected.beyond, hard)))
+        for one in (usual, short, long)
+        if one.expected
+    ]
+    assert plan.recommended(of_hard_text) == of_hard_text[1]
+    assert plan.recommended([of_hard_text[0], of_hard_text[2]]) == of_hard_text[0]
     assert plan.recommended([]) is None
 
 

@@ -185,16 +185,17 @@ def can_learn(preset: str, n_tokens: float) -> bool:
 def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate to take: `laptop` with a vocabulary of the text's own, unless another is clearly better.
 
-    Only what fits into memory, and whose recipe was tried, is recommended; and instead of `laptop` only what lies within
-    all that was tried, or in a shorter run: the less a run learns from, the smaller is what it learns best.
+    Only what fits into memory, and whose recipe was tried, is recommended; and instead of `laptop` only what lies beyond
+    nothing that was tried which `laptop` does not lie beyond too, such as by its text, or in a shorter run: the less a run
+    learns from, the smaller is what it learns best.
     """
     known = _eligible(candidates)
     usual = next((one for one in known if one.preset == "laptop"), None)
     if usual is None:
         return min(known, key=_bits, default=None)
-    surer = [one for one in known if one.expected and not {*one.expected.beyond} - {prediction.SHORTER_RUN}]
-    surer = [one for one in surer if _bits(one) < BETTER * _bits(usual)]
-    return min(surer, key=_bits, default=usual)
+    shared = {prediction.SHORTER_RUN, *(usual.expected.beyond if usual.expected else ())}
+    as_sure = [one for one in known if one.expected and shared.issuperset(one.expected.beyond)]
+    return min((one for one in as_sure if _bits(one) < BETTER * _bits(usual)), key=_bits, default=usual)
 
 
 def _bits(candidate: Candidate) -> float:
