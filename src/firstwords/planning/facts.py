@@ -20,6 +20,7 @@ from firstwords.text.tokenizer import Tokenizer
 PASSAGE_BYTES = 64  # repeated to the letter, they are no chance
 FINGERPRINTS = 64  # one passage of so many is remembered
 FINGERPRINT_BYTES = 64 << 20  # of a text are searched for repeated passages
+IDS_AT_ONCE = 1 << 17
 HASHED_BYTES = 1 << 18  # at once: each takes up to 40 bytes of memory meanwhile
 FEWEST_SHARE = 0.01  # of the letters that a script must have to be named
 ENGLISH = re.compile(rb"\b(?:the|and|of|to|in|that|he|was|it|is|for|with|as|his|on|be|at|by|I)\b")
@@ -95,7 +96,8 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
     """
     found = corpora.survey(texts, progress)
     cuts = [int((1 - val_fraction) * n) for n in found.n_chars]
-    training, held_out = _Spread(sum(cuts), difficulty.TRAINING_BYTES), _Spread(found.total_chars - sum(cuts))
+    training = _Spread(sum(cuts), difficulty.TRAINING_BYTES)
+    held_out = _Spread(found.total_chars - sum(cuts), difficulty.HELD_OUT_BYTES)
     passages = _Passages()
     for document, cut in zip(texts, cuts, strict=True):
         _take(document, cut, training, held_out, passages)
@@ -114,19 +116,25 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
 
 
 def sample_of(corpus: Corpus) -> Sample:
-    """Return about the sample that `read` takes, from a prepared text."""
+    """Return the sample that `read` takes, from a prepared text: its chunks are cut between tokens."""
     parts = ((corpus.train, difficulty.TRAINING_BYTES), (corpus.val, difficulty.HELD_OUT_BYTES))
     return Sample(*(_decoded(part, corpus, most_bytes) for part, most_bytes in parts))
 
 
 def _decoded(part: Part, corpus: Corpus, most_bytes: int) -> tuple[bytes, ...]:
+    """Return evenly spread chunks of a part. Where they lie is told by bytes: how many a token has changes on the way."""
     if not part.n_tokens:
         return ()
-    token_bytes = max(1e-9, float(part.id_bytes[part.ids[: 1 << 16]].mean()))
-    ranges = _ranges(len(part.ids), difficulty.CHUNKS, int(most_bytes / difficulty.CHUNKS / token_bytes))
-    chunks = (part.ids[start:end] for start, end in ranges)
-    last = corpus.tokenizer.end_of_text
-    return tuple(corpus.tokenizer.encoding.decode_bytes(ids[ids != last].tolist()) for ids in chunks)
+    ranges, at = _ranges(part.n_bytes, difficulty.CHUNKS, most_bytes // difficulty.CHUNKS), 0
+    chunks: list[list[int]] = [[] for _ in ranges]
+    for ids in part.pieces(IDS_AT_ONCE):
+        ends = at + np.cumsum(part.id_bytes[ids], dtype=np.int64)
+        at = int(ends[-1])
+        for i, bounds in enumerate(ranges):
+            first, last = np.searchsorted(ends, bounds, side="right")
+            chunks[i] += ids[first:last].tolist()
+    end_of_text, decode = corpus.tokenizer.end_of_text, corpus.tokenizer.encoding.decode_bytes
+    return tuple(decode([token for token in chunk if token != end_of_text]) for chunk in chunks)
 
 
 def scripts(text: str) -> dict[str, float]:
@@ -157,7 +165,7 @@ class _Spread:
     """Takes evenly spread chunks out of a stream of known length as it passes."""
 
     total_chars: int
-    most_bytes: int = difficulty.HELD_OUT_BYTES
+    most_bytes: int
     n_bytes: int = 0
     _at: int = 0
     _taken: dict[int, list[str]] = field(default_factory=dict)
