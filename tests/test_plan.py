@@ -410,11 +410,11 @@ def test_plans_are_json_without_infinities(found: facts.TextFacts) -> None:
 def test_a_preset_s_batch_is_the_recipe_s() -> None:
     one = laptop(180)
     model = run_config({"model.vocab_size": TOKENS.vocab_size}).model
-    usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.held_out)
+    usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.beside)
     assert one.batch_size == recipe.batch_size(256, usual, TOKENS.training)
     assert recipe.drop_rate(one.epochs)
     dropping = dataclasses.replace(model, drop_rate=recipe.drop_rate(one.epochs))
-    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.held_out)
+    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.beside)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
 
 

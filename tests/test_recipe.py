@@ -10,7 +10,9 @@ import pytest
 
 from conftest import STORY
 from firstwords import api
+from firstwords.insight import memorisation
 from firstwords.planning import recipe
+from firstwords.planning.recipe import Beside
 from firstwords.training.evaluate import HELD_OUT_TOKENS
 
 UNSEEN: dict[str, Any] = {"report": False, "meter": False, "eval_every": 10**6}  # nobody looks at what was learnt
@@ -43,11 +45,17 @@ def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(c
 
 
 def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() -> None:
-    once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, held_out_tokens=0) for seconds in (600, 1200, 1800))
+    once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, Beside(0)) for seconds in (600, 1200, 1800))
     assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
     assert once > 0
-    assert recipe.expected_tokens(600, 1e4, held_out_tokens=50_000) < once
-    assert recipe.expected_tokens(600, 1e4, 0, start_s=recipe.START_S + 100) == pytest.approx(once - 100 * 1e4)
+    assert recipe.expected_tokens(600, 1e4, Beside(50_000)) < once
+    assert recipe.expected_tokens(600, 1e4, Beside(0, start_s=recipe.START_S + 100)) == pytest.approx(once - 100 * 1e4)
+
+
+def test_looking_up_in_a_long_text_what_the_model_says_takes_time_that_it_does_not_learn_in() -> None:
+    short, long, longer = (recipe.expected_tokens(120, 1e4, Beside(0, text_bytes=size)) for size in (1e6, 5e7, 1e10))
+    assert long == pytest.approx(short - 1e4 * memorisation.last_look_s(5e7))
+    assert longer == short  # a run of two minutes does not look in so long a text
 
 
 def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
@@ -63,11 +71,13 @@ def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
 
 @pytest.mark.parametrize("seconds", [30.0, 180.0, 3600.0])
 @pytest.mark.parametrize("held_out_tokens", [0, 50_000])
+@pytest.mark.parametrize("text_bytes", [0, 5e7])
 def test_the_time_that_tokens_take_is_the_inverse_of_the_tokens_that_a_time_gives(
-    seconds: float, held_out_tokens: int
+    seconds: float, held_out_tokens: int, text_bytes: float
 ) -> None:
-    tokens = recipe.expected_tokens(seconds, 2e4, held_out_tokens)
-    assert recipe.elapsed_s(tokens, 2e4, held_out_tokens) == pytest.approx(seconds, rel=0.09)  # the share of evaluations
+    beside = Beside(held_out_tokens, text_bytes)
+    tokens = recipe.expected_tokens(seconds, 2e4, beside)
+    assert recipe.elapsed_s(tokens, 2e4, beside) == pytest.approx(seconds, rel=0.09)  # the share of evaluations
 
 
 def test_a_text_that_is_read_often_is_learnt_with_more_dropout() -> None:

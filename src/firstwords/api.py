@@ -225,7 +225,7 @@ def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
     from firstwords.insight.memorisation import last_look_s
 
     report_s = budget.report_s(for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
-    look_s = last_look_s(prepared.train) if config.meter else 0.0
+    look_s = last_look_s(prepared.train.n_bytes) if config.meter else 0.0
     return report_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
 
 
@@ -371,7 +371,7 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
         due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
         if not (at_last or (due and meter.text.is_kept)):
             return None
-        if config.for_s is not None and not budget.has_room_for(last_look_s(corpus.train), config.for_s):
+        if config.for_s is not None and not budget.has_room_for(last_look_s(corpus.train.n_bytes), config.for_s):
             line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
             recorder.listener(Notice(line))
             return None

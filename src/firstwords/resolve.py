@@ -477,7 +477,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
         rate = here.speed.tokens_per_s(config.model)
-        learnt = recipe.expected_tokens(for_s, rate, tokens.held_out, tokens.start_s)
+        learnt = recipe.expected_tokens(for_s, rate, tokens.beside)
         if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
             config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))
     batch_size = config.batch_size or recipe.batch_size(context_length, learnt, ring)

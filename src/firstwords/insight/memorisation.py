@@ -257,9 +257,9 @@ class Meter:
         return copies(self._held_out, self.text) if self._held_out else None
 
 
-def last_look_s(train: Part) -> float:
-    """Return how long measuring takes at the end of a run, about; 0 for a text so short that a look takes a moment."""
-    return PASSES * train.n_bytes / PASSED_BYTES_PER_S if train.n_bytes > KEPT_BYTES else 0.0
+def last_look_s(n_bytes: float) -> float:
+    """Return how long measuring takes at the end of a run on so much text; 0 where it is so short that it takes a moment."""
+    return PASSES * n_bytes / PASSED_BYTES_PER_S if n_bytes > KEPT_BYTES else 0.0
 
 
 def held_out_pieces(val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = YARDSTICKS) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from firstwords.model import cost
 from firstwords.planning import prediction, recipe
 from firstwords.planning.facts import TextFacts
 from firstwords.planning.prediction import Prediction, Situation
+from firstwords.planning.recipe import Beside
 from firstwords.planning.speed import Speed
 from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
@@ -48,6 +49,11 @@ class Tokens:
     difficulty: float  # of the text; see `planning.difficulty`
     repeated: float = 0.0  # of the text's sample
     start_s: float = recipe.START_S  # from the start of the process until a model of it is looked at
+
+    @property
+    def beside(self) -> Beside:
+        """What a run on it does beside learning."""
+        return Beside(self.held_out, self.training_bytes, self.start_s)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
 
     def learnt_at(rate: float) -> float:
         if config.for_s is not None:
-            return recipe.expected_tokens(config.for_s, rate, tokens.held_out, tokens.start_s)
+            return recipe.expected_tokens(config.for_s, rate, tokens.beside)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
     batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
@@ -126,7 +132,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
-    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
+    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.beside)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
     memory = cost.training_bytes(model, micro, config.precision)
     mapped = cost.mapped_bytes(model.vocab_size, tokens.training, learnt / model.context_length)
@@ -213,7 +219,7 @@ def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> floa
     model = _dropping(model, preset, learnt / max(1.0, tokens.training))
     batch_size = recipe.batch_size(model.context_length, learnt, tokens.training)
     rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
-    return recipe.elapsed_s(learnt, rate, tokens.held_out, tokens.start_s)
+    return recipe.elapsed_s(learnt, rate, tokens.beside)
 
 
 def _model(tokens: Tokens, preset: str) -> ModelConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from firstwords.insight.memorisation import last_look_s
 from firstwords.planning import budget
 from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
 
@@ -34,34 +36,50 @@ def look_s(for_s: float, tokens_per_s: float, held_out_tokens: float) -> float:
     return SPOKEN_S + cost_in_tokens(judged) / tokens_per_s
 
 
-def expected_tokens(for_s: float, tokens_per_s: float, held_out_tokens: float, start_s: float = START_S) -> float:
+@dataclass(frozen=True)
+class Beside:
+    """What a run does beside learning.
+
+    Args:
+        held_out_tokens: Of the text, which it judges itself by.
+        text_bytes: Of the training text, in which what it says at the end is looked up.
+        start_s: From the start of the process to the first look at the model.
+    """
+
+    held_out_tokens: float
+    text_bytes: float = 0.0
+    start_s: float = START_S
+
+
+def expected_tokens(for_s: float, tokens_per_s: float, beside: Beside) -> float:
     """Return from how many tokens a run of so many seconds will learn, about.
 
     Args:
         for_s: The time budget, all in.
         tokens_per_s: At which this machine learns.
-        held_out_tokens: Of the text.
-        start_s: From the start of the process to the first look at the model.
+        beside: What else takes time.
     """
-    return tokens_per_s * max(1.0, _learning_s(for_s, tokens_per_s, held_out_tokens, start_s))
+    return tokens_per_s * max(1.0, _learning_s(for_s, tokens_per_s, beside))
 
 
-def elapsed_s(tokens: float, tokens_per_s: float, held_out_tokens: float, start_s: float = START_S) -> float:
+def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
     """Return how long a run on so many tokens takes, all in, about: the inverse of `expected_tokens`."""
-    least_s = start_s + budget.REPORT_S + tokens / tokens_per_s
-    low_s, high_s = least_s, 2 * least_s + 4 * (SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / tokens_per_s)
+    least_s = beside.start_s + budget.REPORT_S + tokens / tokens_per_s
+    rest_s = last_look_s(beside.text_bytes) + 4 * (SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / tokens_per_s)
+    low_s, high_s = least_s, 2 * least_s + rest_s
     while high_s - low_s > NEAR_SHARE * high_s:
         middle_s = (low_s + high_s) / 2
-        enough = tokens_per_s * _learning_s(middle_s, tokens_per_s, held_out_tokens, start_s) >= tokens
+        enough = tokens_per_s * _learning_s(middle_s, tokens_per_s, beside) >= tokens
         low_s, high_s = (low_s, middle_s) if enough else (middle_s, high_s)
     return high_s
 
 
-def _learning_s(for_s: float, tokens_per_s: float, held_out_tokens: float, start_s: float) -> float:
+def _learning_s(for_s: float, tokens_per_s: float, beside: Beside) -> float:
     """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
-    each_s = look_s(for_s, tokens_per_s, held_out_tokens)
-    first_s = SPOKEN_S + cost_in_tokens(min(held_out_tokens, FIRST_TOKENS)) / tokens_per_s
-    return for_s - start_s - first_s - budget.REPORT_S - budget.looks(for_s, each_s) * each_s
+    each_s, last_s = look_s(for_s, tokens_per_s, beside.held_out_tokens), last_look_s(beside.text_bytes)
+    first_s = SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
+    end_s = budget.REPORT_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
+    return for_s - beside.start_s - first_s - end_s - budget.looks(for_s, each_s) * each_s
 
 
 def batch_size(context_length: int, run_tokens: float | None, text_tokens: float = math.inf) -> int:
