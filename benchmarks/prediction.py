@@ -305,13 +305,10 @@ def law_of(theta: Any, spread: float, runs: list[Run]) -> dict[str, Any]:
     """Return what the package holds."""
     from firstwords.planning import prediction
 
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
     every = [prediction.numbers(run.at) for run in runs]
     return {
         "fitted": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "data": "benchmarks/prediction_runs.jsonl",
         "runs": len(runs),
         "texts": sorted({KINDS[run.text] for run in runs}),

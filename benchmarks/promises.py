@@ -24,7 +24,7 @@ from typing import Any
 
 from prediction import KINDS
 
-from record import ROOT, report
+from record import ROOT, commit, report
 
 ROWS = ROOT / "benchmarks/promises.jsonl"
 TEXTS, BUDGETS = ("story", "dialogue", "prose", "torch", "sources"), ("1m", "3m", "10m")
@@ -72,6 +72,7 @@ def trained(text: Path, budget: str, measured: Path) -> dict[str, Any]:
             "steps": result["steps"],
         },
         "budget_s": seconds(budget),
+        "commit": commit(),
         "load": os.getloadavg()[0],
     }
 
@@ -100,6 +101,7 @@ def line(row: dict[str, Any]) -> list[str]:
         f"{predicted['memory_bytes'] / 1e9:.2f} GB, {actual['memory_bytes'] / 1e9:.2f} GB{mark['memory']}",
         f"{predicted['tokens_per_s']:,.0f}, {actual['tokens_per_s']:,.0f}{mark['speed']}",
         f"{low:.2f} to {high:.2f}, {actual['bits_per_byte']:.3f}{mark['bits']}",
+        row["commit"][:7],
     ]
 
 
@@ -127,7 +129,7 @@ def main() -> None:
     shares = ", ".join(f"{name} {sum(found[name] for found in verdicts)} of {len(rows)}" for name in verdicts[0])
     width = statistics.median(row["predicted"]["bits_per_byte"][2] - row["predicted"]["bits_per_byte"][0] for row in rows)
     print(f"kept: {shares}; median width of the range {width:.2f}", file=sys.stderr)
-    head = ["text", "time", "peak memory", "tokens/s, all in", "held-out bits per byte"]
+    head = ["text", "time", "peak memory", "tokens/s, all in", "held-out bits per byte", "commit"]
     report("promises", "Predicted, actual", head, [line(row) for row in rows], write=given.write)
 
 

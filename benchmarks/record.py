@@ -59,6 +59,12 @@ def report(key: str, title: str, head: list[str], rows: list[list[str]], *, writ
         PAGE.write_text(f"{before.rstrip()}\n\n{section}\n")
 
 
+def commit() -> str:
+    """Return the commit that is measured."""
+    command = ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def place() -> str:
     """Return where and when the figures were measured."""
     from importlib.metadata import PackageNotFoundError, version
@@ -69,12 +75,9 @@ def place() -> str:
         except PackageNotFoundError:
             return f"{package} not installed"
 
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
     packages = ", ".join(map(of, ("torch", "transformers", "litgpt", "bantamtrain", "llms-from-scratch")))
     return (
-        f"Commit {commit.stdout.strip()}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {processor()}, "
+        f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {processor()}, "
         f"Python {platform.python_version()}, {packages}."
     )
 
