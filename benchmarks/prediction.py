@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from record import ROOT, commit
+
 TABLE = ROOT / "benchmarks/prediction_runs.jsonl"
 FEATURES = ROOT / "benchmarks/prediction_texts.json"
 LAW = ROOT / "src/firstwords/planning/prediction.json"
