@@ -85,8 +85,10 @@ class End:
     samples: str
 
 
-def train(home: Path, name: str = "run", *, resume: bool = False, listener: Listener = ignore) -> TrainResult:
-    """Train the tiny run in `home / name`, or go on with it; nothing waits and little is said."""
+def train(
+    home: Path, name: str = "run", *, resume: bool = False, listener: Listener = ignore, report: bool = True
+) -> TrainResult:
+    """Train the tiny run in `home / name`, or go on with it as it began; nothing waits and little is said."""
     text, other = home.parent / "story.txt", home.parent / "other.txt"
     if not text.exists():
         text.write_text(STORY[:2000])
@@ -97,7 +99,7 @@ def train(home: Path, name: str = "run", *, resume: bool = False, listener: List
         patch.setattr(recorder, "RETRY_S", 0.0)
         if resume:
             return api.train(out=home / name, resume=True, listener=listener)
-        own: dict[str, Any] = {"tokenizer": "bytes", "batch_size": 2, "threads": 1, "precision": "float32"}
+        own: dict[str, Any] = {"tokenizer": "bytes", "batch_size": 2, "threads": 1, "precision": "float32", "report": report}
         pace = {"steps": STEPS, "eval_every": 3, "save_every_s": 0.0}
         return api.train(text, out=home / name, listener=listener, val=str(other), model=MODEL, optim=OPTIM, **own, **pace)
 

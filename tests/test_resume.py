@@ -548,10 +548,10 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, 
 @pytest.mark.system
 def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     arguments = fresh(tmp_path)
-    arguments[arguments.index("60")] = "300"
+    arguments[arguments.index("60")] = "120"
     process = subprocess.Popen(["nohup", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, process, 3)
     os.kill(process.pid, signal.SIGHUP)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert len(journal(tmp_path / "run", "step")) == 300
+    assert len(journal(tmp_path / "run", "step")) == 120
