@@ -6,7 +6,7 @@ Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT 
 and its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
 the chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the
 training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out
-text.
+text. Processors with fast bfloat16 have one table, those without another.
 """
 
 from __future__ import annotations
@@ -119,7 +119,12 @@ def main() -> None:
     peers = ["nanoGPT, characters", "took"] if given.nanogpt else []
     peers += [word for package in given.peers for word in (package, "took")]
     head = ["text", "size", "firstwords", "took", *peers, "xz given the rest", "bz2 given the rest"]
-    report("race", f"Held-out bits per byte after {given.seconds:g} seconds", head, rows, write=given.write)
+
+    from race_peers import bfloat16_is_faster
+
+    precision = "bfloat16" if bfloat16_is_faster() else "float32"
+    title = f"Held-out bits per byte after {given.seconds:g} seconds, matrix products in {precision}"
+    report(f"race-{precision}", title, head, rows, write=given.write)
 
 
 if __name__ == "__main__":
