@@ -116,13 +116,13 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
 
 
 def sample_of(corpus: Corpus) -> Sample:
-    """Return the sample that `read` takes, from a prepared text: its chunks are cut between tokens."""
+    """Return about the sample that `read` takes, from a prepared text: chunks are laid by bytes and cut between tokens."""
     parts = ((corpus.train, difficulty.TRAINING_BYTES), (corpus.val, difficulty.HELD_OUT_BYTES))
     return Sample(*(_decoded(part, corpus, most_bytes) for part, most_bytes in parts))
 
 
 def _decoded(part: Part, corpus: Corpus, most_bytes: int) -> tuple[bytes, ...]:
-    """Return evenly spread chunks of a part. Where they lie is told by bytes: how many a token has changes on the way."""
+    """Return evenly spread chunks of a part, laid by bytes: how many a token has changes on the way."""
     if not part.n_tokens:
         return ()
     ranges, at = _ranges(part.n_bytes, difficulty.CHUNKS, most_bytes // difficulty.CHUNKS), 0
