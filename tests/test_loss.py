@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -44,6 +45,40 @@ def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tu
     torch.testing.assert_close(nats.sum(), plain(*inputs).detach())
     assert nats[0, 2] == nats[1, 6] == 0
     assert (nats > 0).sum() == B * T - 2
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_form_for_a_gpu_and_a_compiler_gives_what_the_form_for_a_processor_does(gradient: bool) -> None:
+    logits, spare = 3 * torch.randn(9, V, generator=seeded(0)), 14
+    logits[4, 0], logits[5, 0] = 300.0, -300.0
+    targets = torch.tensor([0, 7, IGNORE, V - 1, 0, 0, 1, 2, 3])
+    padded = F.pad(logits, (0, spare))
+    nats = loss._nats_in_one(padded, targets, n_words=V, softmax=loss._softmax, gradient=gradient)
+    wanted = logits.clone()
+    torch.testing.assert_close(nats, loss._nats(wanted, targets, gradient=gradient))  # float32 rounding of an exponential
+    torch.testing.assert_close(padded[:, :V], wanted)
+    assert not gradient or not padded[:, V:].any()  # so that products may count them
+    assert nats[2] == 0
+
+
+@pytest.mark.parametrize("spare", [0, 14])
+def test_words_to_spare_change_nothing(
+    inputs: tuple[torch.Tensor, ...], spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    features, weight, targets = inputs
+    wanted = torch.autograd.grad(plain(*inputs), (features, weight))
+    monkeypatch.setattr(loss, "_table", lambda head, dtype: F.pad(head.to(dtype), (0, 0, 0, spare)))
+    in_one = functools.partial(loss._nats_in_one, n_words=V, softmax=loss._softmax)
+    monkeypatch.setattr(loss, "_form", lambda *_, compiled: in_one)
+    ours = target_nats(*inputs)
+    torch.testing.assert_close(ours, plain(*inputs))
+    torch.testing.assert_close(torch.autograd.grad(ours, (features, weight)), wanted)
+    nats, ranks = loss.token_figures(*inputs)
+    torch.testing.assert_close(nats.sum(), ours.detach())
+    logits = features @ weight.T
+    own = logits.gather(-1, targets.clamp(min=0)[..., None])
+    assert torch.equal(ranks, ((logits > own).sum(-1) + 1) * (targets != IGNORE))
 
 
 def test_all_chunks_logits_stand_in_the_same_memory(

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from command import Command, write
+from firstwords import resolve
 from firstwords.config import run_config
 from firstwords.planning import known, machine, measure
 from firstwords.planning.known import Compiling, Known, Learning
-from firstwords.planning.speed import Speed
+from firstwords.planning.plan import Machine, Tokens
+from firstwords.planning.speed import Speed, guessed
 
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
@@ -188,6 +190,33 @@ def test_the_compiled_part_depends_on_the_shape_and_not_on_the_vocabulary() -> N
         ),
     ]
     assert shape not in others
+
+
+def test_on_a_gpu_a_long_run_that_keeps_it_busy_is_compiled() -> None:
+    tokens_per_s = 200_000.0
+    busy, idle = (known.believed(share, tokens_per_s) for share in (0.3, 0.05))
+    assert idle is None
+    assert busy is not None
+    assert [busy.pays(seconds * tokens_per_s) for seconds in (60, 3600)] == [False, True]
+
+
+def test_what_compiling_takes_and_saves_is_counted_in_what_is_expected() -> None:
+    config = run_config({"preset": "laptop", "for_s": 600.0, "precision": "float32", "compile": "auto", "batch_size": 8})
+    tokens = Tokens("bpe", config.model.vocab_size, 1e7, 3e7, 1e6, 2.0)
+    here = Machine(guessed(1e11), "float32")
+    rate = here.speed.tokens_per_s(config.model)
+    plain, expected = resolve._expected(config, tokens, here, Known())
+    assert plain.compile == "off"
+    shape = known.shape_of(config.model, "float32")
+    pays = Known(compiling={shape: Compiling(takes_s=30.0, saves_s=0.5 / rate)})
+    compiled, sooner = resolve._expected(config, tokens, here, pays)
+    assert compiled.compile == "on"
+    assert 1.8 * expected.steps < sooner.steps < 2 * expected.steps  # twice as fast, thirty seconds later
+    slower = Known(compiling={shape: Compiling(takes_s=30.0, saves_s=-0.5 / rate)})
+    assert resolve._expected(config, tokens, here, slower) == (plain, expected)
+    insisted, later = resolve._expected(dataclasses.replace(config, compile="on"), tokens, here, slower)
+    assert insisted.compile == "on"
+    assert later.steps < expected.steps
 
 
 def test_a_run_is_compiled_where_that_was_measured_to_pay(

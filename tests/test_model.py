@@ -100,6 +100,10 @@ def test_estimates_grow_with_what_they_estimate() -> None:
     small, large = run_config().model, run_config({"preset": "laptop-large"}).model
     assert cost.training_bytes(small, 8) < cost.training_bytes(small, 16) < cost.training_bytes(large, 16)
     assert cost.micro_batch_size(small, 48) in (16, 24)
+    on_gpus = [cost.micro_batch_size(run_config({"preset": "gpt2-124m"}).model, 64, gb << 30) for gb in (1, 8, 24, 80, 140)]
+    assert on_gpus == sorted(on_gpus)
+    assert on_gpus[0] == 1
+    assert on_gpus[-1] == cost.MOST_GPU_TOKENS // 1024
     chunks = [cost.chunk_bytes(1 << n) for n in range(18, 32)]
     assert chunks == sorted(chunks)
     assert (chunks[0], chunks[-1]) == (cost.FEWEST_CHUNK_BYTES, cost.MOST_CHUNK_BYTES)

@@ -106,7 +106,7 @@ def test_without_the_pass_over_the_state_a_bad_weight_would_be_learnt_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: loss and gradients alone do not show it."""
-    monkeypatch.setattr(loop, "all_finite", lambda state: True)
+    monkeypatch.setattr(loop, "all_finite", lambda state: torch.tensor(True))
     real = loop.train_step
 
     def step_with(state: TrainState, *given: Any) -> Any:
@@ -134,9 +134,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int = 1) -> N
             seen.append(batch.targets)
         return real_step(state, batch, *given)
 
-    def nats(features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nats(features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, compiled: bool) -> torch.Tensor:
         bad = any(torch.equal(targets, poisoned) for poisoned in seen)
-        return real_nats(features, head, targets) * (float("nan") if bad else 1.0)
+        return real_nats(features, head, targets, compiled) * (float("nan") if bad else 1.0)
 
     monkeypatch.setattr(loop, "train_step", step_with)
     monkeypatch.setattr(loop, "target_nats", nats)

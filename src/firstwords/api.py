@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from firstwords.resolve import Asked
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.evaluate import Tokens as EvaluatedTokens
-    from firstwords.training.loop import Forward
     from firstwords.training.state import TrainState
     from firstwords.verify import Verdict
 
@@ -113,7 +112,6 @@ def train(
             taken(resolve.batches(settled, prepared), recorder.state),
             evaluate=evaluate,
             sample=sample,
-            forward=_forward(recorder),
             should_stop=lambda: stop() or recorder.best_is_behind(),
         )
         with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
@@ -286,16 +284,14 @@ def plan(
         raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
-    import torch
-
     from firstwords.planning import known, machine, measure
     from firstwords.planning import plan as plans
 
-    where = torch.device("cpu")
+    where = machine.device("auto")
     with machine.threads(None):
         precision = machine.precision("auto", where)
         listener(Preparing("measuring this machine", None))
-        measured = measure.learning_speed(precision)
+        measured = measure.learning_speed(where, precision)
         key, cache = machine.key(where), resolve.cache_folder().parent
         fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
     now = known.Learning(time.time(), measured)
@@ -394,13 +390,6 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
 
     recorder.measure = measure if config.meter else None
     return evaluate, sample
-
-
-def _forward(recorder: Recorder) -> Forward:
-    import torch
-
-    features = recorder.state.model.features
-    return torch.compile(features) if recorder.config.compile == "on" else features
 
 
 def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import Compile, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
 from firstwords.planning import budget, known
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from firstwords.config import Precision
+    from firstwords.planning.known import Compiling
     from firstwords.planning.plan import Candidate, Machine, Tokens
     from firstwords.planning.speed import Speed
     from firstwords.text.batches import Batches
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 EVALUATIONS = 20  # in a run of known length
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
+MOST_SAVED_SHARE = 0.9  # of a step's time by compiling: what is measured on one day is held against another day's speed
 PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
 # What may change when a run goes on; all else is what the run recorded.
 RESUMABLE = frozenset(
@@ -325,12 +328,12 @@ def settled(
         key, cache = machine.key(device), cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
         found = known.read(cache, key)
-        config = dataclasses.replace(config, precision=precision)
+        config = dataclasses.replace(config, precision=precision, device=str(device))
         rate = speed(device, precision, config, found)
         tokens, here = plan_tokens(prepared, config.tokenizer, difficulty, repeated), plan.Machine(rate, precision)
         tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
-        if device.type == "cpu" and _time_budget(config) is not None and config.compile != "on":
+        if _time_budget(config) is not None and config.compile != "on":
             here = _at_this_moment(here, functools.partial(fitted, tokens))
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
@@ -339,7 +342,7 @@ def settled(
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
-    micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size)
+    micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device))
     if device.type == "cpu":
         _require_memory(cost.training_bytes(model, micro, precision), machine.memory_bytes())
     config = dataclasses.replace(
@@ -350,14 +353,12 @@ def settled(
         text_sha256=prepared.text_sha256,
         micro_batch_size=micro,
         eval_every=config.eval_every or (max(1, config.steps // EVALUATIONS) if config.steps else None),
-        device=str(device),
         threads=config.threads or torch.get_num_threads(),
     )
-    expected = plan.of_config(config, tokens, here)
+    config, expected = _expected(config, tokens, here, found)
     had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
     expected = dataclasses.replace(expected, memory_bytes=max(expected.memory_bytes, had_bytes))
-    learnt = float(expected.steps * expected.batch_size * config.model.context_length)
-    return dataclasses.replace(config, compile=_compile(config, learnt, found)), expected
+    return config, expected
 
 
 def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
@@ -390,12 +391,38 @@ def _require_memory(needed: int, there: int | None) -> None:
         )
 
 
-def _compile(config: RunConfig, tokens: float, found: known.Known) -> Compile:
-    """Return whether to compile; for `auto`, where it was measured for this shape and so many tokens are worth it."""
-    if config.compile != "auto":
-        return config.compile
-    compiling = found.compiling.get(known.shape_of(config.model, config.precision))
-    return "on" if compiling is not None and compiling.pays(tokens) else "off"
+def _expected(config: RunConfig, tokens: Tokens, here: Machine, found: known.Known) -> tuple[RunConfig, Candidate]:
+    """Return the configuration with `compile` on or off, and what to expect of it.
+
+    For `auto` it is on where what compiling saves is known, and is worth it in so long a run.
+    """
+    from firstwords.planning import plan
+
+    expected = plan.of_config(config, tokens, here)
+    compiling = None if config.compile == "off" else _compiling(config, found, here.speed)
+    if config.compile == "auto":
+        learnt = expected.steps * expected.batch_size * config.model.context_length
+        config = dataclasses.replace(config, compile="on" if compiling is not None and compiling.pays(learnt) else "off")
+    if compiling is None or config.compile == "off":
+        return config, expected
+    share = min(MOST_SAVED_SHARE, compiling.saves_s * here.speed.tokens_per_s(config.model))
+    tokens = dataclasses.replace(tokens, start_s=tokens.start_s + compiling.takes_s)
+    return config, plan.of_config(config, tokens, dataclasses.replace(here, speed=here.speed.quicker(share)))
+
+
+def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling | None:
+    """Return what compiling takes and saves: as it was measured for this shape, or is believed of a GPU; None: not known.
+
+    Args:
+        config: With a device and a precision.
+        found: What was measured on this machine.
+        speed: Of this machine, uncompiled.
+    """
+    measured, rate = found.compiling.get(known.shape_of(config.model, config.precision)), found.rates.get(config.precision)
+    if measured is not None or rate is None or not config.device.startswith("cuda") or find_spec("triton") is None:
+        return measured
+    tokens_per_s = speed.tokens_per_s(config.model)
+    return known.believed(tokens_per_s * cost.training_flops(config.model) / rate, tokens_per_s)
 
 
 def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
@@ -411,16 +438,19 @@ def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Ma
     """Return the machine as fast as some steps of what is to be trained show it: a fiftieth of the time.
 
     The first steps tell how much slower or faster everything is than it was. Where another size is the better one then, it
-    is measured as well: what tells sizes apart is only about right.
+    is measured as well: what tells sizes apart is only about right. On a GPU another batch is another speed, too.
     """
     from firstwords.planning import measure
 
-    measured = list[str]()
-    while (config := fitted(here)).preset not in measured:
+    def way(config: RunConfig) -> tuple[str, int | None]:
+        return config.preset, None if config.device == "cpu" else config.batch_size
+
+    measured = list[tuple[str, int | None]]()
+    while way(config := fitted(here)) not in measured:
         point = measure.point_now(config, here.speed, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))
         if point is not None:
             here = dataclasses.replace(here, speed=here.speed.now(point, others=not measured))
-        measured.append(config.preset)
+        measured.append(way(config))
     return here
 
 
@@ -524,8 +554,15 @@ def fit_config(config: RunConfig) -> FitConfig:
     from firstwords.training.loop import FitConfig
 
     assert config.micro_batch_size is not None
-    dtype = machine.DTYPES[config.precision]
-    return FitConfig(config.optim, config.seed, config.micro_batch_size, config.sample_every, config.save_every_s, dtype)
+    return FitConfig(
+        config.optim,
+        config.seed,
+        config.micro_batch_size,
+        config.sample_every,
+        config.save_every_s,
+        machine.DTYPES[config.precision],
+        compiled=config.compile == "on",
+    )
 
 
 def identity(config: RunConfig, prepared: Corpus) -> dict[str, str]:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from firstwords import resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
@@ -18,7 +16,7 @@ from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.training import state as states
-from firstwords.training.loop import train_step
+from firstwords.training.loop import forward_of, train_step
 from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState
 
@@ -147,8 +145,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
         states.taken(resolve.batches(config, corpora.load(folder)), state),
         resolve.fit_config(config),
     )
-    features = state.model.features
-    start, forward = state.step, torch.compile(features) if config.compile == "on" else features
+    start, forward = state.step, forward_of(state.model, compiled=fit_config.compiled)
     while state.step < end:
         state.total_steps = plans.get(state.step, state.total_steps)
         state.skipped += [rollbacks[state.step]] if state.step in rollbacks else []

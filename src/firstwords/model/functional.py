@@ -6,14 +6,17 @@ Shapes: B batch, T tokens, H heads, D channels of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Activation = Literal["none", "gelu", "swiglu"]
 QUERIES_AT_ONCE = 256  # so that memory grows with T, not T², and about half of the masked work is left out
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves
 
 
@@ -31,11 +34,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
     """
     T, S = q.shape[2], k.shape[2]
     if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        with _any_shape(q.device):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T == S and not torch.compiler.is_compiling():
         return _attention_by_products(q, k, v, dropout)
     mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
+    with _any_shape(q.device):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
+
+
+def _any_shape(device: torch.device) -> AbstractContextManager[None]:
+    """Leave out cuDNN's attention inside where nothing is learnt: it is planned anew for each shape, for 0.1 s.
+
+    Steps have one shape, texts that grow have ever new ones.
+    """
+    return nullcontext() if torch.is_grad_enabled() or device.type != "cuda" else sdpa_kernel(UNPLANNED)
 
 
 def padding_mask(padding: Tensor, T: int, S: int) -> Tensor:

@@ -6,11 +6,13 @@ in memory. The gradients are formed on the way forward, while a chunk's logits a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from firstwords.model.cost import chunk_bytes
@@ -20,9 +22,11 @@ WORDS_AT_ONCE = 8192  # rows of the table whose gradient is formed together: pro
 TINY = 1e-30  # far above the smallest float32
 PIECE_BYTES = 2 << 20  # of float32 log-probabilities: what passes over them finds them in the processor's cache
 RANK_BYTES = 16  # that ranking takes for each logit: PyTorch sums truths as numbers of eight bytes
+GPU_CHUNK_SHARE = 1 / 80  # of a GPU's memory for logits at once: fewer of them leave it waiting between products
+ALIGNED = 64  # a GPU's products are three times as fast with a multiple of so many words as with GPT-2's 50,257
 
 
-def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
     """Return the summed cross-entropy of the targets, in nats: Σ (log Σ_v exp(logit_v) - logit_target).
 
     A sum, not a mean: callers divide once by the number of counted targets of the whole batch, so the gradient does not
@@ -32,6 +36,7 @@ def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
         features: (..., C), what the model gives before its head.
         head_weight: (V, C).
         targets: (...) ids; those equal to `IGNORE` add nothing.
+        compiled: Compile what passes over the logits.
 
     Raises:
         ValueError: `features` and `targets` disagree on their leading shape.
@@ -40,7 +45,7 @@ def target_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
     if features.shape[:-1] != targets.shape:
         raise ValueError(f"features {tuple(features.shape)} do not fit targets {tuple(targets.shape)}")
     nats: Tensor = _ChunkedNats.apply(  # type: ignore[no-untyped-call]
-        features.flatten(0, -2), head_weight, targets.flatten(), _dtype(features)
+        features.flatten(0, -2), head_weight, targets.flatten(), _dtype(features), compiled
     )
     return nats
 
@@ -59,11 +64,11 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     nats = torch.zeros(targets.numel(), device=features.device)
     ranks = torch.zeros(targets.numel(), dtype=torch.int64, device=features.device)
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
-    weight = head_weight.to(rows.dtype)
-    item_bytes = RANK_BYTES if ranked else weight.element_size()
-    for chunk, logits in _logits(rows, weight, item_bytes):
-        wanted = flat[chunk]
-        nats[chunk] = _nats(logits, wanted, gradient=False)
+    table, n_words = _table(head_weight, rows.dtype), len(head_weight)
+    nats_of, item_bytes = _form(table, n_words, compiled=False), RANK_BYTES if ranked else table.element_size()
+    for chunk, padded in _logits(rows, table, item_bytes):
+        wanted, logits = flat[chunk], padded[:, :n_words]
+        nats[chunk] = nats_of(padded, wanted, gradient=False)
         if ranked:
             own = logits.gather(1, wanted.clamp(min=0)[:, None])
             ranks[chunk] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
@@ -100,13 +105,29 @@ def _logits(rows: Tensor, table: Tensor, item_bytes: int) -> Iterator[tuple[slic
 
     Args:
         rows: (N, C).
-        table: (V, C).
+        table: (V, C), as `_table` gives it.
         item_bytes: That a logit takes, with what is formed of it.
     """
-    chunks = _chunks(len(rows), len(table) * item_bytes, chunk_bytes(table.nbytes))
+    most_bytes = chunk_bytes(table.nbytes)
+    if table.device.type == "cuda":
+        most_bytes = int(GPU_CHUNK_SHARE * torch.cuda.get_device_properties(table.device).total_memory)
+    chunks = _chunks(len(rows), len(table) * item_bytes, most_bytes)
     space = rows.new_empty(max((end - start for start, end in chunks), default=0), len(table))
     for start, end in chunks:
         yield slice(start, end), torch.mm(rows[start:end], table.T, out=space[: end - start])
+
+
+def _table(head_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the table of words in the precision of products, on a GPU with as many words of zeros as its products like."""
+    table, spare = head_weight.to(dtype), -len(head_weight) % ALIGNED
+    return F.pad(table, (0, 0, 0, spare)) if table.device.type == "cuda" and spare else table
+
+
+def _form(table: Tensor, n_words: int, *, compiled: bool) -> Callable[..., Tensor]:
+    """Return `_nats`, in the form that is fast for a table of so many words and some to spare."""
+    if table.device.type == "cpu" and not compiled:
+        return _nats
+    return functools.partial(_nats_in_one, n_words=n_words, softmax=_compiled_softmax() if compiled else _softmax)
 
 
 def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
@@ -117,7 +138,7 @@ def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
     nats = torch.empty(len(targets), device=logits.device)
     counted = (targets != IGNORE)[:, None]
     picked = targets.clamp(min=0)[:, None]
-    rows = max(1, PIECE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(targets)
+    rows = max(1, PIECE_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
         wide, word = logits[piece].float(), picked[piece]
@@ -135,38 +156,75 @@ def _nats(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
     return nats
 
 
+def _nats_in_one(logits: Tensor, targets: Tensor, *, n_words: int, softmax: Callable[..., Tensor], gradient: bool) -> Tensor:
+    """Return what `_nats` does, in a form that never waits for a GPU.
+
+    Args:
+        logits: (N, V'), of which those from `n_words` on are of no word; with `gradient`, they become 0.
+        targets: (N).
+        n_words: V.
+        softmax: `_softmax`, as it is or compiled.
+        gradient: As for `_nats`.
+    """
+    logits[:, n_words:] = -torch.inf
+    counted, picked = targets != IGNORE, targets.clamp(min=0)[:, None]
+    nats = softmax(logits, picked, counted, gradient=gradient)
+    if gradient:
+        logits.scatter_(1, picked, (torch.expm1(-nats) * counted)[:, None].to(logits.dtype))
+    return nats * counted
+
+
+def _softmax(logits: Tensor, picked: Tensor, counted: Tensor, *, gradient: bool) -> Tensor:
+    """Return the nats (N) of the picked words (N, 1); with `gradient`, counted rows of logits become probabilities."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    nats = -log_probabilities.gather(1, picked)[:, 0]
+    if gradient:
+        logits.copy_(log_probabilities.exp() * counted[:, None])
+    return nats
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[..., Tensor]:
+    return torch.compile(_softmax)
+
+
 class _ChunkedNats(torch.autograd.Function):
     """Head and cross-entropy in one."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, table = features.to(dtype), weight.to(dtype)
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
+        rows, table = features.to(dtype), _table(weight, dtype)
+        nats_of = _form(table, len(weight), compiled=compiled)
         wanted = any(ctx.needs_input_grad)
         ctx.gradients = (torch.zeros_like(features), torch.empty_like(weight)) if wanted else ()
         nats = torch.zeros(
             (), dtype=torch.float64 if features.device.type != "mps" else torch.float32, device=features.device
         )
         for chunk, logits in _logits(rows, table, table.element_size()):
-            nats += _nats(logits, targets[chunk], gradient=wanted).sum()
+            nats += nats_of(logits, targets[chunk], gradient=wanted).sum()
             if wanted:
                 d_features, d_weight = ctx.gradients
                 _add_gradients(d_features[chunk], rows[chunk], d_weight, table, logits, first=chunk.start == 0)
         return nats.float()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if not ctx.gradients:
             raise RuntimeError("the gradient of target_nats was taken already; it is formed once and scaled in place")
         (d_features, d_weight), ctx.gradients = ctx.gradients, ()  # nobody else holds them: autograd need not copy
-        return d_features.mul_(upstream[0]), d_weight.mul_(upstream[0]), None, None
+        return d_features.mul_(upstream[0]), d_weight.mul_(upstream[0]), None, None, None
 
 
 def _add_gradients(d_rows: Tensor, rows: Tensor, d_weight: Tensor, table: Tensor, d_logits: Tensor, *, first: bool) -> None:
-    """Add what d nats / d logits (N, V) means for the rows (N, C) and the table (V, C), set by the first chunk."""
-    for start in range(0, len(table), WORDS_AT_ONCE):
-        words = slice(start, start + WORDS_AT_ONCE)
+    """Add what d nats / d logits (N, V) means for the rows (N, C) and the table (V, C), set by the first chunk.
+
+    The gradient `d_weight` has no words to spare.
+    """
+    words_at_once = WORDS_AT_ONCE if table.device.type == "cpu" else len(table)
+    for start in range(0, len(table), words_at_once):
+        words = slice(start, start + words_at_once)
         d_rows += d_logits[:, words] @ table[words]
-        d_words = d_logits[:, words].T @ rows
+        d_words = (d_logits[:, words].T @ rows)[: len(d_weight) - start]
         if first:
             d_weight[words] = d_words
         else:

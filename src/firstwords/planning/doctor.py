@@ -272,7 +272,8 @@ def _measured(
         precision = machines.precision_of(found.rates)
         findings.append(_trusted(device, precision, machines.DTYPES[precision]))
         uses = {"device": str(device), "precision": precision, "threads": torch.threads}
-    compiled = "where `bench --compile` measured that it pays" if found.compiling else "off"
+    on_gpu = "in long runs of what keeps the GPU busy" if device.type == "cuda" else "off"
+    compiled = "where `bench --compile` measured that it pays" if found.compiling else on_gpu
     return tuple(rates), {**uses, "compile": "off" if compiler else compiled}, findings
 
 

@@ -18,6 +18,9 @@ from firstwords.planning.speed import Speed
 FOLDER = "machines"
 UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what the compiled part of a model does not depend on
 WORTH = 2.0  # compiling must save so many times what it takes
+# On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
+# laptop presets (1 to 8 % of its products' rate), learns no faster from compiled ones.
+BUSY_SHARE, GPU_COMPILING_S, GPU_SAVED_SHARE = 0.15, 40.0, 0.3
 BELIEVED_S = 86400.0  # how fast a machine learns is measured anew after a day
 
 
@@ -31,6 +34,16 @@ class Compiling:
     def pays(self, tokens: float) -> bool:
         """Whether it is worth it in a run of so many tokens."""
         return tokens * self.saves_s > WORTH * self.takes_s
+
+
+def believed(gpu_share: float, tokens_per_s: float) -> Compiling | None:
+    """Return what compiling does on a GPU where it was not measured; None where it is believed to save nothing.
+
+    Args:
+        gpu_share: Of the rate of its products, that learning reaches without.
+        tokens_per_s: That are learnt from without.
+    """
+    return None if gpu_share < BUSY_SHARE else Compiling(GPU_COMPILING_S, GPU_SAVED_SHARE / tokens_per_s)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # What glibc itself comes to in a process that frees large blocks; set once, it adapts no more.
 GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 PROBE_SIZE, PROBE_TIMES, RATE_TIMES = 512, 5, 15
+GPU_PROBE_SIZE = 4096  # a smaller product is done before the next one can be asked for
 RATE_S = 0.1  # is long enough for a precision: what has no instructions takes 0.2 s for one product, or longer
 CGROUP_FILES = ("memory.max", "memory.current")
 
@@ -134,14 +135,22 @@ def rates(where: torch.device) -> dict[str, float]:
     for turn in range(RATE_TIMES):  # in turns: what else runs here slows all of them
         for name, dtype in DTYPES.items():
             if turn < 2 or sum(times_s[name]) < RATE_S:
-                times_s[name].append(_product_s(torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)))
-    return {name: 2 * PROBE_SIZE**3 / min(times) for name, times in times_s.items()}
+                times_s[name].append(_product_s(_probe(where, dtype)))
+    return {name: 2 * _probe_size(where) ** 3 / min(times) for name, times in times_s.items()}
 
 
 def flops_per_s(where: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of square matrix products, measured in some milliseconds."""
-    a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
-    return 2 * PROBE_SIZE**3 / statistics.median(_product_s(a) for _ in range(PROBE_TIMES))
+    a = _probe(where, dtype)
+    return 2 * _probe_size(where) ** 3 / statistics.median(_product_s(a) for _ in range(PROBE_TIMES))
+
+
+def _probe_size(where: torch.device) -> int:
+    return PROBE_SIZE if where.type == "cpu" else GPU_PROBE_SIZE
+
+
+def _probe(where: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(_probe_size(where), _probe_size(where), dtype=dtype, device=where)
 
 
 def _product_s(a: torch.Tensor) -> float:
@@ -176,6 +185,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def memory_bytes() -> int | None:
     """Return the memory that this process may have, or None where the system does not tell."""
     return system.look().memory_bytes
+
+
+def gpu_bytes(where: torch.device) -> int | None:
+    """Return the memory that a GPU has left, or None where the device is none or does not tell."""
+    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else None
 
 
 def free_bytes() -> int | None:

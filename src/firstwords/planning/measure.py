@@ -32,6 +32,7 @@ from firstwords.text.batches import Batch
 from firstwords.text.tokenizer import byte_tokenizer, gpt2
 from firstwords.training import loop, state
 
+CPU = torch.device("cpu")
 ROWS, CONTEXT = 8, 256  # of the batches that are learnt from
 BPE_WORDS = 2048  # in a tokenizer that is trained on the text
 MEASURED = (  # with so many words
@@ -49,6 +50,9 @@ SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on th
 PRODUCT_S = 1.0  # is long for one of them: of larger ones, nothing is learnt that is worth the time
 READ_BYTES, READ_AGAIN_BYTES = 1 << 30, 4 << 30  # at once, and in all where that is more often than a few times
 WARM_STEPS = 1  # allocate memory, and are not counted
+GPU_WARM_STEPS = 3  # load kernels too, which takes a second
+GPU_SIDES, GPU_PRODUCTS = (4096, 8192), 10  # so many products are asked for at once: asking takes as long as a small one
+GPU_UPDATE_TOKENS = 16384  # of the steps that are measured: a GPU is hardly faster with fewer
 
 
 @dataclass(frozen=True)
@@ -70,35 +74,40 @@ def bench_config(preset: str) -> RunConfig:
     config = run_config({"preset": preset})
     vocab_size = BPE_WORDS if config.tokenizer == "bpe" else gpt2().vocab_size
     shape = {"model.vocab_size": vocab_size, "model.context_length": min(CONTEXT, config.model.context_length)}
-    precision = machine.precision("auto", torch.device("cpu"))
-    return run_config({"preset": preset, "precision": precision, **shape})
+    device = machine.device("auto")
+    precision = machine.precision("auto", device)
+    return run_config({"preset": preset, "precision": precision, "device": str(device), **shape})
 
 
-def learning_speed(precision: Precision) -> Speed:
-    """Return how fast this machine's CPU learns, from whole training steps of some sizes: ten seconds at most, about."""
-    guess = speeds.guessed(machine.flops_per_s(torch.device("cpu"), machine.DTYPES[precision]))
-    return Speed(tuple(_point(preset, n_words, precision, guess) for preset, n_words in MEASURED))
+def learning_speed(device: torch.device, precision: Precision) -> Speed:
+    """Return how fast a device learns, from whole training steps of some sizes: ten seconds at most, about."""
+    guess = speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+    return Speed(tuple(_point(preset, n_words, device, precision, guess) for preset, n_words in MEASURED))
 
 
 def point_now(config: RunConfig, before: Speed, most_s: float) -> Point | None:
-    """Return how fast this machine's CPU learns at this moment, from some steps of what is to be trained.
+    """Return how fast this machine learns at this moment, from some steps of what is to be trained.
 
     What others do on a machine changes from one hour to the next: a laptop in its case, a rented part of a server.
 
     Args:
-        config: Settled as far as shape, optimizer, precision and batch go.
+        config: Settled as far as device, shape, optimizer, precision and batch go.
         before: What was measured or guessed before: how many sequences a step may have.
         most_s: The seconds that this may take, about; None is returned where one sequence takes too long.
     """
-    T, limit = config.model.context_length, config.batch_size or ROWS
+    T, room_bytes = config.model.context_length, machine.gpu_bytes(machine.device(config.device))
+    limit = config.batch_size or ROWS
+    if room_bytes is not None:
+        limit = cost.micro_batch_size(config.model, limit, room_bytes)
     rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
     return speeds.point(config.model, rows * T, step_s(config, rows, PACE_STEPS, most_s)) if rows else None
 
 
-def _point(preset: str, n_words: int, precision: Precision, guess: Speed) -> Point:
-    config = run_config({"preset": preset, "model.vocab_size": n_words, "precision": precision})
+def _point(preset: str, n_words: int, device: torch.device, precision: Precision, guess: Speed) -> Point:
+    named = {"preset": preset, "model.vocab_size": n_words, "precision": precision, "device": str(device)}
+    config = run_config(named)
     model = config.model
-    most = UPDATE_TOKENS // model.context_length
+    most = (UPDATE_TOKENS if device.type == "cpu" else GPU_UPDATE_TOKENS) // model.context_length
     rows = max(1, _rows(guess.tokens_per_s(model), model.context_length, MEASURED_S, most))
     return speeds.point(model, rows * model.context_length, step_s(config, rows, MEASURED_STEPS, MEASURED_S))
 
@@ -110,19 +119,21 @@ def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -
 
 
 def marks(presets: Sequence[str]) -> Iterator[Mark]:
-    """Yield where firstwords stands on this machine's CPU: its limits, then what is done with a model of each preset.
+    """Yield where firstwords stands on this machine: its limits, then what is done with a model of each preset.
 
-    Learning is bounded by the matrix products that it must do, speaking by reading every weight once for each token.
+    Learning is bounded by the matrix products that it must do, speaking by reading every weight once for each token. A GPU
+    learns; the processor speaks, as after `firstwords.load`.
     """
     configs = {name: bench_config(name) for name in presets}
-    products = {name: product_rate(dtype) for name, dtype in machine.DTYPES.items()}
+    products = {name: product_rate(dtype, machine.device("auto")) for name, dtype in machine.DTYPES.items()}
     for name, rate in products.items():
         yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
     yield Mark("reading memory", reading_rate() / 1e9, "GB/s")
     for name, config in configs.items():
-        tokens, model = ROWS * config.model.context_length, config.model
+        model, rows = config.model, _bench_rows(config)
         limit = products[config.precision] / cost.training_flops(model)
-        yield Mark(f"learning, {name}", tokens / step_s(config, ROWS, STEPS), "tokens/s", limit)
+        rate = rows * model.context_length / step_s(config, rows, STEPS)
+        yield Mark(f"learning, {name}", rate, "tokens/s", limit)
         weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
         limit = reading_rate(weight_bytes) / weight_bytes
         yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", limit)
@@ -137,13 +148,13 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
     Raises:
         ConfigError: It cannot be compiled here.
     """
-    key = machine.key(torch.device("cpu"))
+    key = machine.key(machine.device("auto"))
     for name in presets:
         context_length, config = run_config({"preset": name}).model.context_length, bench_config(name)
         config = replace(config, model=replace(config.model, context_length=context_length))
-        rows = max(1, ROWS * CONTEXT // config.model.context_length)
+        rows = _bench_rows(config)
         tokens = rows * config.model.context_length
-        plain, compiled = training_step(config, rows), training_step(config, rows, torch.compile)
+        plain, compiled = training_step(config, rows), training_step(config, rows, compiled=True)
         plain()
         plain_s = seconds(plain, STEPS)
         try:
@@ -160,6 +171,14 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
         yield Mark(f"learning, {name}, compiled", tokens / compiled_s, "tokens/s")
 
 
+def _bench_rows(config: RunConfig) -> int:
+    """Return how many sequences a model is measured with: `ROWS` of `CONTEXT`, in tokens, or what keeps a GPU busy."""
+    device, T = torch.device(config.device), config.model.context_length
+    if device.type == "cpu":
+        return max(1, ROWS * CONTEXT // T)
+    return cost.micro_batch_size(config.model, max(1, GPU_UPDATE_TOKENS // T), machine.gpu_bytes(device))
+
+
 def seconds(work: Callable[[], object], times: int, most_s: float = math.inf) -> float:
     """Return the median seconds of so many calls, or of fewer where they have taken `most_s` by then."""
     took_s: list[float] = []
@@ -170,11 +189,13 @@ def seconds(work: Callable[[], object], times: int, most_s: float = math.inf) ->
     return statistics.median(took_s)
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Return the operations a second of square matrix products on the CPU, of the size that is fastest.
+def product_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
+    """Return the operations a second of square matrix products, of the size that is fastest.
 
     A processor without instructions for `dtype` is a hundred times slower: one product of the smallest size says that.
     """
+    if device.type != "cpu":
+        return max(_gpu_product_rate(dtype, device, side) for side in GPU_SIDES)
     rates = []
     for side in SIDES:
         a = torch.randn(side, side).to(dtype)
@@ -185,6 +206,18 @@ def product_rate(dtype: torch.dtype) -> float:
         if product_s >= PRODUCT_S:
             break
     return max(rates)
+
+
+def _gpu_product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
+    a = torch.randn(side, side).to(device, dtype)
+
+    def products() -> None:
+        for _ in range(GPU_PRODUCTS):
+            b = a @ a
+        float(b[0, 0])  # waits for all of them
+
+    products()
+    return GPU_PRODUCTS * 2 * side**3 / seconds(products, STEPS)
 
 
 def reading_rate(n_bytes: int = READ_BYTES) -> float:
@@ -201,34 +234,38 @@ def step_s(config: RunConfig, rows: int, steps: int, most_s: float = math.inf) -
     """Return the median seconds of whole training steps, on random ids.
 
     Args:
-        config: Settled as far as shape, optimizer and precision go.
+        config: Settled as far as device, shape, optimizer and precision go.
         rows: Sequences of a batch.
         steps: So many are measured, after one that is not counted.
         most_s: No step begins after so many seconds; where the first one took longer, it counts.
     """
     step = training_step(config, rows)
+    if machine.device(config.device).type != "cpu":
+        seconds(step, GPU_WARM_STEPS)
+        return seconds(step, steps, most_s)
     with machine.memory_kept():
         warm_s = WARM_STEPS * seconds(step, WARM_STEPS)
         return warm_s / WARM_STEPS if warm_s > most_s else seconds(step, steps, most_s - warm_s)
 
 
 def training_step(
-    config: RunConfig, rows: int, forward: Callable[[loop.Forward], loop.Forward] = lambda features: features
+    config: RunConfig, rows: int, *, compiled: bool = False, micro_batch_size: int | None = None
 ) -> Callable[[], tuple[float, float]]:
-    """Return what does one training step of a new model on the CPU, on the same random ids, each time it is called.
+    """Return what does one training step of a new model, on the same random ids, each time it is called.
 
     Args:
         config: As for `step_s`.
         rows: As for `step_s`.
-        forward: Makes of the model's `features` what is called instead, such as a compiled one.
+        compiled: Compile it, the first time.
+        micro_batch_size: Learn from so many sequences at once; by default from all.
     """
     model, dtype, shape = config.model, machine.DTYPES[config.precision], (rows, config.model.context_length)
-    learned = state.initial(model, config.optim, config.seed, "cpu", dtype)
+    learned = state.initial(model, config.optim, config.seed, str(machine.device(config.device)), dtype)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
     batch = Batch(ids, ids.roll(-1, 1), ids.numel())
-    fit = loop.FitConfig(config.optim, config.seed, rows, None, None, dtype)
-    features = forward(learned.model.features)
-    return lambda: loop.train_step(learned, batch, fit, config.optim.peak_lr, features)
+    fit = loop.FitConfig(config.optim, config.seed, micro_batch_size or rows, None, None, dtype, compiled)
+    forward = loop.forward_of(learned.model, compiled=compiled)
+    return lambda: loop.train_step(learned, batch, fit, config.optim.peak_lr, forward)
 
 
 def speaking_rate(config: RunConfig, tokens: int) -> float:

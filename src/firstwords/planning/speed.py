@@ -53,6 +53,11 @@ class Speed:
         )
         return Speed(points if any(same_layers(shape, model) for shape, _ in points) else (*points, point))
 
+    def quicker(self, saved_share: float) -> Speed:
+        """Return the speed of a machine to which every token takes so much less of its time."""
+        left = 1 - saved_share
+        return Speed(tuple((shape, token_s * left) for shape, token_s in self.points), self.flops_per_s / left)
+
     def _measured(self, model: ModelConfig) -> float:
         if not self.points:
             return self.flops_per_s * _efficiency(model) / cost.training_flops(model)

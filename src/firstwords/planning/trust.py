@@ -23,6 +23,7 @@ from firstwords.model.gpt import Dropout, GPTModel
 from firstwords.model.loss import target_nats
 from firstwords.planning import machine
 from firstwords.text.batches import IGNORE, Batch
+from firstwords.training.loop import forward_of
 from firstwords.training.state import TrainState
 
 ROWS, TOKENS = 2, 64  # of the batch; with fewer tokens products are formed in another way than in training
@@ -134,7 +135,7 @@ def check(model: GPTModel, batch: Batch, way: Way) -> Check | None:
 
     Args:
         model: On the device of `way`.
-        batch: A micro-batch; a compiled model is looked at with all of it, because it is compiled for its shape.
+        batch: A micro-batch; a compiled model computes all of it, because it is compiled for its shape.
         way: How the numbers would be computed.
 
     Returns:
@@ -143,14 +144,14 @@ def check(model: GPTModel, batch: Batch, way: Way) -> Check | None:
     if way == Way(way.device, "float32", "off") and way.on_cpu:
         return None
     started_s = time.perf_counter()
-    tokens, targets = (batch.tokens, batch.targets) if way.compile == "on" else _part(batch)
+    part, compiled = _part(batch), way.compile == "on"
     reference = model if way.on_cpu else copy.deepcopy(model).to("cpu")
-    loss, gradients = _gradients(reference, reference.features, tokens, targets, torch.float32)
+    loss, gradients = _gradients(reference, *part, torch.float32)
     if not math.isfinite(loss):
         return None
-    features = torch.compile(model.features) if way.compile == "on" else model.features
+    judged = _alone(batch, part[1]) if compiled else part
     try:
-        found_loss, found = _gradients(model, features, tokens, targets, machine.DTYPES[way.precision])
+        found_loss, found = _gradients(model, *judged, machine.DTYPES[way.precision], compiled)
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         return Check(way, math.inf, math.inf, "", time.perf_counter() - started_s, failed=reason)
@@ -166,16 +167,24 @@ def _part(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.tokens[part], batch.targets[part]
 
 
+def _alone(batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the whole batch, of which only the targets (B', T') of its beginning count: no token sees those after it."""
+    alone = torch.full_like(batch.targets, IGNORE)
+    alone[: targets.shape[0], : targets.shape[1]] = targets
+    return batch.tokens, alone
+
+
 def _gradients(
-    model: GPTModel, features: Callable[[Tensor], Tensor], tokens: Tensor, targets: Tensor, dtype: torch.dtype
+    model: GPTModel, tokens: Tensor, targets: Tensor, dtype: torch.dtype, compiled: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the nats per token and the gradient of every weight, both on the CPU, as a training step forms them."""
     parameters, device = dict(model.named_parameters()), model.tok_emb.weight.device
     counted = int((targets != IGNORE).sum())
     with _without_dropout(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        nats = target_nats(features(tokens.to(device)), model.out_head.weight, targets.to(device)) / max(1, counted)
-    gradients = torch.autograd.grad(nats, list(parameters.values()))
-    return float(nats.detach()), {name: g.to("cpu") for name, g in zip(parameters, gradients, strict=True)}
+        features = forward_of(model, compiled=compiled)(tokens.to(device))
+        nats = target_nats(features, model.out_head.weight, targets.to(device), compiled)
+    gradients = torch.autograd.grad(nats / max(1, counted), list(parameters.values()))
+    return float(nats.detach()) / max(1, counted), {name: g.to("cpu") for name, g in zip(parameters, gradients, strict=True)}
 
 
 @contextmanager

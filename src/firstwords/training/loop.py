@@ -14,6 +14,7 @@ from torch import Tensor
 
 from firstwords.config import OptimConfig
 from firstwords.errors import DivergedError
+from firstwords.model.gpt import GPTModel
 from firstwords.model.loss import target_nats
 from firstwords.text.batches import Batch
 from firstwords.training.evaluate import Evaluation
@@ -40,6 +41,12 @@ class FitConfig:
     sample_every: int | None  # None: with the evaluations
     save_every_s: float | None  # None: SAVE_EVERY_S, or longer where saves are slow
     dtype: torch.dtype  # of the matrix products
+    compiled: bool = False  # what it computes, by torch.compile
+
+
+def forward_of(model: GPTModel, *, compiled: bool) -> Forward:
+    """Return the model's `features`, or them compiled."""
+    return torch.compile(model.features) if compiled else model.features
 
 
 def fit(
@@ -49,7 +56,6 @@ def fit(
     *,
     evaluate: Callable[[int], tuple[float, Evaluation | None]],
     sample: Callable[[int], str],
-    forward: Forward | None = None,
     should_stop: Callable[[], str | None] = lambda: None,
 ) -> Iterator[Event]:
     """Train until `state.total_steps` and yield what happens. The state is consistent at every yield.
@@ -65,7 +71,6 @@ def fit(
         config: Fixed for the run.
         evaluate: Nats per token on training text, and the held-out figures, of `state.model` now, at a step.
         sample: What `state.model` says now; its argument is the step.
-        forward: A faster `state.model.features`, such as a compiled one.
         should_stop: Asked after each step; a reason stops.
 
     Raises:
@@ -73,7 +78,7 @@ def fit(
             a model that gives no finite numbers, and it is not saved.
     """
     reason, saved_s, took_s = None, time.perf_counter(), 0.0
-    began_s, forward = saved_s - state.elapsed_s, forward or state.model.features
+    began_s, forward = saved_s - state.elapsed_s, forward_of(state.model, compiled=config.compiled)
     if state.step == 0:  # saved before the look, which a run resumed here takes as if it were first
         took_s = FIRST_SAVE * (yield from _save(state))
         saved_s = time.perf_counter()
@@ -187,29 +192,35 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
         TooLargeError: The device's memory ran out while the gradient was formed. Nothing is updated.
     """
     model, device = state.model, state.model.tok_emb.weight.device
-    model.train()
+    if not model.training:
+        model.train()
     loss = torch.zeros((), device=device)
-    with _fitting(model, config.micro_batch_size), _seeded(config.seed, state.step, device):
+    with _fitting(state, config.micro_batch_size), _seeded(config.seed, state.step, device):
         for start in range(0, len(batch.tokens), config.micro_batch_size):
             rows = slice(start, start + config.micro_batch_size)
-            tokens, targets = batch.tokens[rows].to(device), batch.targets[rows].to(device)
+            tokens, targets = _sent(batch.tokens[rows], device), _sent(batch.targets[rows], device)
             with torch.autocast(device.type, config.dtype, enabled=config.dtype != torch.float32):
-                nats = target_nats(forward(tokens), model.out_head.weight, targets)
+                nats = target_nats(forward(tokens), model.out_head.weight, targets, config.compiled)
             (nats / batch.n_targets).backward()  # type: ignore[no-untyped-call]
             loss += nats.detach() / batch.n_targets
-    grad_norm = _clip(model, config.optim.max_grad_norm)
-    nats_per_token = float(loss)
-    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm) and all_finite(state)):
-        model.zero_grad(set_to_none=True)
+    figures = torch.stack((loss, _clip(model, config.optim.max_grad_norm), all_finite(state)))
+    nats_per_token, grad_norm, is_finite = figures.tolist()  # the one time that a step waits for its device
+    if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm) and is_finite):
+        _forget_gradients(state)
         index, size = batch_index(state.step, state.skipped), len(batch.tokens)
         what = f"the loss is {nats_per_token}, the gradient's norm {grad_norm}"
-        what += "" if all_finite(state) else ", and a weight or an optimizer's number is not finite"
+        what += "" if is_finite else ", and a weight or an optimizer's number is not finite"
         place = f" on batch {index}, sequences {index * size} to {(index + 1) * size - 1} of the shuffled text"
         raise diverged(what, state.step + 1, place)
     for optimizer in state.optimizers:
         optimizer.step(lr)
-    model.zero_grad(set_to_none=True)
+    _forget_gradients(state)
     return nats_per_token, grad_norm
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a GPU fetches it when it comes to it, while the processor goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def diverged(what: str, step: int, on: str = "") -> DivergedError:
@@ -218,21 +229,28 @@ def diverged(what: str, step: int, on: str = "") -> DivergedError:
     return DivergedError(what, where=f"step {step}", why=f"training diverged{on}", do=do)
 
 
-def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> float:
+def _forget_gradients(state: TrainState) -> None:
+    """Free the gradients; the model's own way looks for its parameters first, in a time that a GPU would wait for."""
+    for optimizer in state.optimizers:
+        for parameter in optimizer.parameters:
+            parameter.grad = None
+
+
+def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> Tensor:
     """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had."""
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
 
 
 @contextmanager
-def _fitting(model: torch.nn.Module, micro_batch_size: int) -> Iterator[None]:
+def _fitting(state: TrainState, micro_batch_size: int) -> Iterator[None]:
     """Raise a TooLargeError where a device's memory runs out inside and the micro-batch can be smaller."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError, or on some devices one that only says so
         if micro_batch_size == 1 or "out of memory" not in str(error).lower():
             raise
-        model.zero_grad(set_to_none=True)
+        _forget_gradients(state)
         raise TooLargeError from error
 
 

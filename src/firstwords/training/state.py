@@ -5,6 +5,7 @@ What is a function of (seed, step) is not state: the batch, the learning rate, d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,10 +89,21 @@ def taken(batches: Callable[[int], Batch], state: TrainState) -> Callable[[int],
     return lambda step: batches(batch_index(step, state.skipped))
 
 
-def all_finite(state: TrainState) -> bool:
-    """Whether every weight and every number of the optimizers is finite. Reads each once: about a hundredth of a step."""
-    tensors = [*model_tensors(state.model).values(), *optimizer_tensors(state).values()]
-    return bool(torch.stack([tensor.sum().float() for tensor in tensors]).isfinite().all())
+@torch.no_grad()
+def all_finite(state: TrainState) -> Tensor:
+    """Whether every weight and every number of the optimizers is finite: a truth on the model's device.
+
+    Reads each once, about a hundredth of a step: by sums on a processor, by the largest on a GPU, which has it in few calls.
+    """
+    tensors = [
+        tensor
+        for optimizer in state.optimizers
+        for parameter in optimizer.parameters
+        for tensor in (parameter, *optimizer.state.get(parameter, {}).values())
+    ]
+    if tensors[0].device.type == "cpu":
+        return torch.stack([tensor.sum().float() for tensor in tensors]).isfinite().all()
+    return torch.nn.utils.get_total_norm(tensors, math.inf).isfinite()
 
 
 def model_tensors(model: GPTModel) -> dict[str, Tensor]:
