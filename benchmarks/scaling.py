@@ -43,7 +43,7 @@ def run(name: str, steps: int) -> dict[str, float]:
     precision = machine.precision("auto", torch.device("cpu"))
     if name == MACHINE:
         return {"rate": measure.product_rate(machine.DTYPES[precision])}
-    case = {**BASE, "precision": precision, **CASES[name]}
+    case = {**BASE, "device": "cpu", "precision": precision, **CASES[name]}
     rows = case.pop("rows")
     config = run_config(case)
     with machine.threads(None):
