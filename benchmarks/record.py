@@ -77,15 +77,9 @@ def place() -> str:
 
     packages = ", ".join(map(of, ("torch", "transformers", "litgpt", "bantamtrain", "llms-from-scratch")))
     return (
-        f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {processor()}{gpu()}, "
+        f"Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {processor()}, "
         f"Python {platform.python_version()}, {packages}."
     )
-
-
-def gpu() -> str:
-    import torch
-
-    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def processor() -> str:

@@ -108,7 +108,8 @@ def nanogpt(work: Work, dtype: str, *, compiled: bool, checkout: Path) -> Step:
     sys.path.insert(0, str(checkout))
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
-    torch.set_float32_matmul_precision("high")
+    if work.device == "cuda":
+        torch.set_float32_matmul_precision("high")
     size = {"vocab_size": V if work.device == "cpu" else 50304, "block_size": work.T}
     model = GPT(GPTConfig(**size, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=True)).to(work.device)
     optimizer = model.configure_optimizers(DECAY, LR, (0.9, 0.95), work.device)
@@ -220,9 +221,10 @@ def main() -> None:
         ratio = f"{figures['step_s'] / ours:.2f}"
         memory = f"{figures['peak_bytes'] / 1e9:.1f} GB"
         rows.append([name, f"{tokens_per_s:,.0f}", f"{tokens_per_s / limit:.0%}", ratio, memory])
+    where = "" if work.device == "cpu" else f", on one {torch.cuda.get_device_name()}"
     report(
         "throughput" if work.device == "cpu" else "throughput-gpu",
-        f"A training step of GPT-2 124M, context {work.T}, batch {work.B}" + ("" if work.device == "cpu" else ", on a GPU"),
+        f"A training step of GPT-2 124M, context {work.T}, batch {work.B}{where}",
         ["", "tokens/s", "of the limit", "times as long as ours", "peak memory"],
         rows,
         write=given.write,

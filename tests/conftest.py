@@ -134,6 +134,7 @@ TINY = {
     "batch_size": 4,
     "threads": 1,
     "precision": "float32",
+    "device": "cpu",
     "report": False,
     "model": {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "ff_dim": 64, "drop_rate": 0.1},
 }

@@ -15,6 +15,7 @@ import torch
 from command import Command, write
 from firstwords import resolve
 from firstwords.config import run_config
+from firstwords.model import loss
 from firstwords.planning import known, machine, measure
 from firstwords.planning.known import Compiling, Known, Learning
 from firstwords.planning.plan import Machine, Tokens
@@ -200,6 +201,23 @@ def test_on_a_gpu_a_long_run_that_keeps_it_busy_is_compiled() -> None:
     assert [busy.pays(seconds * tokens_per_s) for seconds in (60, 3600)] == [False, True]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_compiling_is_believed_in_only_of_a_gpu_that_can(
+    device: str, has_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "find_spec", lambda name: object() if has_triton and name == "triton" else None)
+    config = run_config({"preset": "gpt2-124m", "precision": "bfloat16", "device": device})
+    rates = Known(rates={"bfloat16": 8e14, "float32": 5e13})
+    speed = Speed(((config.model, 1 / 200_000),))  # a fifth of such products
+    found = resolve._compiling(config, rates, speed)
+    assert (found is not None) == (has_triton and device != "cpu")
+    assert resolve._compiling(config, rates, guessed(4e14)) is None  # nothing was measured
+    measured = Compiling(1.0, 1e-9)
+    shape = known.shape_of(config.model, "bfloat16")
+    assert resolve._compiling(config, dataclasses.replace(rates, compiling={shape: measured}), speed) == measured
+
+
 def test_what_compiling_takes_and_saves_is_counted_in_what_is_expected() -> None:
     config = run_config({"preset": "laptop", "for_s": 600.0, "precision": "float32", "compile": "auto", "batch_size": 8})
     tokens = Tokens("bpe", config.model.vocab_size, 1e7, 3e7, 1e6, 2.0)
@@ -223,6 +241,7 @@ def test_a_run_is_compiled_where_that_was_measured_to_pay(
     tmp_path: Path, command: Command, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda features: features)  # the choice is looked at, not the compiler
+    monkeypatch.setattr(loss, "_compiled_softmax", lambda: loss._softmax)
     flags = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
     flags += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64"]
     flags += ["--model.context-length=32"]
@@ -245,6 +264,7 @@ def test_bench_measures_whether_compiling_pays_and_keeps_it(
     command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda features: features)
+    monkeypatch.setattr(loss, "_compiled_softmax", lambda: loss._softmax)
     monkeypatch.setattr(measure, "STEPS", 1)
     marks = command("bench", "laptop-small", "--compile", "--json").json["marks"]
     assert [mark["what"] for mark in marks] == [

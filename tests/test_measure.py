@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from command import Command, Refused
 from firstwords.config import run_config
 from firstwords.planning import machine, measure
 from firstwords.planning.speed import Speed, guessed, point
+from firstwords.text.batches import Batch
+from firstwords.training import loop
+from firstwords.training.state import TrainState
 
 TRIES = 3  # where a limit was passed: it was measured a moment before, and others may have used the machine then
 
@@ -64,6 +68,24 @@ def test_what_is_too_slow_for_its_time_is_not_measured() -> None:
     config = run_config({"preset": "laptop-small", "model.vocab_size": 512})
     before = Speed(((config.model, 1.0),))  # a second for a token
     assert measure.point_now(config, before, most_s=1.0) is None
+
+
+def test_where_memory_runs_out_while_speed_is_measured_fewer_sequences_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config({"preset": "laptop-small", "model.vocab_size": 512, "precision": "float32", "batch_size": 8})
+    train_step, tried = loop.train_step, list[int]()
+
+    def little_memory(state: TrainState, batch: Batch, *given: Any) -> tuple[float, float]:
+        tried.append(len(batch.tokens))
+        if len(batch.tokens) > 2:
+            raise loop.TooLargeError
+        return train_step(state, batch, *given)
+
+    monkeypatch.setattr(loop, "train_step", little_memory)
+    found = measure.point_now(config, Speed(((config.model, 1e-9),)), most_s=0.2)
+    assert found is not None
+    assert found[1] > 1e-8
+    assert tried[:3] == [8, 4, 2]
+    assert set(tried[2:]) == {2}
 
 
 def test_a_second_size_that_is_measured_leaves_the_others_as_they_are() -> None:

@@ -20,8 +20,9 @@ from command import Command
 from conftest import STORY, TINY, journal, seeded
 from firstwords import api
 from firstwords.config import ModelConfig, presets, run_config
+from firstwords.model import loss
 from firstwords.model.gpt import GPTModel
-from firstwords.planning import trust
+from firstwords.planning import machine, trust
 from firstwords.planning.trust import Way
 from firstwords.runs.folder import RunFolder
 from firstwords.text.batches import Batch
@@ -90,6 +91,25 @@ def test_products_that_lose_accuracy_are_refused(name: str) -> None:
     assert found is not None
     assert found.problem.startswith("cpu in bfloat16: gradients differ by ")
     assert found.gradient_difference > 0.1
+
+
+def test_a_compiled_model_computes_a_whole_batch_of_which_only_the_beginning_counts(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, rows = list[torch.Size](), 4
+
+    def compiled(features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: (seen.append(tokens.shape), features(tokens))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(loss, "_compiled_softmax", lambda: loss._softmax)
+    config = dataclasses.replace(small, context_length=128)
+    batch = a_batch(config, rows)
+    found = trust.check(a_model(config), batch, Way("cpu", "float32", "on"))
+    assert found is not None
+    assert found.problem == ""
+    assert found.gradient_difference < 1e-5  # float32's rounding: the same targets counted
+    assert seen == [batch.tokens.shape]
 
 
 def test_the_reference_needs_no_check(small: ModelConfig) -> None:
@@ -279,3 +299,25 @@ def test_memory_that_not_even_one_sequence_has_ends_the_run_with_what_to_do(
     assert ended.code == 78
     assert "memory ran out" in ended.err
     assert "--model.context-length" in ended.err
+
+
+def test_a_run_that_leaves_a_gpu_learns_from_as_much_at_once_as_a_processor_should(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpu_bytes", lambda where: 80 << 30)  # as if there were one
+    options, begun = {**TINY, "steps": 1, "batch_size": 512}, trust.begun
+
+    def left(*given: Any, **named: Any) -> tuple[Way, TrainState, list[trust.Check]]:
+        way, state, _ = begun(*given, **named)
+        failed = trust.Check(way, math.inf, math.inf, "", 0.0, failed="it is broken")
+        return dataclasses.replace(way, device="cpu:0"), state, [failed]
+
+    def micro_batch_size(name: str, **more: Any) -> str:
+        api.train(story, out=tmp_path / name, **options, **more)
+        lines = RunFolder(tmp_path / name).config.read_text().splitlines()
+        return next(line for line in lines if line.startswith("micro_batch_size"))
+
+    assert micro_batch_size("stays") == "micro_batch_size = 512"
+    monkeypatch.setattr(trust, "begun", left)
+    assert micro_batch_size("leaves") == "micro_batch_size = 256"
+    assert micro_batch_size("named", micro_batch_size=512) == "micro_batch_size = 512"

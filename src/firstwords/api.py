@@ -245,6 +245,8 @@ def _trusted(
         insist=config.trust_device,
         notice=resolve.noticed(listener),
     )
+    if way.device != config.device and "micro_batch_size" not in asked.given:  # it was for the memory of a GPU
+        config = dataclasses.replace(config, micro_batch_size=cost.micro_batch_size(config.model, config.batch_size or 1))
     return dataclasses.replace(config, **vars(way)), state, [check.as_dict() for check in checks]
 
 
@@ -296,7 +298,7 @@ def plan(
         fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
     now = known.Learning(time.time(), measured)
     known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
-    here = plans.Machine(measured, precision, machine.free_bytes())
+    here = plans.Machine(measured, precision, machine.free_bytes(), on_gpu=where.type != "cpu")
     listener(Preparing("planning", None))
     made = plans.plan(found, here, config.for_s or resolve.DEFAULT_FOR_S, target_bits_per_byte)
     return dataclasses.replace(made, machine=made.machine | fingerprint)

@@ -159,7 +159,9 @@ class RunConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, mps")
     precision: Precision = option("auto", "of the matrix products; auto: what is faster on this machine")
     threads: int | None = option(None, "CPU threads; by default all cores", least=1, most=4096)
-    compile: Compile = option("auto", "torch.compile of the model; auto: where `bench --compile` measured that it pays")
+    compile: Compile = option(
+        "auto", "torch.compile; auto: where `bench --compile` measured that it pays, or a GPU is busy for long"
+    )
     trust_device: bool = option(False, "train on a device whose gradients differ from those of the CPU all the same")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

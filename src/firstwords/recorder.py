@@ -360,7 +360,9 @@ class Recorder:
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
-        self._notice(f"not bit-exact because: {changed}" if changed else "bit-exact resume")
+        on_cpu = self.config.device == "cpu"
+        same = "bit-exact resume" if on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
+        self._notice(f"not bit-exact because: {changed}" if changed else same)
 
     def _load(self, found: Checkpoint) -> store.Json:
         """Make a checkpoint the state of the run, cut the journals back to it, and return its `state.json`."""

@@ -315,7 +315,7 @@ def settled(
         started_s: When the process began, on `time.perf_counter()`; by default now.
 
     Raises:
-        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond the machine's memory.
+        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory.
     """
     import torch
 
@@ -325,15 +325,15 @@ def settled(
     config = _of_text(asked, prepared)
     device = machine.device(config.device)
     with machine.threads(config.threads):
-        key, cache = machine.key(device), cache_folder().parent
+        cache = cache_folder().parent
         precision = machine.precision(config.precision, device, cache)
-        found = known.read(cache, key)
+        found = machine.known_of(device, cache)
         config = dataclasses.replace(config, precision=precision, device=str(device))
-        rate = speed(device, precision, config, found)
-        tokens, here = plan_tokens(prepared, config.tokenizer, difficulty, repeated), plan.Machine(rate, precision)
+        tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
+        here = plan.Machine(speed(device, precision, config, found), precision, on_gpu=device.type != "cpu")
         tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
-        if _time_budget(config) is not None and config.compile != "on":
+        if device.type == "cuda" or (device.type == "cpu" and config.compile != "on" and _time_budget(config) is not None):
             here = _at_this_moment(here, functools.partial(fitted, tokens))
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
@@ -342,7 +342,7 @@ def settled(
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
-    micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device))
+    micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device), precision)
     if device.type == "cpu":
         _require_memory(cost.training_bytes(model, micro, precision), machine.memory_bytes())
     config = dataclasses.replace(
@@ -356,9 +356,10 @@ def settled(
         threads=config.threads or torch.get_num_threads(),
     )
     config, expected = _expected(config, tokens, here, found)
+    if expected.memory_bytes is None:
+        return config, expected
     had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
-    expected = dataclasses.replace(expected, memory_bytes=max(expected.memory_bytes, had_bytes))
-    return config, expected
+    return config, dataclasses.replace(expected, memory_bytes=max(expected.memory_bytes, had_bytes))
 
 
 def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
@@ -394,7 +395,7 @@ def _require_memory(needed: int, there: int | None) -> None:
 def _expected(config: RunConfig, tokens: Tokens, here: Machine, found: known.Known) -> tuple[RunConfig, Candidate]:
     """Return the configuration with `compile` on or off, and what to expect of it.
 
-    For `auto` it is on where what compiling saves is known, and is worth it in so long a run.
+    For `auto` it is on where what compiling saves is known or believed, and is worth it in so long a run.
     """
     from firstwords.planning import plan
 
@@ -418,11 +419,13 @@ def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling
         found: What was measured on this machine.
         speed: Of this machine, uncompiled.
     """
-    measured, rate = found.compiling.get(known.shape_of(config.model, config.precision)), found.rates.get(config.precision)
-    if measured is not None or rate is None or not config.device.startswith("cuda") or find_spec("triton") is None:
+    measured = found.compiling.get(known.shape_of(config.model, config.precision))
+    can_be_believed = config.device.startswith("cuda") and find_spec("triton") is not None and speed.points
+    if measured is not None or not can_be_believed:
         return measured
     tokens_per_s = speed.tokens_per_s(config.model)
-    return known.believed(tokens_per_s * cost.training_flops(config.model) / rate, tokens_per_s)
+    share = tokens_per_s * cost.training_flops(config.model) / found.rates[config.precision]
+    return known.believed(share, tokens_per_s)
 
 
 def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
@@ -447,7 +450,7 @@ def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Ma
 
     measured = list[tuple[str, int | None]]()
     while way(config := fitted(here)) not in measured:
-        point = measure.point_now(config, here.speed, min(PACE_S, PACE_SHARE * (_time_budget(config) or 0.0)))
+        point = measure.point_now(config, here.speed, min(PACE_S, PACE_SHARE * (_time_budget(config) or math.inf)))
         if point is not None:
             here = dataclasses.replace(here, speed=here.speed.now(point, others=not measured))
         measured.append(way(config))

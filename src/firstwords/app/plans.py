@@ -31,12 +31,12 @@ def text_lines(found: Plan) -> list[str]:
 
 def row(candidate: Candidate, *, with_time: bool) -> tuple[str, ...]:
     """Return a candidate's cells: its speed, or with a target its time."""
-    memory = f"{candidate.memory_bytes / 1e9:.1f} GB" + ("" if candidate.fits else " !")
+    memory = "" if candidate.memory_bytes is None else f"{candidate.memory_bytes / 1e9:.1f} GB"
     expected = candidate.expected
     return (
         f"{candidate.preset} {candidate.tokenizer}",
         str(candidate.batch_size),
-        memory,
+        memory + ("" if candidate.fits else " !"),
         duration(candidate.elapsed_s) if with_time else f"{candidate.tokens_per_s:,.0f}",
         f"{candidate.steps:,}",
         f"{candidate.epochs:.1f}",
@@ -64,10 +64,11 @@ def expectation(predicted: Mapping[str, Any] | None) -> list[str]:
         return []
     bits = predicted["bits_per_byte"]
     good = "" if bits is None else f", {bits[0]:.2f} to {bits[2]:.2f} bits per byte held out"
+    memory = "" if predicted["memory_bytes"] is None else f", {predicted['memory_bytes'] / 1e9:.1f} GB of memory"
     rough = " (rough: " + "; ".join(predicted["beyond"]) + ")" if predicted["beyond"] else ""
     return [
-        f"plan   about {predicted['steps']:,} steps, {predicted['epochs']:.1f} epochs, {duration(predicted['elapsed_s'])},"
-        f" {predicted['memory_bytes'] / 1e9:.1f} GB of memory{good}{rough}"
+        f"plan   about {predicted['steps']:,} steps, {predicted['epochs']:.1f} epochs, {duration(predicted['elapsed_s'])}"
+        f"{memory}{good}{rough}"
     ]
 
 
@@ -77,8 +78,9 @@ def comparison(result: TrainResult, predicted: Mapping[str, Any]) -> str:
     parts = [
         f"{predicted['steps']:,} steps (came to {result.steps:,})",
         f"{duration(predicted['elapsed_s'])} ({duration(result.elapsed_s)})",
-        f"{predicted['memory_bytes'] / 1e9:.2f} GB" + ("" if memory is None else f" ({memory / 1e9:.2f})"),
     ]
+    if predicted["memory_bytes"] is not None:
+        parts.append(f"{predicted['memory_bytes'] / 1e9:.2f} GB" + ("" if memory is None else f" ({memory / 1e9:.2f})"))
     if bits is not None and result.bits_per_byte is not None:
         parts.append(f"{bits[0]:.2f} to {bits[2]:.2f} bits per byte ({result.bits_per_byte:.3f})")
     return ", ".join(parts)

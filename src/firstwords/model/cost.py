@@ -11,7 +11,8 @@ EVALUATED_AT_ONCE = 2048  # tokens; training.evaluate: 8,192 are a twentieth fas
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
 FEWEST_CHUNK_BYTES, MOST_CHUNK_BYTES = 16 << 20, 128 << 20  # of logits
 CHUNK_TABLES = 8  # times the table's bytes: each chunk adds once to the gradient of the whole table, so few are better
-# Learnt from at once by a GPU; of each of `kept_numbers`, measured as 2.0 to 3.2; of its memory, for what is kept.
+# Learnt from at once by a GPU; of each of `kept_numbers` in bfloat16, measured as 1.7 to 2.6 with the logits; of the memory
+# that weights and optimizers leave, for what is kept.
 MOST_GPU_TOKENS, GPU_KEPT_BYTES, GPU_SHARE = 65536, 3.0, 0.7
 LOGITS_SHARE = 2.0  # of a chunk of logits, with what is formed of it
 
@@ -99,17 +100,21 @@ def checkpoint_bytes(config: ModelConfig) -> int:
     return 12 * parameters(config)
 
 
-def micro_batch_size(config: ModelConfig, batch_size: int, gpu_bytes: int | None = None) -> int:
+def micro_batch_size(
+    config: ModelConfig, batch_size: int, gpu_bytes: int | None = None, precision: Precision = "bfloat16"
+) -> int:
     """Return how many sequences are learnt from at once: the largest divisor of `batch_size` that has room.
 
     Args:
         config: The shape.
         batch_size: Sequences of an update.
         gpu_bytes: What a GPU has left; None: a processor learns, to which 8,192 tokens and 4 GiB are as good as more.
+        precision: Of a GPU's products.
     """
     most_tokens, kept_bytes, room_bytes = 8192, 8.0, 4.0 * 2**30
     if gpu_bytes is not None:
-        most_tokens, kept_bytes, room_bytes = MOST_GPU_TOKENS, GPU_KEPT_BYTES, GPU_SHARE * gpu_bytes
+        most_tokens, kept_bytes = MOST_GPU_TOKENS, GPU_KEPT_BYTES * (1 if precision == "bfloat16" else 2)
+        room_bytes = GPU_SHARE * (gpu_bytes - 20 * parameters(config))
 
     def fits(rows: int) -> bool:
         tokens = rows * config.context_length

@@ -98,14 +98,14 @@ def _chunks(n: int, row_bytes: int, most_bytes: int) -> list[tuple[int, int]]:
 
 
 def _logits(rows: Tensor, table: Tensor, item_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield one chunk of the rows after the other, with its logits (N, V) where those of the last one stood.
+    """Yield one chunk of the rows after the other, with its logits (N, V') where those of the last one stood.
 
     What a chunk leaves free the next one may not fit into, as something small has come to lie there: with room of its own
     for each, a run would need that of one more now and then, for minutes.
 
     Args:
         rows: (N, C).
-        table: (V, C), as `_table` gives it.
+        table: (V', C), as `_table` gives it.
         item_bytes: That a logit takes, with what is formed of it.
     """
     most_bytes = chunk_bytes(table.nbytes)
@@ -124,7 +124,7 @@ def _table(head_weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _form(table: Tensor, n_words: int, *, compiled: bool) -> Callable[..., Tensor]:
-    """Return `_nats`, in the form that is fast for a table of so many words and some to spare."""
+    """Return what forms nats and gradients: `_nats` for a processor as it is, `_nats_in_one` for a GPU or a compiler."""
     if table.device.type == "cpu" and not compiled:
         return _nats
     return functools.partial(_nats_in_one, n_words=n_words, softmax=_compiled_softmax() if compiled else _softmax)
@@ -216,9 +216,9 @@ class _ChunkedNats(torch.autograd.Function):
 
 
 def _add_gradients(d_rows: Tensor, rows: Tensor, d_weight: Tensor, table: Tensor, d_logits: Tensor, *, first: bool) -> None:
-    """Add what d nats / d logits (N, V) means for the rows (N, C) and the table (V, C), set by the first chunk.
+    """Add what d nats / d logits (N, V') means for the rows (N, C) and the table (V', C), set by the first chunk.
 
-    The gradient `d_weight` has no words to spare.
+    `d_weight` is (V, C), without the words to spare.
     """
     words_at_once = WORDS_AT_ONCE if table.device.type == "cpu" else len(table)
     for start in range(0, len(table), words_at_once):

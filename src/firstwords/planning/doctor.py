@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -272,8 +273,9 @@ def _measured(
         precision = machines.precision_of(found.rates)
         findings.append(_trusted(device, precision, machines.DTYPES[precision]))
         uses = {"device": str(device), "precision": precision, "threads": torch.threads}
-    on_gpu = "in long runs of what keeps the GPU busy" if device.type == "cuda" else "off"
-    compiled = "where `bench --compile` measured that it pays" if found.compiling else on_gpu
+    pays = ["where `bench --compile` measured that it pays"] if found.compiling else []
+    pays += ["in long runs that keep the GPU busy"] if device.type == "cuda" and find_spec("triton") is not None else []
+    compiled = ", and ".join(pays) or "off"
     return tuple(rates), {**uses, "compile": "off" if compiler else compiled}, findings
 
 

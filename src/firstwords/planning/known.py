@@ -16,7 +16,7 @@ from firstwords.errors import FirstwordsError
 from firstwords.planning.speed import Speed
 
 FOLDER = "machines"
-UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what the compiled part of a model does not depend on
+UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what a saving by compiling hardly depends on
 WORTH = 2.0  # compiling must save so many times what it takes
 # On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
 # laptop presets (1 to 8 % of its products' rate), learns no faster from compiled ones.
@@ -75,7 +75,7 @@ class Known:
 
 
 def shape_of(model: ModelConfig, precision: Precision) -> str:
-    """Return the name of all that the compiled part of a model depends on; of dropout, whether there is any."""
+    """Return the name of all that a saving by compiling depends on; of dropout, whether there is any."""
     shape: dict[str, Any] = {k: v for k, v in dataclasses.asdict(model).items() if k not in UNCOMPILED}
     return store.sha256(store.canonical_json({**shape, "drops": model.drop_rate > 0, "precision": precision}))[:16]
 

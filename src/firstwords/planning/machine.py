@@ -126,6 +126,12 @@ def known_rates(where: torch.device, cache: Path) -> dict[str, float]:
     return found.rates
 
 
+def known_of(where: torch.device, cache: Path) -> known.Known:
+    """Return what was measured of a device before; of a GPU its `rates` too, measured now if need be."""
+    found = known.read(cache, key(where))
+    return found if where.type == "cpu" else dataclasses.replace(found, rates=known_rates(where, cache))
+
+
 def rates(where: torch.device) -> dict[str, float]:
     """Return the operations a second of square matrix products in each precision, at their best of some turns.
 
@@ -188,8 +194,11 @@ def memory_bytes() -> int | None:
 
 
 def gpu_bytes(where: torch.device) -> int | None:
-    """Return the memory that a GPU has left, or None where the device is none or does not tell."""
-    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else None
+    """Return the memory that this process can have of a GPU, or None where the device is none or does not tell."""
+    if where.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)  # by PyTorch, of what was freed
+    return torch.cuda.mem_get_info(where)[0] + kept
 
 
 def free_bytes() -> int | None:

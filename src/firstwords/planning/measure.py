@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from firstwords.model import cost
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import known, machine
+from firstwords.planning import known, machine, recipe
 from firstwords.planning import speed as speeds
 from firstwords.planning.known import Compiling
 from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
@@ -50,9 +51,9 @@ SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on th
 PRODUCT_S = 1.0  # is long for one of them: of larger ones, nothing is learnt that is worth the time
 READ_BYTES, READ_AGAIN_BYTES = 1 << 30, 4 << 30  # at once, and in all where that is more often than a few times
 WARM_STEPS = 1  # allocate memory, and are not counted
-GPU_WARM_STEPS = 3  # load kernels too, which takes a second
+GPU_WARM_STEPS, GPU_WARM_S = 3, 3.0  # load kernels too, which takes a second; no further one begins after so many
 GPU_SIDES, GPU_PRODUCTS = (4096, 8192), 10  # so many products are asked for at once: asking takes as long as a small one
-GPU_UPDATE_TOKENS = 16384  # of the steps that are measured: a GPU is hardly faster with fewer
+BUSY_TOKENS = 16384  # a GPU is hardly done sooner with fewer
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,40 @@ def point_now(config: RunConfig, before: Speed, most_s: float) -> Point | None:
         before: What was measured or guessed before: how many sequences a step may have.
         most_s: The seconds that this may take, about; None is returned where one sequence takes too long.
     """
-    T, room_bytes = config.model.context_length, machine.gpu_bytes(machine.device(config.device))
-    limit = config.batch_size or ROWS
-    if room_bytes is not None:
-        limit = cost.micro_batch_size(config.model, limit, room_bytes)
+    T, limit = config.model.context_length, config.batch_size or ROWS
+    if machine.device(config.device).type == "cuda":
+        limit = config.micro_batch_size or _gpu_rows(config, limit)
     rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
-    return speeds.point(config.model, rows * T, step_s(config, rows, PACE_STEPS, most_s)) if rows else None
+    if not rows:
+        return None
+    rows, took_s = _fitting_step_s(config, rows, PACE_STEPS, most_s)
+    return speeds.point(config.model, rows * T, took_s)
+
+
+def _fitting_step_s(config: RunConfig, rows: int, steps: int, most_s: float) -> tuple[int, float]:
+    """Return with how many sequences a step was measured, fewer where a device's memory runs out, and its `step_s`."""
+    while True:
+        with suppress(loop.TooLargeError):  # which holds on to the step's memory until it is gone
+            return rows, step_s(config, rows, steps, most_s)
+        rows //= 2
+
+
+def _gpu_rows(config: RunConfig, batch_size: int) -> int:
+    """Return from how many sequences of a batch a GPU learns at once."""
+    room_bytes = machine.gpu_bytes(machine.device(config.device))
+    return cost.micro_batch_size(config.model, batch_size, room_bytes, config.precision)
 
 
 def _point(preset: str, n_words: int, device: torch.device, precision: Precision, guess: Speed) -> Point:
     named = {"preset": preset, "model.vocab_size": n_words, "precision": precision, "device": str(device)}
     config = run_config(named)
     model = config.model
-    most = (UPDATE_TOKENS if device.type == "cpu" else GPU_UPDATE_TOKENS) // model.context_length
+    most = UPDATE_TOKENS // model.context_length
+    if device.type != "cpu":
+        most = _gpu_rows(config, recipe.BATCH_TOKENS // model.context_length)
     rows = max(1, _rows(guess.tokens_per_s(model), model.context_length, MEASURED_S, most))
-    return speeds.point(model, rows * model.context_length, step_s(config, rows, MEASURED_STEPS, MEASURED_S))
+    rows, took_s = _fitting_step_s(config, rows, MEASURED_STEPS, MEASURED_S)
+    return speeds.point(model, rows * model.context_length, took_s)
 
 
 def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -> int:
@@ -176,7 +196,7 @@ def _bench_rows(config: RunConfig) -> int:
     device, T = torch.device(config.device), config.model.context_length
     if device.type == "cpu":
         return max(1, ROWS * CONTEXT // T)
-    return cost.micro_batch_size(config.model, max(1, GPU_UPDATE_TOKENS // T), machine.gpu_bytes(device))
+    return _gpu_rows(config, max(1, BUSY_TOKENS // T))
 
 
 def seconds(work: Callable[[], object], times: int, most_s: float = math.inf) -> float:
@@ -236,12 +256,13 @@ def step_s(config: RunConfig, rows: int, steps: int, most_s: float = math.inf) -
     Args:
         config: Settled as far as device, shape, optimizer and precision go.
         rows: Sequences of a batch.
-        steps: So many are measured, after one that is not counted.
-        most_s: No step begins after so many seconds; where the first one took longer, it counts.
+        steps: So many are measured, after one that is not counted, or some on a GPU.
+        most_s: No step begins after so many seconds; where the first one took longer, it counts. Those of a GPU that are
+            not counted have seconds of their own.
     """
     step = training_step(config, rows)
     if machine.device(config.device).type != "cpu":
-        seconds(step, GPU_WARM_STEPS)
+        seconds(step, GPU_WARM_STEPS, GPU_WARM_S)
         return seconds(step, steps, most_s)
     with machine.memory_kept():
         warm_s = WARM_STEPS * seconds(step, WARM_STEPS)

@@ -63,6 +63,7 @@ class Machine:
     speed: Speed
     precision: Precision
     free_bytes: int | None = None  # None: the system does not tell
+    on_gpu: bool = False  # whose memory nothing is foretold of
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Candidate:
     parameters: int
     batch_size: int
     fits: bool
-    memory_bytes: int
+    memory_bytes: int | None  # of the process; None where a GPU learns
     tokens_per_s: float  # all in
     steps: int
     epochs: float
@@ -141,8 +142,8 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         preset=config.preset,
         parameters=cost.parameters(model),
         batch_size=batch_size,
-        fits=machine.free_bytes is None or memory <= FREE_SHARE * machine.free_bytes,
-        memory_bytes=memory + mapped,
+        fits=machine.on_gpu or machine.free_bytes is None or memory <= FREE_SHARE * machine.free_bytes,
+        memory_bytes=None if machine.on_gpu else memory + mapped,
         tokens_per_s=steps * batch_size * model.context_length / elapsed_s,
         steps=steps,
         epochs=epochs,
