@@ -110,11 +110,16 @@ def test_the_gradient_of_rms_norm_holds_for_parts_of_a_tensor() -> None:
     assert torch.autograd.gradcheck(lambda x, scale: rms_norm(x[:, :, 1:].transpose(1, 2), scale, 1e-6), (x, scale))
 
 
+def tables(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the angles (T, D/2) as `rotate` takes them."""
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+
+
 def test_the_gradient_of_a_rotation_is_the_rotation_back() -> None:
     angles = drawn(T, D // 2, dtype=torch.float64).detach()
     x = drawn(B, H, T, D, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), (x,))
-    turned = rotate(x, angles.cos(), angles.sin())
+    assert torch.autograd.gradcheck(lambda x: rotate(x, *tables(angles)), (x,))
+    turned = rotate(x, *tables(angles))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[..., 0], x[..., 0] * angles[:, 0].cos() - x[..., D // 2] * angles[:, 0].sin())
 
@@ -165,5 +170,16 @@ def test_a_compiled_block_uses_pytorch_s_own_operations() -> None:
     torch.testing.assert_close(compiled(x, scale, 1e-6), rms_norm(x, scale, 1e-6))
     angles = drawn(T, D // 2).detach()
     q = drawn(B, H, T, D)
-    turned = torch.compile(rotate, backend="eager", fullgraph=True)(q, angles.cos(), angles.sin())
-    torch.testing.assert_close(turned, rotate(q, angles.cos(), angles.sin()))
+    turned = torch.compile(rotate, backend="eager", fullgraph=True)(q, *tables(angles))
+    torch.testing.assert_close(turned, rotate(q, *tables(angles)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_gradient_the_same_comes_to_the_last_bit(dtype: torch.dtype) -> None:
+    x, scale, q = drawn(4, 5, 24).to(dtype), drawn(24, seed=1), drawn(B, H, T, D, seed=2).to(dtype)
+    angles = tables(drawn(T, D // 2).detach())
+    learning = rms_norm(x, scale, 1e-6), rotate(q, *angles)
+    assert all(tensor.requires_grad for tensor in learning)
+    with torch.no_grad():
+        speaking = rms_norm(x, scale, 1e-6), rotate(q, *angles)
+    assert all(torch.equal(*pair) for pair in zip(learning, speaking, strict=True))

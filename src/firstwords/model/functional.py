@@ -98,10 +98,20 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
         scale: (C), float32.
         eps: Keeps the root from zero.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        y: Tensor = _RMSNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
-        return y
-    return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps)
+    if not torch.is_grad_enabled():
+        return _normed(x, scale, eps)[0]
+    y: Tensor = _RMSNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _normed(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the normed x, and 1 / sqrt(mean(x²) + eps)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * r).mul_(scale).to(x.dtype), r
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -113,11 +123,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = _normed(x, scale, eps)
         ctx.save_for_backward(x, scale, r)
-        y: Tensor = (x * r).mul_(scale).to(x.dtype)
         return y
 
     @staticmethod
@@ -132,14 +139,20 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of (B, H, T, D) by the angles of their positions, (T, D/2) each.
+    """Turn the channel pairs (i, i + D/2) of (B, H, T, D) by the angles of their positions.
+
+    Args:
+        x: (B, H, T, D).
+        cos: (T, D), the cosines of the angles, twice.
+        sin: (T, D), their sines, first with the other sign.
 
     Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of Llama's and Qwen's code.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     if torch.compiler.is_compiling():
         return x * cos + torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1) * sin
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
     y: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
 
@@ -182,7 +195,7 @@ def linear(inputs: Sequence[Tensor], layers: Sequence[nn.Module], activation: Ac
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if x.numel() // x.shape[-1] < FEW_ROWS or len(plain) < len(layers):
         activated = _activated(activation, inputs)
-        return [layer(activated) for layer in layers]
+        return [_applied(layer, activated) for layer in layers]
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
     if x.device.type != "cpu" or dtype == torch.float32 or torch.compiler.is_compiling():
@@ -191,6 +204,11 @@ def linear(inputs: Sequence[Tensor], layers: Sequence[nn.Module], activation: Ac
         y = _Linear.apply(activation, dtype, len(inputs), len(layers), *inputs, *weights, *biases)  # type: ignore[no-untyped-call]
     parts: Sequence[Tensor] = torch.split(y, [len(weight) for weight in weights], dim=-1)
     return parts
+
+
+def _applied(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = F.linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+    return y
 
 
 class _Linear(torch.autograd.Function):

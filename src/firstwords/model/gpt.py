@@ -135,10 +135,14 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * base^(-2i/D), each (context_length, D/2) (Su et al. 2021, arXiv:2104.09864)."""
+    """Return cos and sin of position * base^(-2i/D), each (context_length, D), as `functional.rotate` takes them.
+
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
     rates = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), rates)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class MultiHeadAttention(nn.Module):
