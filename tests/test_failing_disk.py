@@ -27,7 +27,7 @@ from firstwords.training.events import Notice, Saved, Started, StepDone, Told
 
 REFUSED = (StorageError, PermissionDeniedError, CannotCreateError)  # exit codes 74, 77, 73
 TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}
-SAMPLE = 4  # of the operations of a run
+SAMPLE = 3  # of the operations of a run
 JOURNAL_CALLS = (1, 2, 3, 4, 20, 21, 22)  # of opening, writing, syncing and closing the journals
 RUN = {"config_sha256": "1"}
 
