@@ -9,6 +9,7 @@ kill or record each of them.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +35,7 @@ READ_BYTES = 4 << 20
 PART_BYTES = 32 << 20
 CAN_UNCACHE = hasattr(os, "posix_fadvise")  # neither macOS nor Windows
 HASHING_THREADS = 2  # a checkpoint has two large files
+BESIDE_BYTES = 1 << 20  # are hashed in half a millisecond; a thread begins in a tenth of one, or more where cores are busy
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
 
@@ -220,10 +222,11 @@ def verify(folder: Path, *, from_disk: bool = False) -> Json:
     manifest = read_manifest(folder)
     with ThreadPoolExecutor(HASHING_THREADS) as beside:
         checks = [
-            beside.submit(_verify_file, folder / name, record, from_disk) for name, record in manifest["files"].items()
+            _begun(beside, functools.partial(_verify_file, folder / name, record, from_disk), record["bytes"])
+            for name, record in manifest["files"].items()
         ]
-    for check in checks:
-        check.result()
+        for check in checks:
+            check()
     return manifest
 
 
@@ -344,17 +347,22 @@ def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
     try:
         with ThreadPoolExecutor(1) as beside:
             for part in _parts(pieces):
-                hashing = beside.submit(digest.update, part)  # takes as long as writing, and another core can do it
+                hash_part = _begun(beside, functools.partial(digest.update, part), len(part))  # as long as writing takes
                 _write_all(descriptor, part)
                 size += len(part)
                 if size - uncached >= PART_BYTES and CAN_UNCACHE:
                     os.fdatasync(descriptor)
                     _uncache(descriptor, uncached := size)
-                hashing.result()
+                hash_part()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _begun(beside: Executor, work: Callable[[], None], n_bytes: int) -> Callable[[], None]:
+    """Begin work on so many bytes on another core, or leave it where beginning it there takes longer; the call ends it."""
+    return beside.submit(work).result if n_bytes >= BESIDE_BYTES else work
 
 
 def _parts(pieces: Iterable[Bytes]) -> Iterator[memoryview[int]]:
