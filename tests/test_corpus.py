@@ -204,5 +204,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         tracemalloc.stop()
         return peak
 
-    # 4 MiB more text may not cost 2 MiB more memory: pieces are 1 MiB, and one in flight more or less is noise
-    assert peak_bytes(6 << 20) < peak_bytes(2 << 20) + (2 << 20)
+    # 4 MiB more text may not cost 2 MiB more memory: pieces are 1 MiB, and one in flight more or less is noise; a text of
+    # fewer than are in flight takes less
+    assert peak_bytes(8 << 20) < peak_bytes(4 << 20) + (2 << 20)
