@@ -71,3 +71,10 @@ def test_times_are_read_as_people_write_them() -> None:
 
 def test_every_key_has_a_type_that_can_be_converted() -> None:
     assert len(key_types()) > 40
+
+
+@pytest.mark.parametrize(
+    ("device", "on_cpu"), [("cpu", True), ("cpu:0", True), ("cuda", False), ("cuda:1", False), ("mps", False)]
+)
+def test_a_device_is_a_processor_whatever_its_number(device: str, on_cpu: bool) -> None:
+    assert run_config({"device": device}).on_cpu is on_cpu

@@ -18,7 +18,7 @@ import torch
 
 from conftest import STORY, TINY, journal, outcome
 from firstwords import api, recorder, store
-from firstwords.config import from_toml, run_config
+from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
 from firstwords.recorder import TrainResult
@@ -119,6 +119,19 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     resumed = train(tmp_path, "killed", resume=True, listener=told.append)
     assert Notice("bit-exact resume") in told
     assert same(whole, resumed)
+
+
+def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
+    monkeypatch.setattr(RunConfig, "on_cpu", False)  # as if there were one
+    told: list[Told] = []
+    train(tmp_path, "killed", resume=True, listener=told.append)
+    said = [notice.text for notice in told if isinstance(notice, Notice)]
+    assert any("on a GPU the last bits" in line for line in said)
+    assert "bit-exact resume" not in said
 
 
 def test_a_run_of_one_setting_equals_itself_and_not_another_seed(tmp_path: Path, whole: TrainResult) -> None:

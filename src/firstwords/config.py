@@ -179,6 +179,11 @@ class RunConfig:
                 do=f"the nearest are {nearest_divisors(self.batch_size, self.micro_batch_size)}",
             )
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor learns, once the device is decided."""
+        return self.device.startswith("cpu")
+
 
 PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
 PART_NAMES = ("model", "optim")

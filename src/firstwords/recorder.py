@@ -360,8 +360,7 @@ class Recorder:
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
-        on_cpu = self.config.device == "cpu"
-        same = "bit-exact resume" if on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
+        same = "bit-exact resume" if self.config.on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
         self._notice(f"not bit-exact because: {changed}" if changed else same)
 
     def _load(self, found: Checkpoint) -> store.Json:

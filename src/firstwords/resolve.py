@@ -35,7 +35,6 @@ from firstwords.training.events import Listener, Notice, Preparing, Told
 if TYPE_CHECKING:
     import torch
 
-    from firstwords.config import Precision
     from firstwords.planning.known import Compiling
     from firstwords.planning.plan import Candidate, Machine, Tokens
     from firstwords.planning.speed import Speed
@@ -446,7 +445,7 @@ def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Ma
     from firstwords.planning import measure
 
     def way(config: RunConfig) -> tuple[str, int | None]:
-        return config.preset, None if config.device == "cpu" else config.batch_size
+        return config.preset, None if config.on_cpu else config.batch_size
 
     measured = list[tuple[str, int | None]]()
     while way(config := fitted(here)) not in measured:

@@ -158,7 +158,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[d
         if figures != (line["nats_per_token"], line["grad_norm"]):
             wanted = line["nats_per_token"], line["grad_norm"]
             problem = f"step {state.step}: loss and gradient norm are {figures}, recorded are {wanted}"
-            problem += "" if config.device == "cpu" else "; on a GPU the last bits of a step may differ each time"
+            problem += "" if config.on_cpu else "; on a GPU the last bits of a step may differ each time"
             return Replay(start, state.step, ok=False, problem=problem)
         if state.step in later and _weights_sha256(state) != checkpoint.weights_sha256(run.checkpoints, state.step):
             return Replay(start, state.step, ok=False, problem=f"step {state.step}: other weights than its checkpoint's")

@@ -19,7 +19,7 @@ FOLDER = "machines"
 UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what a saving by compiling hardly depends on
 WORTH = 2.0  # compiling must save so many times what it takes
 # On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
-# laptop presets (1 to 8 % of its products' rate), learns no faster from compiled ones.
+# laptop presets (0.1 to 8 % of its products' rate), learns no faster from compiled ones.
 BUSY_SHARE, GPU_COMPILING_S, GPU_SAVED_SHARE = 0.15, 40.0, 0.3
 BELIEVED_S = 86400.0  # how fast a machine learns is measured anew after a day
 
