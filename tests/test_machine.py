@@ -206,7 +206,7 @@ def test_on_a_gpu_a_long_run_that_keeps_it_busy_is_compiled() -> None:
 def test_compiling_is_believed_in_only_of_a_gpu_that_can(
     device: str, has_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve, "find_spec", lambda name: object() if has_triton and name == "triton" else None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: object() if has_triton and name == "triton" else None)
     config = run_config({"preset": "gpt2-124m", "precision": "bfloat16", "device": device})
     rates = Known(rates={"bfloat16": 8e14, "float32": 5e13})
     speed = Speed(((config.model, 1 / 200_000),))  # a fifth of such products

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -418,9 +417,12 @@ def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling
         found: What was measured on this machine.
         speed: Of this machine, uncompiled.
     """
+    import torch
+
+    from firstwords.planning import machine
+
     measured = found.compiling.get(known.shape_of(config.model, config.precision))
-    can_be_believed = config.device.startswith("cuda") and find_spec("triton") is not None and speed.points
-    if measured is not None or not can_be_believed:
+    if measured is not None or not speed.points or not machine.compiles_for_gpu(torch.device(config.device)):
         return measured
     tokens_per_s = speed.tokens_per_s(config.model)
     share = tokens_per_s * cost.training_flops(config.model) / found.rates[config.precision]

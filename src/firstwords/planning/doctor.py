@@ -16,7 +16,6 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -274,7 +273,7 @@ def _measured(
         findings.append(_trusted(device, precision, machines.DTYPES[precision]))
         uses = {"device": str(device), "precision": precision, "threads": torch.threads}
     pays = ["where `bench --compile` measured that it pays"] if found.compiling else []
-    pays += ["in long runs that keep the GPU busy"] if device.type == "cuda" and find_spec("triton") is not None else []
+    pays += ["in long runs that keep the GPU busy"] if machines.compiles_for_gpu(device) else []
     compiled = ", and ".join(pays) or "off"
     return tuple(rates), {**uses, "compile": "off" if compiler else compiled}, findings
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def memory_bytes() -> int | None:
     """Return the memory that this process may have, or None where the system does not tell."""
     return system.look().memory_bytes
+
+
+def compiles_for_gpu(where: torch.device) -> bool:
+    """Whether `torch.compile` can make code for this device, a GPU of CUDA: by Triton, which not every PyTorch has."""
+    return where.type == "cuda" and find_spec("triton") is not None
 
 
 def gpu_bytes(where: torch.device) -> int | None:
