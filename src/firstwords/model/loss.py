@@ -221,10 +221,11 @@ def _add_gradients(d_rows: Tensor, rows: Tensor, d_weight: Tensor, table: Tensor
     `d_weight` is (V, C), without the words to spare.
     """
     words_at_once = WORDS_AT_ONCE if table.device.type == "cpu" else len(table)
+    space = table.new_empty(min(words_at_once, len(table)), table.shape[1])  # as for the logits
     for start in range(0, len(table), words_at_once):
-        words = slice(start, start + words_at_once)
+        words = slice(start, min(start + words_at_once, len(table)))
         d_rows += d_logits[:, words] @ table[words]
-        d_words = (d_logits[:, words].T @ rows)[: len(d_weight) - start]
+        d_words = torch.mm(d_logits[:, words].T, rows, out=space[: words.stop - start])[: len(d_weight) - start]
         if first:
             d_weight[words] = d_words
         else:

@@ -194,6 +194,8 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     model, device = state.model, state.model.tok_emb.weight.device
     if not model.training:
         model.train()
+    for optimizer in state.optimizers:
+        optimizer.make_room()
     loss = torch.zeros((), device=device)
     with _fitting(state, config.micro_batch_size), _seeded(config.seed, state.step, device):
         for start in range(0, len(batch.tokens), config.micro_batch_size):

@@ -77,9 +77,22 @@ class Optimizer(ABC):
         """Every parameter that it updates."""
         return (parameter for group in self.groups for parameter in group.parameters)
 
+    def make_room(self) -> None:
+        """Begin what is kept of each parameter, where it has not begun.
+
+        What is kept for the whole run should lie together, below all that a step forms and frees: begun in a first step,
+        it takes the places that this one frees here and there, and the next step does not fit into what is left of them.
+        """
+        for parameter in self.parameters:
+            self._kept(parameter)
+
     @abstractmethod
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
+
+    @abstractmethod
+    def _kept(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return what is kept of a parameter, begun where it has not."""
 
 
 def optimizers(model: GPTModel, config: OptimConfig, dtype: torch.dtype) -> tuple[Optimizer, ...]:
@@ -178,12 +191,15 @@ class Muon(Optimizer):
 
     def _averaged(self, parameter: nn.Parameter) -> Tensor:
         assert parameter.grad is not None
+        mean = self._kept(parameter)["momentum"]
+        mean.lerp_(parameter.grad, 1 - self.momentum)
+        return parameter.grad.lerp(mean, self.momentum).to(self.dtype)
+
+    def _kept(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        mean: Tensor = state["momentum"]
-        mean.lerp_(parameter.grad, 1 - self.momentum)
-        return parameter.grad.lerp(mean, self.momentum).to(self.dtype)
+        return state
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
