@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conftest import seeded
 from firstwords.model import functional
 from firstwords.model.functional import causal_attention, drop, linear, rms_norm, rotate
+from firstwords.planning import machine
 
 B, H, T, D = 2, 3, 12, 8
 Operation = Callable[..., Tensor]
@@ -183,3 +184,31 @@ def test_without_a_gradient_the_same_comes_to_the_last_bit(dtype: torch.dtype) -
     with torch.no_grad():
         speaking = rms_norm(x, scale, 1e-6), rotate(q, *angles)
     assert all(torch.equal(*pair) for pair in zip(learning, speaking, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1021, 257), (768, 1024)], ids=["prime", "a multiple"])
+@pytest.mark.parametrize("lead", [(1,), (1, 1), (3, 7)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_of_a_large_layer_come_to_the_same_in_parts(
+    shape: tuple[int, int], lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, *, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(shape[1], shape[0], bias=bias), torch.randn(*lead, shape[1])
+    parts, whole = [], functional._in_parts
+    monkeypatch.setattr(functional, "_in_parts", lambda *given: parts.append(given[2]) or whole(*given))
+    with torch.no_grad(), machine.threads(2):
+        found = linear([x], [layer])[0]
+        assert found.shape == (*lead, shape[0])
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)  # sums of some hundred numbers near 1, in float32
+    assert parts == [1 << (shape[0] * shape[1] // functional.PART_NUMBERS).bit_length() - 1]
+
+
+def test_one_core_and_a_gradient_have_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_in_parts", lambda *_: pytest.fail("in parts"))
+    layer, x = nn.Linear(1024, 512), torch.randn(1, 1024)
+    with torch.no_grad(), machine.threads(1):
+        assert torch.equal(linear([x], [layer])[0], layer(x))
+    with machine.threads(2):
+        linear([x], [layer])[0].sum().backward()
+        with torch.no_grad(), pytest.raises(pytest.fail.Exception):
+            linear([x], [layer])  # the negative control

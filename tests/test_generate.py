@@ -40,7 +40,7 @@ def test_a_small_model_speaks_on_one_core_and_leaves_them_as_they_were(
     model: GPTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    model.out_head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    model.final_norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     with machine.threads(2):
         next(generate(model, [1], Sampling(), seeded(1)))
         assert (seen, torch.get_num_threads()) == ([1], 2)

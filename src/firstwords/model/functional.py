@@ -18,6 +18,7 @@ Activation = Literal["none", "gelu", "swiglu"]
 QUERIES_AT_ONCE = 256  # so that memory grows with T, not T², and about half of the masked work is left out
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves
+PART_NUMBERS = 1 << 17  # of a large layer's weights, that a core reads at once where few rows are multiplied
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
@@ -199,7 +200,7 @@ def linear(inputs: Sequence[Tensor], layers: Sequence[nn.Module], activation: Ac
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
     if x.device.type != "cpu" or dtype == torch.float32 or torch.compiler.is_compiling():
-        y = F.linear(_activated(activation, inputs), torch.cat(weights), torch.cat(biases) if biases else None)
+        y = F.linear(_activated(activation, inputs), _joined(weights), _joined(biases) if biases else None)
     else:
         y = _Linear.apply(activation, dtype, len(inputs), len(layers), *inputs, *weights, *biases)  # type: ignore[no-untyped-call]
     parts: Sequence[Tensor] = torch.split(y, [len(weight) for weight in weights], dim=-1)
@@ -207,8 +208,27 @@ def linear(inputs: Sequence[Tensor], layers: Sequence[nn.Module], activation: Ac
 
 
 def _applied(layer: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = F.linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
-    return y
+    if not isinstance(layer, nn.Linear):
+        y: Tensor = layer(x)
+        return y
+    n_parts = 1 << (layer.weight.numel() // PART_NUMBERS).bit_length() >> 1  # a power of two: most shapes are multiples
+    alike = x.dtype == layer.weight.dtype == torch.float32 and layer.weight.is_contiguous()
+    if n_parts < 2 or not alike or x.device.type != "cpu" or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+        return F.linear(x, layer.weight, layer.bias)
+    y = _in_parts(x.flatten(0, -2), layer.weight, n_parts).view(*x.shape[:-1], -1)
+    return y if layer.bias is None else y + layer.bias
+
+
+def _in_parts(x: Tensor, weight: Tensor, n_parts: int) -> Tensor:
+    """Return x Wᵀ, (N, C'), for (N, C) and the weights (C', C) in so many parts, each read by one core.
+
+    In one product of a single row one core alone reads all the weights, and where N is 2 to 64 all cores do, but late.
+    """
+    height = len(weight) // n_parts
+    end = n_parts * height
+    y = torch.bmm(x.expand(n_parts, *x.shape), weight[:end].view(n_parts, height, -1).mT)  # (parts, N, height)
+    y = y.transpose(0, 1).reshape(len(x), end)
+    return y if end == len(weight) else torch.cat((y, F.linear(x, weight[end:])), dim=1)
 
 
 class _Linear(torch.autograd.Function):
@@ -243,7 +263,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return tensors[0].to(dtype) if len(tensors) == 1 else torch.cat([tensor.to(dtype) for tensor in tensors])
+    return _joined([tensor.to(dtype) for tensor in tensors])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _groups(given: Sequence[Tensor], n_inputs: int, n_layers: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

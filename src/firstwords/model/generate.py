@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
 from firstwords.model import cost
+from firstwords.model.functional import linear
 from firstwords.model.gpt import GPTModel, KVCache
 from firstwords.model.sampling import Sampling
 
@@ -150,7 +151,7 @@ def generate_batch(
         tokens = [([0] * (width - len(row)) + row[-width:])[-new:] for row in rows]
         with _cores(model):
             features = model.features(torch.tensor(tokens, device=device), cache, padding if padding.any() else None)
-            logits = model.out_head(features[:, -1]).float().cpu()  # (B, V)
+            logits = linear([features[:, -1]], [model.out_head])[0].float().cpu()  # (B, V)
             drawn = [
                 _drawn(*each, sampling) for each in zip(logits, (row[-limit:] for row in rows), generators, strict=True)
             ]
