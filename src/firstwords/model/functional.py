@@ -101,6 +101,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps)
+    x = x.contiguous()  # a head's tokens stand apart in memory, and every pass over them as they are takes longer
     if not torch.is_grad_enabled():
         return _normed(x, scale, eps)[0]
     y: Tensor = _RMSNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
@@ -133,7 +134,7 @@ class _RMSNorm(torch.autograd.Function):
         x, scale, r = ctx.saved_tensors
         d_y = upstream[0].to(x.dtype).contiguous()
         d_x, d_scale, _ = torch.ops.aten.native_layer_norm_backward(
-            d_y, x.contiguous(), scale.shape, torch.zeros_like(r), r, scale, None, [True, True, False]
+            d_y, x, scale.shape, torch.zeros_like(r), r, scale, None, [True, True, False]
         )
         mean = (d_y @ scale.to(x.dtype)).unsqueeze(-1) / x.shape[-1]
         return d_x.add_(mean * r), d_scale, None
@@ -253,9 +254,11 @@ class _Linear(torch.autograd.Function):
         d_x: Sequence[Tensor | None] = [None] * len(inputs)
         if ctx.needs_x:
             d_a = (d_y @ _stacked(weights, ctx.dtype)).view(*upstream[0].shape[:-1], -1)
-            d_x = _activation_gradient(ctx.activation, inputs, d_a)
+            activated, d_x = _activated_again(ctx.activation, inputs, d_a)
             del d_a
-        d_weights = torch.split(d_y.T @ _activated(ctx.activation, inputs).flatten(0, -2), heights)
+        else:
+            activated = _activated(ctx.activation, inputs)
+        d_weights = torch.split(d_y.T @ activated.flatten(0, -2), heights)
         d_biases = torch.split(d_y.sum(0), heights) if biases else ()
         gradients = [*d_x, *d_weights, *d_biases]
         cast = [None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)]
@@ -287,15 +290,17 @@ def _activated(activation: Activation, inputs: Sequence[Tensor]) -> Tensor:
             assert_never(never)
 
 
-def _activation_gradient(activation: Activation, inputs: Sequence[Tensor], d_a: Tensor) -> Sequence[Tensor]:
-    """Return the gradient of each input of an activation, whose own is `d_a`."""
+def _activated_again(activation: Activation, inputs: Sequence[Tensor], d_a: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return what `_activated` does, and the gradient of each input, where that of the activation is `d_a`; it is lost."""
     match activation:
         case "none":
-            return [d_a]
+            return inputs[0], [d_a]
         case "gelu":
-            return [torch.ops.aten.gelu_backward(d_a, inputs[0], approximate="tanh")]
+            return _activated("gelu", inputs), [torch.ops.aten.gelu_backward(d_a, inputs[0], approximate="tanh")]
         case "swiglu":
             gate, up = inputs
-            return [torch.ops.aten.silu_backward(d_a * up, gate), d_a * F.silu(gate)]
+            opened = F.silu(gate)
+            activated, d_up = opened * up, opened.mul_(d_a)
+            return activated, [torch.ops.aten.silu_backward(d_a.mul_(up), gate), d_up]
         case _ as never:
             assert_never(never)
