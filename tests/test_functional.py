@@ -68,9 +68,10 @@ def test_new_tokens_see_those_before_and_themselves() -> None:
     torch.testing.assert_close(causal_attention(q[:, :, 9:], k, v), whole[:, :, 9:])
 
 
-def test_attention_drops_as_many_probabilities_as_asked() -> None:
-    q, k = torch.zeros(2, B, H, 200, D).bfloat16()
-    v = torch.eye(200).expand(B, H, 200, 200).bfloat16()  # so that what comes out is the probabilities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_drops_as_many_probabilities_as_asked(dtype: torch.dtype) -> None:
+    q, k = torch.zeros(2, B, H, 200, D).to(dtype)
+    v = torch.eye(200).expand(B, H, 200, 200).to(dtype)  # so that what comes out is the probabilities
     dropped = causal_attention(q, k, v, dropout=0.25)
     share = float((dropped[:, :, -1] == 0).float().mean())
     assert share == pytest.approx(0.25, abs=0.06)  # of 1,200 draws: five standard deviations
