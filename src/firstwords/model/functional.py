@@ -293,7 +293,7 @@ def _activated(activation: Activation, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _activated_again(activation: Activation, inputs: Sequence[Tensor], d_a: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return what `_activated` does, and the gradient of each input, where that of the activation is `d_a`; it is lost."""
+    """Return what `_activated` does, and the gradient of each input, where its own is `d_a`, which may be written over."""
     match activation:
         case "none":
             return inputs[0], [d_a]

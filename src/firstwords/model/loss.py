@@ -221,7 +221,7 @@ def _add_gradients(d_rows: Tensor, rows: Tensor, d_weight: Tensor, table: Tensor
     `d_weight` is (V, C), without the words to spare.
     """
     words_at_once = WORDS_AT_ONCE if table.device.type == "cpu" else len(table)
-    space = table.new_empty(min(words_at_once, len(table)), table.shape[1])  # as for the logits
+    space = table.new_empty(min(words_at_once, len(table)), table.shape[1])  # one place for all; see `_logits`
     for start in range(0, len(table), words_at_once):
         words = slice(start, min(start + words_at_once, len(table)))
         d_rows += d_logits[:, words] @ table[words]
