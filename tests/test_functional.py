@@ -151,6 +151,28 @@ def test_layers_together_give_what_each_gives(rows: int, dtype: torch.dtype, act
         assert error(a, b) < (1e-6 if dtype == torch.float32 else 0.012)  # 8 bits in each of a few roundings
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 5e-6), (torch.bfloat16, 2**-8)], ids=str
+)
+def test_gelu_in_pieces_equals_pytorch_s_and_so_does_its_gradient(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 - σ is known to the last digit of 1 and taken up to forty times, as in PyTorch; bfloat16 is rounded at the end."""
+    monkeypatch.setattr(functional, "PIECE_NUMBERS", 100)
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64).to(dtype).view(7, 143).T  # no multiple, and not in order
+    d_y = torch.randn(x.shape, dtype=torch.float64).to(dtype)
+    exact_x = x.double().requires_grad_()
+    exact = F.gelu(exact_x, approximate="tanh")
+    exact_d_x = torch.autograd.grad(exact, exact_x, d_y.double())[0]
+    with torch.no_grad():
+        alone = functional.gelu(x)
+        y, (d_x,) = functional._gelu_again(x, d_y.clone())
+    assert torch.equal(y, alone)
+    for a, b in ((y, exact), (d_x, exact_d_x)):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=2 * tolerance, atol=tolerance)
+
+
 def test_what_is_kept_for_the_gradient_is_only_what_a_layer_was_given() -> None:
     """No copy of the weights in low precision, and not what the activation gave."""
     layer, kept = nn.Linear(64, 64), set[int]()

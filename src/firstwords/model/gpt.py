@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from firstwords.config import ModelConfig
-from firstwords.model.functional import causal_attention, drop, linear, padding_mask, rms_norm, rotate
+from firstwords.model.functional import GELU_CUBIC, causal_attention, drop, gelu, linear, padding_mask, rms_norm, rotate
 
 DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what PyTorch's modules and ours begin with
-GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 
 
 class KVCache:
@@ -95,7 +94,7 @@ class GELU(nn.Module):
         if self.exact:
             return F.gelu(x)
         if self.cubic == GELU_CUBIC:
-            return F.gelu(x, approximate="tanh")
+            return gelu(x)
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + self.cubic * x**3)))
 
 
@@ -112,9 +111,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        widen, gelu, narrow = self.layers
-        assert isinstance(gelu, GELU)
-        if gelu.exact or gelu.cubic != GELU_CUBIC:
+        widen, act, narrow = self.layers
+        assert isinstance(act, GELU)
+        if act.exact or act.cubic != GELU_CUBIC:
             y: Tensor = self.layers(x)
             return y
         return linear(linear([x], [widen]), [narrow], "gelu")[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from firstwords import store
 from firstwords.config import ModelConfig
 from firstwords.errors import CannotCreateError, ConfigError, DataError
-from firstwords.model.gpt import GELU_CUBIC
+from firstwords.model.functional import GELU_CUBIC
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs.tensor_file import safetensors_bytes
 from firstwords.text.tokenizer import END_OF_TEXT

@@ -19,7 +19,8 @@ from torch import Tensor
 from firstwords import reading, store
 from firstwords.config import ModelConfig, did_you_mean
 from firstwords.errors import ConfigError
-from firstwords.model.gpt import GELU_CUBIC, GPTModel
+from firstwords.model.functional import GELU_CUBIC
+from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.weights import names
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from firstwords.config import ModelConfig, model_config
 from firstwords.errors import ConfigError, DataError
-from firstwords.model.gpt import GELU_CUBIC
+from firstwords.model.functional import GELU_CUBIC
 from firstwords.weights.names import HEAD, Dialect
 
 OWN = "firstwords"  # the key in config.json under which our own configuration travels
