@@ -51,6 +51,21 @@ def test_attention_by_products_is_as_near_to_the_exact_one_as_the_fused_kernel(
         assert error(a, c) < 2 * error(b, c)
 
 
+@pytest.mark.parametrize("queries_at_once", [5, 12], ids=["three parts", "one part"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_gradient_of_attention_by_products_is_that_of_its_formula(
+    queries_at_once: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "QUERIES_AT_ONCE", queries_at_once)
+    inputs = tuple(drawn(B, H, T, D, dtype=torch.float64, seed=seed) for seed in range(3))
+
+    def seeded_attention(*x: Tensor) -> Tensor:
+        torch.manual_seed(0)  # so that the same is dropped each time
+        return functional._attention_by_products(*x, dropout)
+
+    assert torch.autograd.gradcheck(seeded_attention, inputs)
+
+
 def test_no_token_sees_a_later_one_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "QUERIES_AT_ONCE", 5)
     q, k, v = (drawn(B, H, T, D, seed=seed).detach().bfloat16() for seed in range(3))
