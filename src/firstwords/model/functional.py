@@ -368,7 +368,7 @@ def gelu(x: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for of_x, of_y in zip(_pieces(x), _pieces(y), strict=True):
         wide = of_x.to(_wide(x))
-        torch.mul(wide, _gelu_logits(wide).sigmoid_(), out=of_y)
+        _put_product(_gelu_logits(wide).sigmoid_(), wide, of_y)
     return y
 
 
@@ -379,16 +379,24 @@ def _gelu_again(x: Tensor, d_y: Tensor) -> tuple[Tensor, list[Tensor]]:
         wide = of_x.to(_wide(x))
         z = _gelu_logits(wide)
         share = z.sigmoid()
-        torch.mul(wide, share, out=of_y)
         z.sub_(wide, alpha=2 / 3 * GELU_LINEAR)
         torch.ops.aten.sigmoid_backward.grad_input(z, share, grad_input=z)
-        of_d_x.mul_(share.add_(z, alpha=3))
+        _put_product(torch.add(share, z, alpha=3, out=z), of_d_x.to(_wide(x)), of_d_x)
+        _put_product(share, wide, of_y)
     return y, [d_x]
 
 
 def _gelu_logits(x: Tensor) -> Tensor:
     linear = torch.tensor(GELU_LINEAR, dtype=x.dtype)
     return torch.addcmul(linear, x, x, value=GELU_LINEAR * GELU_CUBIC).mul_(x)
+
+
+def _put_product(a: Tensor, b: Tensor, place: Tensor) -> None:
+    """Set a place to a b; where it is of lower precision, a is written over, for PyTorch would make room for the product."""
+    if place.dtype == a.dtype:
+        torch.mul(a, b, out=place)
+    else:
+        place.copy_(a.mul_(b))
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

@@ -202,7 +202,10 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
             rows = slice(start, start + config.micro_batch_size)
             tokens, targets = _sent(batch.tokens[rows], device), _sent(batch.targets[rows], device)
             with torch.autocast(device.type, config.dtype, enabled=config.dtype != torch.float32):
-                nats = target_nats(forward(tokens), model.out_head.weight, targets, config.compiled)
+                # The sparse gradient of a tied table's lookup must come before the head's dense one to be added in place: so
+                # the head is formed before the lookup, for gradients come in the opposite order.
+                head = model.out_head.weight.expand_as(model.out_head.weight)
+                nats = target_nats(forward(tokens), head, targets, config.compiled)
             (nats / batch.n_targets).backward()  # type: ignore[no-untyped-call]
             loss += nats.detach() / batch.n_targets
     figures = torch.stack((loss, _clip(model, config.optim.max_grad_norm), all_finite(state)))
@@ -239,9 +242,19 @@ def _forget_gradients(state: TrainState) -> None:
 
 
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> Tensor:
-    """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had."""
+    """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had.
+
+    On a processor PyTorch's own norm takes twice the time of a product with itself, and in float32 it loses more digits: of
+    a table of ten million numbers three ten-thousandths of the norm. And gradients are passed over only to be scaled.
+    """
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = torch.stack([flat.dot(flat) for flat in map(torch.flatten, gradients)]).sum().sqrt()
+    if norm > limit:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
 
 
 @contextmanager
