@@ -16,7 +16,7 @@ unit: $(VENV)/installed-test  ## only the tests that take a moment
 	$(BIN)/python -m pytest -n auto -m 'not system'
 
 reliability: $(VENV)/installed-test  ## every reliability test in full, 500 killed processes among them (about an hour); writes docs/reliability.md
-	$(BIN)/python -m pytest -n 2 -m technique --full --record docs/reliability.md
+	$(BIN)/python -m pytest -n 2 -m technique --full --record=docs/reliability.md
 
 llama-cpp: $(VENV)/installed-test  ## what is exported for llama.cpp says the same there (installs its build for node, Linux)
 	npm install --silent --omit=optional --no-audit --no-fund --prefix $(VENV)/llama node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1

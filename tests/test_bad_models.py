@@ -184,6 +184,14 @@ def test_what_is_no_run_is_no_input(refused: Refused, text: Path, verb: list[str
     assert refused(66, verb[0], place, *verb[1:])["where"] == place
 
 
+@pytest.mark.parametrize("verb", [["generate"], ["eval"], ["report"], ["train", "--resume", "--out"]])
+def test_a_misspelt_run_is_guessed_and_no_other_folder(refused: Refused, a_run: Path, verb: list[str]):
+    misspelt = a_run.with_name(a_run.name + "s")
+    assert refused(66, *verb, misspelt)["do"] == f"did you mean {a_run}?"
+    Path("notes").mkdir()
+    assert "did you mean" not in refused(66, *verb, "note")["do"]
+
+
 def test_a_run_without_a_checkpoint_is_no_input(refused: Refused, a_run: Path):
     shutil.rmtree(a_run / "checkpoints")
     assert "--resume" in refused(66, "generate", a_run)["do"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def test_every_command_of_the_pages_parses(line: str) -> None:
 @pytest.mark.parametrize("line", commands("make "))
 def test_every_make_target_of_the_pages_exists(line: str) -> None:
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+def test_pytest_understands_what_make_reliability_asks_of_it() -> None:
+    """What stands apart from an option of our own would be taken for a test, and the options for unknown."""
+    asked = re.search(r"-m pytest (.*--full.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert asked is not None
+    args = [*shlex.split(asked[1]), "-n", "0", "--collect-only", "-q"]
+    ended = subprocess.run([sys.executable, "-m", "pytest", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_the_pages_have_commands() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from firstwords import resolve, store
+from firstwords import reading, resolve, store
 from firstwords.errors import DataError, NoInputError
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
@@ -90,7 +90,14 @@ def is_foreign(source: Path) -> bool:
 def require_there(source: Path) -> None:
     """Raise a NoInputError where no model is."""
     if not (is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
-        raise NoInputError("there is no run or checkpoint", where=str(source), do="name a folder that train made")
+        near = reading.nearest(source, _looks_like_a_model)
+        do = f"did you mean {near}?" if near else "name a folder that train made"
+        raise NoInputError("there is no run or checkpoint", where=str(source), do=do)
+
+
+def _looks_like_a_model(path: Path) -> bool:
+    marks = (path / store.MANIFEST, path / "config.json")
+    return path.suffix in archive.SUFFIXES or RunFolder(path).exists or any(mark.is_file() for mark in marks)
 
 
 def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:

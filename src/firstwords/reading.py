@@ -6,13 +6,14 @@ sees it. What is refused is a DataError, never a RecursionError or MemoryError, 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -173,3 +174,18 @@ def _number(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text[:40]} is no finite number")
+
+
+def nearest(path: Path, fits: Callable[[Path], bool] = lambda _: True) -> Path | None:
+    """Return what a person may have meant by a path that is not there: of its folder, what is named most like it.
+
+    Args:
+        path: What was named.
+        fits: Whether a path can be meant; asked of at most three.
+    """
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
+    except OSError:
+        return None
+    near = (path.parent / name for name in difflib.get_close_matches(path.name, names))
+    return next(filter(fits, near), None)

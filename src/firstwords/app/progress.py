@@ -90,7 +90,7 @@ class PlainDisplay:
         now_s = time.perf_counter()
         if what != self._what or now_s - self._line_s >= PLAIN_LINE_EVERY_S:
             self._what, self._line_s = what, now_s
-            self.line(Text(visible(what) if share is None else f"{visible(what)}: {share:.0%}"))
+            self.line(Text(f"{visible(what)}: {share:.0%}" if share else visible(what)))
 
     def stepped(self, done: StepDone) -> None:
         """Show the numbers now and then."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.errors import CannotCreateError, NoInputError
 from firstwords.runs.journal import Journal
 
@@ -123,5 +123,7 @@ def existing(path: Path) -> RunFolder:
     """
     run = RunFolder(path)
     if not run.exists:
-        raise NoInputError("there is no run", where=str(path), why="no config.toml in it", do="check the name")
+        near = reading.nearest(path, lambda other: RunFolder(other).exists)
+        do = f"did you mean {near}?" if near else "check the name"
+        raise NoInputError("there is no run", where=str(path), why="no config.toml in it", do=do)
     return run

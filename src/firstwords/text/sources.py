@@ -30,6 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from firstwords import reading
 from firstwords.errors import ConfigError, DataError, NoInputError, PermissionDeniedError, StorageError
 
 if TYPE_CHECKING:
@@ -462,13 +463,8 @@ def _errors_of(name: str) -> Iterator[None]:
 
 def _nearest(error: OSError) -> str:
     """Return advice for a file that is not there: the name most like it in its folder, if any is."""
-    path = Path(os.fsdecode(error.filename))
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
-    except OSError:
-        names = []
-    near = difflib.get_close_matches(path.name, sorted(names), n=1)
-    return f"did you mean {_shown(path.parent / near[0])}?" if near else f"check the name, from {_shown(Path.cwd())}"
+    near = reading.nearest(Path(os.fsdecode(error.filename)))
+    return f"did you mean {_shown(near)}?" if near else f"check the name, from {_shown(Path.cwd())}"
 
 
 def _short_name(path: str) -> str:
