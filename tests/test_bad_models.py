@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import firstwords
 from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
-from firstwords import store
+from firstwords import reading, store
 from firstwords.errors import DataError
 from firstwords.model.generate import Sampling, generate
 from firstwords.text.tokenizer import gpt2
@@ -190,6 +191,14 @@ def test_a_misspelt_run_is_guessed_and_no_other_folder(refused: Refused, a_run: 
     assert refused(66, *verb, misspelt)["do"] == f"did you mean {a_run}?"
     Path("notes").mkdir()
     assert "did you mean" not in refused(66, *verb, "note")["do"]
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_guess(a_run: Path, monkeypatch: pytest.MonkeyPatch):
+    def denied(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert reading.nearest(a_run.with_name(a_run.name + "s"), lambda path: path.is_file()) is None
 
 
 def test_a_run_without_a_checkpoint_is_no_input(refused: Refused, a_run: Path):

@@ -33,6 +33,7 @@ def test_every_make_target_of_the_pages_exists(line: str) -> None:
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 
+@pytest.mark.system
 def test_pytest_understands_what_make_reliability_asks_of_it() -> None:
     """What stands apart from an option of our own would be taken for a test, and the options for unknown."""
     asked = re.search(r"-m pytest (.*--full.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))

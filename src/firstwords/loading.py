@@ -96,8 +96,9 @@ def require_there(source: Path) -> None:
 
 
 def _looks_like_a_model(path: Path) -> bool:
-    marks = (path / store.MANIFEST, path / "config.json")
-    return path.suffix in archive.SUFFIXES or RunFolder(path).exists or any(mark.is_file() for mark in marks)
+    if path.suffix in archive.SUFFIXES and path.is_file():
+        return True
+    return RunFolder(path).exists or any((path / name).is_file() for name in (store.MANIFEST, "config.json"))
 
 
 def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The only reader of whole small files: JSON, configuration, tokenizers. They may come from a stranger.
+"""The only reader of whole small files: JSON, configuration, tokenizers. They may come from a stranger, or be misspelt.
 
 A file is asked for its kind and size before it is opened, its JSON for its depth and its number of values before a parser
 sees it. What is refused is a DataError, never a RecursionError or MemoryError, and costs no time to speak of.
@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -28,6 +28,7 @@ BYTES_A_VALUE = 32  # a Python object takes over 60 bytes and `{},` only 3; so m
 MOST_DEPTH = 64
 MOST_DIGITS = 20  # of a whole number: 64 bits
 MOST_NAME_BYTES = 255
+MOST_NAMES = 1000  # of a folder, that are held against a misspelt one: some take 0.1 ms each
 # Whatever is no bracket or comma outside a string. Possessive and with an optional end, so that it never goes back.
 NO_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[^"\[\]{},]++', re.DOTALL)
 STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord(","): 0}
@@ -177,15 +178,22 @@ def _no_number(text: str) -> NoReturn:
 
 
 def nearest(path: Path, fits: Callable[[Path], bool] = lambda _: True) -> Path | None:
-    """Return what a person may have meant by a path that is not there: of its folder, what is named most like it.
+    """Return what a person may have meant by a path: of its folder, what fits and is named most like it.
 
     Args:
-        path: What was named.
-        fits: Whether a path can be meant; asked of at most three.
+        path: What was named; it is not there, or does not fit.
+        fits: Whether another path can be meant.
     """
     try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
-    except OSError:
+        others = islice((entry for entry in path.parent.iterdir() if entry.name != path.name), MOST_NAMES)
+        likely = difflib.get_close_matches(path.name, [entry.name for entry in others if _seems(fits, entry)], n=1)
+    except (OSError, ValueError):  # it cannot be listed, or its name holds a NUL
         return None
-    near = (path.parent / name for name in difflib.get_close_matches(path.name, names))
-    return next(filter(fits, near), None)
+    return path.parent / likely[0] if likely else None
+
+
+def _seems(fits: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return fits(path)
+    except OSError:
+        return False

@@ -13,11 +13,12 @@ from typing import Any, Literal, assert_never
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Activation = Literal["none", "gelu", "swiglu"]
 QUERIES_AT_ONCE = 128  # so that most of the masked work is left out: in float32 a fifth faster than 256 for 256 tokens
-FEW_TOKENS = 256  # up to which the probabilities that are kept for the gradient are not much beside what else is
+FEW_TOKENS = 256  # up to which probabilities kept for the gradient are a tenth of all that is, as in preset laptop
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves
 PART_NUMBERS = 1 << 17  # of a large layer's weights, that a core reads at once where few rows are multiplied
@@ -31,7 +32,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask
 
     On a processor the plain products are used where they are faster: in bfloat16 they take half the time of PyTorch's fused
     kernel, in float32 with their gradient nine tenths; and that kernel drops nothing, what PyTorch has in its place takes
-    half as long again. But it keeps no probabilities, so in float32 it is used where there are many.
+    half as long again. But it keeps no probabilities, so in float32 it is used where there are many, or nothing is learnt.
 
     Args:
         q: (B, H, T, D) queries, of the last T of S tokens.
@@ -87,18 +88,19 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         T, D = q.shape[1:]
         ctx.parts = [(start, min(T, start + QUERIES_AT_ONCE)) for start in range(0, T, QUERIES_AT_ONCE)]
-        outputs, kept = [], []
+        outputs, kept = [], list[Tensor]()
         for start, end in ctx.parts:
             future = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
             scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
             shares = torch.softmax(scores, dim=-1)
             left = drop(shares, dropout)
             outputs.append(left @ v[:, :end])
-            kept += [shares, left]
+            kept += [shares, left] if any(ctx.needs_input_grad) else []  # of all, these alone grow with T²
         ctx.save_for_backward(q, k, v, *kept)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -178,6 +180,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, r = ctx.saved_tensors
         d_y = upstream[0].to(x.dtype).contiguous()
@@ -300,6 +303,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(_activated(activation, inputs), _stacked(weights, dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weights, biases = _groups(ctx.saved_tensors, *ctx.sizes)
         d_y, heights = upstream[0].flatten(0, -2), [len(w) for w in weights]
@@ -362,9 +366,9 @@ def gelu(x: Tensor) -> Tensor:
     """Return x σ(z), z = 2 sqrt(2/π) (x + 0.044715 x³): GELU in its tanh form, as σ(z) = (1 + tanh(z/2)) / 2.
 
     PyTorch asks for the tanh itself, which takes three times as long as σ, but does it in one call: better for few numbers.
+    What autograd is to follow cannot be written piece by piece; a layer asks for `_gelu_again` instead.
     """
-    slow = x.device.type == "cpu" and x.numel() >= PIECE_NUMBERS
-    if not slow or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < PIECE_NUMBERS:
         return F.gelu(x, approximate="tanh")
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for of_x, of_y in zip(_pieces(x), _pieces(y), strict=True):

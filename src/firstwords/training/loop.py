@@ -202,9 +202,11 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
             rows = slice(start, start + config.micro_batch_size)
             tokens, targets = _sent(batch.tokens[rows], device), _sent(batch.targets[rows], device)
             with torch.autocast(device.type, config.dtype, enabled=config.dtype != torch.float32):
-                # The sparse gradient of a tied table's lookup must come before the head's dense one to be added in place: so
-                # the head is formed before the lookup, for gradients come in the opposite order.
-                head = model.out_head.weight.expand_as(model.out_head.weight)
+                head = model.out_head.weight
+                if model.config.tied_head:
+                    # The sparse gradient of the lookup must come before the head's dense one to be added in place. Gradients
+                    # come in the opposite order of what they belong to, so this view has its place before the lookup.
+                    head = head.expand_as(head)
                 nats = target_nats(forward(tokens), head, targets, config.compiled)
             (nats / batch.n_targets).backward()  # type: ignore[no-untyped-call]
             loss += nats.detach() / batch.n_targets
@@ -244,8 +246,9 @@ def _forget_gradients(state: TrainState) -> None:
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> Tensor:
     """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had.
 
-    On a processor PyTorch's own norm takes twice the time of a product with itself, and in float32 it loses more digits: of
-    a table of ten million numbers three ten-thousandths of the norm. And gradients are passed over only to be scaled.
+    On a processor PyTorch's own norm takes longer than a product with itself and loses more digits: of a table of GPT-2's
+    size 10.8 ms instead of 6.3, and a four-hundredth instead of a three-thousandth of the norm (two cores with AVX2).
+    A norm that is not finite scales nothing; see `train_step`.
     """
     limit = math.inf if max_grad_norm is None else max_grad_norm
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
