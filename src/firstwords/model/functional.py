@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Activation = Literal["none", "gelu", "swiglu"]
-QUERIES_AT_ONCE = 128  # so that most of the masked work is left out: in float32 a fifth faster than 256 for 256 tokens
+QUERIES_AT_ONCE = 128  # of two such parts a quarter of the work is masked and left out, of many parts nearly half
 FEW_TOKENS = 256  # up to which probabilities kept for the gradient are a tenth of all that is, as in preset laptop
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves

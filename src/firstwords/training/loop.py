@@ -246,9 +246,8 @@ def _forget_gradients(state: TrainState) -> None:
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> Tensor:
     """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had.
 
-    On a processor PyTorch's own norm takes longer than a product with itself and loses more digits: of a table of GPT-2's
-    size 10.8 ms instead of 6.3, and a four-hundredth instead of a three-thousandth of the norm (two cores with AVX2).
-    A norm that is not finite scales nothing; see `train_step`.
+    On a processor PyTorch's own norm takes longer than the root of a product with itself, and loses more digits of a large
+    table. A norm that is not finite scales nothing; see `train_step`.
     """
     limit = math.inf if max_grad_norm is None else max_grad_norm
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
