@@ -73,31 +73,37 @@ SLICES = {
 }
 SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story", "handbook", "spanish")
 LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
+COPYING = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
 BYTES_A_TOKEN = 3.2  # about
+COPIES = "induction heads"
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens."""
+    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens; and how it begins."""
 
     text: str
     slice_bytes: int
     preset: str
     tokens: int
+    copies: bool = False  # from the first step on
 
     @property
-    def key(self) -> tuple[str, int, str, int]:
+    def key(self) -> tuple[str | int, ...]:
         """What the table knows it by."""
-        return self.text, self.slice_bytes, self.preset, self.tokens
+        return (self.text, self.slice_bytes, self.preset, self.tokens, *((COPIES,) if self.copies else ()))
 
 
 def cases() -> list[Case]:
     """Return every run, in an order in which each new one tells the most."""
+    copying = [(name, 0) for name in COPYING]
+    found = [Case(*text, "laptop", 400_000, copies=True) for text in (*copying, ("dialogue", 300_000), ("prose", 600_000))]
+    found += [Case(*text, "laptop", 1_500_000, copies=True) for text in copying]
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
     often = [("dialogue", 60_000), ("python", 40_000), ("french", 50_000), ("story", 0), ("prose", 100_000)]
-    found = [Case(*text, "laptop", 400_000) for text in often]
+    found += [Case(*text, "laptop", 400_000) for text in often]
     found += [Case("dialogue", 300_000, "laptop", 1_500_000), Case("story", 0, "laptop", 1_500_000)]
     found += [Case(name, 0, "laptop", 4_000_000) for name in ("torch", "french", "sources", "python")]
     found += [Case("prose", 100_000, "laptop", 1_500_000), Case("dialogue", 0, "laptop-large", 1_600_000)]
@@ -152,6 +158,7 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
+    command += ["--model.induction-heads", str(case.copies).lower()]
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
     environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
@@ -277,7 +284,8 @@ class Run:
 
         bytes_a_token = row["training_bytes"] / row["training_tokens"]
         read_bytes, repeated = row["tokens"] * bytes_a_token, text["repeated"]
-        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated)
+        copies = COPIES in row["case"]
+        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, copies)
         return cls(row["case"][0], at, row["bits_per_byte"])
 
 
@@ -292,6 +300,7 @@ PRIOR = {  # logarithms of the coefficients: mean, standard deviation
     "s": (math.log(0.08), 0.3),
     "repeats": (math.log(5.0), 1.0),
     "r": (math.log(0.05), 0.7),
+    "i": (math.log(0.04), 0.7),
 }
 FAR = 2.0  # times the noise
 NOISE = 0.05  # of a run's logarithm, about; errors far above it count little more (Cauchy): generated code, above all

@@ -67,7 +67,7 @@ RESUMABLE = frozenset(
     )
 )
 # What of a model may change when training goes on from it.
-ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
+ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std", "model.induction_heads"))
 # How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
 GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 # What no weight depends on, or what the corpus's own hash tells better.
@@ -86,6 +86,8 @@ UNTRAINED = frozenset(
         "sample_every",
     )
 )
+# What decides on the weights before the first step alone, which every checkpoint holds; runs from before it was there go on.
+BEGINNING = frozenset(("model.induction_heads",))
 
 
 @dataclass(frozen=True)
@@ -570,8 +572,8 @@ def fit_config(config: RunConfig) -> FitConfig:
 
 
 def identity(config: RunConfig, prepared: Corpus) -> dict[str, str]:
-    """Return the hashes that tell a run from others: equal ones mean the same training, step for step."""
-    free = RESUMABLE | UNTRAINED
+    """Return the hashes that tell a run from others: with equal ones a checkpoint goes on in the same way, step for step."""
+    free = RESUMABLE | UNTRAINED | BEGINNING
     fixed = {key: value for key, value in flatten(dataclasses.asdict(config)).items() if key not in free}
     return {
         "config_sha256": store.sha256(store.canonical_json(fixed)),

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from firstwords.config import ModelConfig
+from firstwords.model import induction
 from firstwords.model.functional import GELU_CUBIC, causal_attention, drop, gelu, linear, padding_mask, rms_norm, rotate
 
-DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what PyTorch's modules and ours begin with
+# What PyTorch's modules and ours begin with.
+DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_)
 
 
 class KVCache:
@@ -232,6 +234,9 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if config.init_std is not None:
             initialise(self, config.init_std)
+        if not self.tok_emb.weight.is_meta and induction.begins(config):
+            first, second = (block.att for block in [*self.trf_blocks][:2] if isinstance(block, TransformerBlock))
+            induction.begin_copying(config, self.tok_emb.weight, first, second)
 
     def features(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Return what the head reads, (B, T, C), for the ids (B, T).

@@ -16,7 +16,8 @@ from firstwords.errors import FirstwordsError
 from firstwords.planning.speed import Speed
 
 FOLDER = "machines"
-UNCOMPILED = ("vocab_size", "tied_head", "init_std", "drop_rate")  # what a saving by compiling hardly depends on
+# What a saving by compiling hardly depends on.
+UNCOMPILED = ("vocab_size", "tied_head", "init_std", "induction_heads", "drop_rate")
 WORTH = 2.0  # compiling must save so many times what it takes
 # On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
 # laptop presets (0.1 to 8 % of its products' rate), learns no faster from compiled ones.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from firstwords.config import ModelConfig, Precision, RunConfig, run_config
 from firstwords.errors import DataError
-from firstwords.model import cost
+from firstwords.model import cost, induction
 from firstwords.planning import prediction, recipe
 from firstwords.planning.facts import TextFacts
 from firstwords.planning.prediction import Prediction, Situation
@@ -156,9 +156,14 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
 def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | None:
     if config.from_ is not None:
         return None
-    read_bytes, parameters = learnt * bytes_a_token(tokens), cost.parameters(config.model)
-    situation = Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated)
+    situation = _situation(tokens, config.model, learnt * bytes_a_token(tokens))
     return prediction.law().predict(situation, untried(config, tokens))
+
+
+def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situation:
+    """Return what is foretold from, for a model that learns from so many bytes of a text."""
+    parameters, copies = cost.parameters(model), induction.begins(model)
+    return Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated, copies)
 
 
 def bytes_a_token(tokens: Tokens) -> float:
@@ -212,8 +217,7 @@ def _bits(candidate: Candidate) -> float:
 def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> float | None:
     """Return the seconds in which a preset would be as good as `bits`, most likely; None: in none."""
     law, model = prediction.law(), _model(tokens, preset)
-    situation = Situation(tokens.difficulty, tokens.training_bytes, 0.0, cost.parameters(model), tokens.repeated)
-    n_bytes = law.text_for(bits, situation)
+    n_bytes = law.text_for(bits, _situation(tokens, model, 0.0))
     if n_bytes is None:
         return None
     learnt = n_bytes / bytes_a_token(tokens)

@@ -3,13 +3,14 @@
 The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size, of
 which the greater decides:
 
-    bits per byte = h'^g * (e + ((a d^-b)^(1/b) + (n (N / 10^6)^-m)^(1/b))^b) * d^(-r sqrt(c))
+    bits per byte = h'^g * (e + ((a d^-b)^(1/b) + (n (N / 10^6)^-m)^(1/b))^b) * d^(-r sqrt(c)) * exp(-i)
     h' = h min(1, U / 2^21)^s,    d = D' / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
 h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen;
 what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
-more of such a text is read, the more of the rest is known; that term is our own. N parameters, D bytes of text learnt from,
+more of such a text is read, the more of the rest is known; that term is our own, as is the last, which counts where a model
+begins with heads that copy (`model.induction`). N parameters, D bytes of text learnt from,
 repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The
 two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose
 plain sum of the powers promises a small model too much of a long run. That a text read again and again is worth ever less:
@@ -49,6 +50,7 @@ class Situation:
     read_bytes: float  # learnt from, repetitions included: D
     parameters: float  # N
     repeated: float = 0.0  # share of the text: c
+    copies: bool = False  # from the first step on
 
     @property
     def epochs(self) -> float:
@@ -84,6 +86,7 @@ class Law:
     s: float
     repeats: float  # R*
     r: float
+    i: float
     spread: float  # four of five runs lay within a factor of exp(+-spread), each text predicted without its own runs
     tried: Mapping[str, tuple[float, float]]  # the least and the most of each of a situation's numbers
     widening: float  # added to the spread for each factor of e beyond what was tried
@@ -94,7 +97,8 @@ class Law:
         powers = self.a * learnt**-self.b, self.n * (at.parameters / MILLION) ** -self.m
         gap = sum(power ** (1 / self.b) for power in powers) ** self.b
         difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
-        return float(difficulty**self.g * (self.e + gap) * learnt ** (-self.r * math.sqrt(at.repeated)))
+        repeated = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-self.i if at.copies else 0.0)
+        return float(difficulty**self.g * (self.e + gap) * repeated)
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
         """Return the range; it is wider for what lies beyond all that was tried, and says so.

@@ -1,0 +1,104 @@
+"""Two heads that copy from the first step on: they find where the last token stood before, and say what followed it there.
+
+Such induction heads (Olsson et al. 2022, arXiv:2209.11895) are how a transformer uses what stands further back than a few
+tokens. They form by themselves, but in minutes on a laptop they do not; what a text repeats is then lost on a model that is
+drawn at random. Here they are written into the weights that a new model begins with, and learn on like all others.
+
+Shapes: C channels, D channels of a head, R rank of what a head tells of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from firstwords.config import ModelConfig
+    from firstwords.model.gpt import MultiHeadAttention
+
+HEAD = 0  # of the first block and of the second
+COMMON = 0.5  # size of what all tokens have in common, as a share of what each has of its own
+WRITTEN, COPIED = 0.06, 0.12  # size of the two heads' V and output matrices, multiplied: of the order of a token's own
+FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
+SHARP_BEFORE, SHARP_SAME = 1.5, 3.0  # of the queries, which norms would else keep from choosing one token of many
+
+
+def begins(config: ModelConfig) -> bool:
+    """Whether a new model begins with the two heads: they are wanted, and it has the blocks and the channels for them."""
+    has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) > 0
+    return config.induction_heads and config.block == "qwen3" and bool(config.init_std) and has_room
+
+
+@torch.no_grad()
+def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention, second: MultiHeadAttention) -> None:
+    """Write the two heads into a new model that `begins` so; the weights of its other heads stay as they were drawn.
+
+    Block 1 tells each token which one stands before it: queries and keys see only what all tokens have in common, turned
+    so that rotary positions make one step back the best; the identity of that token, seen in some directions, is added in
+    others. Block 2 looks for tokens whose predecessor is the token at hand, by the channels that positions hardly turn,
+    and adds what such a token is: with a tied head, its own logit.
+
+    Args:
+        config: Of the model.
+        table: (V, C), of its tokens.
+        first: Of block 1.
+        second: Of block 2.
+    """
+    C, D, std = config.emb_dim, config.head_dim, config.init_std or 0.0
+    directions = nn.init.orthogonal_(torch.empty(C, C, device=table.device))
+    common, own = directions[0], directions[1:]
+    R = min(D, len(own)) // 2
+    identity, before, said = own[:R], own[R : 2 * R], own.roll(-2 * R, 0)[:D]
+    table += torch.outer(COMMON * std * math.sqrt(C) - table @ common, common)
+    size = std * math.sqrt(C * D)  # that the weights of a head are drawn with
+
+    fast, angles = torch.zeros(2, D // 2, device=table.device)
+    fast[:FAST_PAIRS] = 1
+    angles = _rates(config).to(table.device)
+    here = torch.cat((fast, torch.zeros_like(fast)))
+    one_back = torch.cat((fast * angles.cos(), fast * angles.sin()))
+    _look(first, torch.outer(here, common), torch.outer(one_back, common), size, SHARP_BEFORE)
+    _tell(first, identity, before, WRITTEN)
+
+    slow = _slow(config)[: R // 2].to(table.device)
+    channels = torch.cat((slow, slow + D // 2))
+    mixed = nn.init.orthogonal_(torch.empty(len(channels), R, device=table.device))
+    queries, keys = torch.zeros(2, D, C, device=table.device)
+    queries[channels], keys[channels] = mixed @ identity, mixed @ before
+    _look(second, queries, keys, size, SHARP_SAME)
+    _tell(second, said, said, COPIED)
+
+
+def _rates(config: ModelConfig) -> Tensor:
+    """Return by how much each channel pair turns from one position to the next, (D / 2)."""
+    return config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+
+
+def _slow(config: ModelConfig) -> Tensor:
+    """Return the channel pairs that turn by less than a right angle, about, over half of the context."""
+    return (_rates(config) * config.context_length < 2).nonzero().flatten()
+
+
+def _look(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: float, sharp: float) -> None:
+    """Give the head the directions of its queries and keys, (D, C), brought to one size."""
+    rows = _rows(attention)
+    attention.W_query.weight[rows] = queries * (size / queries.norm())
+    attention.W_key.weight[rows] = keys * (size / keys.norm())
+    assert attention.query_norm is not None
+    attention.query_norm.scale.mul_(sharp)
+
+
+def _tell(attention: MultiHeadAttention, read: Tensor, written: Tensor, size: float) -> None:
+    """Let the head add, where it looks, what a token has in the directions `read`, (R, C), in the directions `written`."""
+    rows = _rows(attention)
+    value, out = attention.W_value.weight[rows].zero_(), attention.out_proj.weight[:, rows].zero_()
+    value[: len(read)] = math.sqrt(size) * read
+    out[:, : len(read)] = math.sqrt(size) * written.T
+
+
+def _rows(attention: MultiHeadAttention) -> slice:
+    D = attention.W_query.out_features // attention.n_heads
+    return slice(HEAD * D, (HEAD + 1) * D)

@@ -1,0 +1,82 @@
+"""The two heads that a model begins with: they copy at once, and change nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from firstwords.config import ModelConfig, run_config
+from firstwords.model import induction
+from firstwords.model.gpt import GPTModel
+
+LAPTOP = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=500)
+LARGE = dataclasses.replace(run_config({"preset": "laptop-large"}).model, induction_heads=True)
+CASES = {
+    "laptop": LAPTOP,
+    "short context": dataclasses.replace(LAPTOP, context_length=64),
+    "one head": dataclasses.replace(LAPTOP, n_heads=1),
+    "laptop-large": LARGE,
+}
+
+
+def drawn(config: ModelConfig, *, seed: int = 7) -> GPTModel:
+    torch.manual_seed(seed)
+    return GPTModel(config).eval()
+
+
+@torch.no_grad()
+def gained(model: GPTModel, seed: int) -> float:
+    """Return by how many nats a token of random ids is likelier where the same ids stand once before."""
+    T, generator = model.config.context_length, torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (8, T // 2), generator=generator).repeat(1, 2)
+    nats = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none")
+    return float(nats[:, : T // 2 - 1].mean() - nats[:, T // 2 :].mean())
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(config: ModelConfig, seed: int) -> None:
+    # In ten seeds: at least 0.29 with the heads, at most 0.02 to either side without.
+    assert gained(drawn(config, seed=seed), seed) > 0.2
+    assert abs(gained(drawn(dataclasses.replace(config, induction_heads=False), seed=seed), seed)) < 0.1
+
+
+def test_what_the_heads_do_not_need_is_as_it_was_drawn() -> None:
+    plain = drawn(dataclasses.replace(LAPTOP, induction_heads=False)).state_dict()
+    copying = drawn(LAPTOP).state_dict()
+    changed = {name for name, weight in copying.items() if not torch.equal(weight, plain[name])}
+    heads = {f"trf_blocks.{block}.att.{name}" for block in (0, 1) for name in ("W_query.weight", "W_key.weight")}
+    heads |= {f"trf_blocks.{block}.att.{name}" for block in (0, 1) for name in ("W_value.weight", "out_proj.weight")}
+    tables = {"tok_emb.weight", "out_head.weight"}
+    assert changed == heads | {f"trf_blocks.{block}.att.query_norm.scale" for block in (0, 1)} | tables
+    rows = slice(LAPTOP.head_dim, None)  # those of the other heads
+    for name in heads:
+        new, old = (weights[name].T if "out_proj" in name else weights[name] for weights in (copying, plain))
+        assert torch.equal(new[rows], old[rows])
+        assert not torch.equal(new[: rows.start], old[: rows.start])
+
+
+def test_a_seed_decides_on_the_heads() -> None:
+    weights = [drawn(LAPTOP, seed=seed).trf_blocks[1].att.W_query.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0][: LAPTOP.head_dim], weights[2][: LAPTOP.head_dim])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block": "gpt2"},
+        {"n_layers": 1},
+        {"init_std": None},
+        {"n_heads": 24},  # 8 channels each
+        {"rope_base": 1.0},  # positions turn all channels alike
+    ],
+)
+def test_a_shape_without_room_for_the_heads_begins_as_ever(change: dict[str, int]) -> None:
+    config = dataclasses.replace(LAPTOP, **change)
+    assert not induction.begins(config)
+    plain = drawn(dataclasses.replace(config, induction_heads=False)).state_dict()
+    assert all(torch.equal(weight, plain[name]) for name, weight in drawn(config).state_dict().items())
