@@ -75,7 +75,7 @@ SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources",
 LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
 COPYING = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
 BYTES_A_TOKEN = 3.2  # about
-COPIES = "induction heads"
+COPIES = "induction heads"  # named in a case that has them; commands from before the option are of runs without
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 

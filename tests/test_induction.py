@@ -1,8 +1,9 @@
-"""The two heads that a model begins with: they copy at once, and change nothing else."""
+"""The two heads that a model begins with: they copy at once, and leave the weights of the others as they are."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def gained(model: GPTModel, seed: int) -> float:
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(config: ModelConfig, seed: int) -> None:
-    # In ten seeds: at least 0.29 with the heads, at most 0.02 to either side without.
+    # In ten seeds: at least 0.23 with the heads, at most 0.02 to either side without.
     assert gained(drawn(config, seed=seed), seed) > 0.2
     assert abs(gained(drawn(dataclasses.replace(config, induction_heads=False), seed=seed), seed)) < 0.1
 
@@ -52,6 +53,8 @@ def test_what_the_heads_do_not_need_is_as_it_was_drawn() -> None:
     heads |= {f"trf_blocks.{block}.att.{name}" for block in (0, 1) for name in ("W_value.weight", "out_proj.weight")}
     tables = {"tok_emb.weight", "out_head.weight"}
     assert changed == heads | {f"trf_blocks.{block}.att.query_norm.scale" for block in (0, 1)} | tables
+    shift = copying["tok_emb.weight"] - plain["tok_emb.weight"]
+    assert torch.linalg.matrix_rank(shift, rtol=1e-4) == 1  # float32 rounds a weight of that size to 1e-7
     rows = slice(LAPTOP.head_dim, None)  # those of the other heads
     for name in heads:
         new, old = (weights[name].T if "out_proj" in name else weights[name] for weights in (copying, plain))
@@ -71,11 +74,12 @@ def test_a_seed_decides_on_the_heads() -> None:
         {"block": "gpt2"},
         {"n_layers": 1},
         {"init_std": None},
-        {"n_heads": 24},  # 8 channels each
+        {"tied_head": False},
+        {"n_heads": 16},  # of 12 channels, of which two pairs turn slowly
         {"rope_base": 1.0},  # positions turn all channels alike
     ],
 )
-def test_a_shape_without_room_for_the_heads_begins_as_ever(change: dict[str, int]) -> None:
+def test_a_shape_without_room_for_the_heads_begins_as_ever(change: dict[str, Any]) -> None:
     config = dataclasses.replace(LAPTOP, **change)
     assert not induction.begins(config)
     plain = drawn(dataclasses.replace(config, induction_heads=False)).state_dict()

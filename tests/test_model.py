@@ -109,13 +109,18 @@ def test_estimates_grow_with_what_they_estimate() -> None:
     assert (chunks[0], chunks[-1]) == (cost.FEWEST_CHUNK_BYTES, cost.MOST_CHUNK_BYTES)
 
 
+@pytest.mark.parametrize("preset", [None, "laptop"])
 @pytest.mark.parametrize("init_std", [None, 0.02])
-def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(small: ModelConfig, init_std: float | None) -> None:
-    config = dataclasses.replace(small, init_std=init_std)
+def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(
+    small: ModelConfig, init_std: float | None, preset: str | None
+) -> None:
+    shape = run_config({"preset": preset, "model.vocab_size": 300}).model if preset else small
+    config = dataclasses.replace(shape, init_std=init_std)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     model = unfilled(config)
     assert torch.equal(torch.get_rng_state(), before)
+    assert model.config == config
     drawn = GPTModel(config)
     assert not torch.equal(torch.get_rng_state(), before)  # the negative control
     shapes = {name: tensor.shape for name, tensor in drawn.named_parameters()}  # a tied head is named once

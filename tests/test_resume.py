@@ -568,3 +568,17 @@ def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 0
     assert len(journal(tmp_path / "run", "step")) == 120
+
+
+def test_a_run_from_before_induction_heads_goes_on_without_them(tmp_path: Path) -> None:
+    model = {"induction_heads": False, "emb_dim": 64, "n_heads": 1, "n_layers": 2, "ff_dim": 64, "context_length": 32}
+    out, options = tmp_path / "run", {**TINY, "preset": "laptop", "model": model}
+    (tmp_path / "text.txt").write_text(STORY)
+    api.train(tmp_path / "text.txt", out=out, steps=2, **options)
+    text = (out / "config.toml").read_text()
+    old = "".join(line for line in text.splitlines(keepends=True) if "induction_heads" not in line)
+    assert old != text
+    assert run_config({"preset": "laptop"}).model.induction_heads  # so that what is missing would mean them
+    (out / "config.toml").write_text(old)
+    assert api.train(resume=True, out=out, steps=3).steps == 3
+    assert "induction_heads = false" in (out / "config.toml").read_text()

@@ -72,7 +72,7 @@ class ModelConfig:
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
     norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
     init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
-    induction_heads: bool = option(False, "begin with two heads that copy; qwen3 of two blocks or more, with init_std")
+    induction_heads: bool = option(False, "begin with two heads that copy; in a tied qwen3 of two blocks or more")
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")

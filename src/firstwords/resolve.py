@@ -86,7 +86,7 @@ UNTRAINED = frozenset(
         "sample_every",
     )
 )
-# What decides on the weights before the first step alone, which every checkpoint holds; runs from before it was there go on.
+# What only decides the first weights. Checkpoints hold the weights, so runs from before the option go on.
 BEGINNING = frozenset(("model.induction_heads",))
 
 
@@ -171,7 +171,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     if config is not None:
         raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
-    recorded = from_toml(read(run.config), str(run.config))
+    recorded = recorded_config(run)
     if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
         given = {key: value for key, value in given.items() if not key.startswith("text")}
     for key, value in given.items():
@@ -188,6 +188,11 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
             )
     more_time = given.get("for_s") is not None
     return Asked(run, run_config(recorded, given), None, frozenset(key_types()), more_time=more_time)
+
+
+def recorded_config(run: RunFolder) -> dict[str, Any]:
+    """Return the keys that a run recorded; one from before `induction_heads` began without them, whatever its preset has."""
+    return {"model.induction_heads": False, **from_toml(read(run.config), str(run.config))}
 
 
 def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:

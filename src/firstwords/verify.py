@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import resolve, store
-from firstwords.config import RunConfig, from_toml, run_config
+from firstwords.config import RunConfig, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
 from firstwords.planning import machine
 from firstwords.runs import checkpoint, tensor_file
@@ -105,7 +105,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
 
     Equal means equal to the last bit, which holds on the machine and with the threads of the run.
     """
-    config = run_config(from_toml(resolve.read(run.config), str(run.config)))
+    config = run_config(resolve.recorded_config(run))
     lines = list(run.metrics.lines())
     last = max((line["step"] for line in lines if line["event"] == "step"), default=0)
     whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]

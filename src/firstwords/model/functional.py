@@ -191,6 +191,11 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.add_(mean * r), d_scale, None
 
 
+def rotary_rates(channels: int, base: float) -> Tensor:
+    """Return by how much each channel pair (i, i + D/2) turns from one position to the next, base^(-2i/D), (D/2)."""
+    return torch.as_tensor(base ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + D/2) of (B, H, T, D) by the angles of their positions.
 

@@ -6,6 +6,7 @@ Module and parameter names are those of Raschka's "Build a Large Language Model 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, assert_never
@@ -17,10 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 from firstwords.config import ModelConfig
 from firstwords.model import induction
-from firstwords.model.functional import GELU_CUBIC, causal_attention, drop, gelu, linear, padding_mask, rms_norm, rotate
+from firstwords.model.functional import (
+    GELU_CUBIC,
+    causal_attention,
+    drop,
+    gelu,
+    linear,
+    padding_mask,
+    rms_norm,
+    rotary_rates,
+    rotate,
+)
 
-# What PyTorch's modules and ours begin with.
-DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_)
+DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # what PyTorch's modules and ours begin with
 
 
 class KVCache:
@@ -140,7 +150,7 @@ def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    rates = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    rates = rotary_rates(config.head_dim, config.rope_base)
     angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), rates)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -293,7 +303,9 @@ class _Undrawn(TorchFunctionMode):
 def unfilled(config: ModelConfig) -> GPTModel:
     """Return a model whose weights are what stood in memory: drawing random ones takes GPT-2 a second, in vain."""
     with _Undrawn():
-        return GPTModel(config)
+        model = GPTModel(dataclasses.replace(config, induction_heads=False))
+    model.config = config
+    return model
 
 
 def initialise(model: GPTModel, std: float) -> None:

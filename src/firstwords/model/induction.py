@@ -15,26 +15,35 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from firstwords.model.functional import rotary_rates
+
 if TYPE_CHECKING:
     from firstwords.config import ModelConfig
     from firstwords.model.gpt import MultiHeadAttention
 
 HEAD = 0  # of the first block and of the second
 COMMON = 0.5  # size of what all tokens have in common, as a share of what each has of its own
-WRITTEN, COPIED = 0.06, 0.12  # size of the two heads' V and output matrices, multiplied: of the order of a token's own
+WRITTEN, COPIED = 3.0, 6.0  # what the two heads add, in the standard deviations of the table
 FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
-SHARP_BEFORE, SHARP_SAME = 1.5, 3.0  # of the queries, which norms would else keep from choosing one token of many
+FEWEST_SLOW_PAIRS = 7  # by which a token is told from others wherever it stood
+SHARP_BEFORE, SHARP_SAME = 1.5, 2.0  # of the queries, which norms would else keep from choosing one token of many
 
 
 def begins(config: ModelConfig) -> bool:
-    """Whether a new model begins with the two heads: they are wanted, and it has the blocks and the channels for them."""
-    has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) > 0
-    return config.induction_heads and config.block == "qwen3" and bool(config.init_std) and has_room
+    """Whether a new model begins with the two heads: they are wanted, and it has what they take.
+
+    A head that is not tied could not read what they say: it does not know the tokens as the table does.
+    """
+    has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) >= FEWEST_SLOW_PAIRS
+    return config.induction_heads and config.block == "qwen3" and config.tied_head and bool(config.init_std) and has_room
 
 
 @torch.no_grad()
 def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention, second: MultiHeadAttention) -> None:
-    """Write the two heads into a new model that `begins` so; the weights of its other heads stay as they were drawn.
+    """Write the two heads into a new model that `begins` so.
+
+    All tokens come to have something in common, and the other heads of the two blocks, which share the norm of the queries,
+    look more sharply too; their weights stay as they were drawn.
 
     Block 1 tells each token which one stands before it: queries and keys see only what all tokens have in common, turned
     so that rotary positions make one step back the best; the identity of that token, seen in some directions, is added in
@@ -57,11 +66,11 @@ def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention,
 
     fast, angles = torch.zeros(2, D // 2, device=table.device)
     fast[:FAST_PAIRS] = 1
-    angles = _rates(config).to(table.device)
+    angles = rotary_rates(D, config.rope_base).to(table.device)
     here = torch.cat((fast, torch.zeros_like(fast)))
     one_back = torch.cat((fast * angles.cos(), fast * angles.sin()))
     _look(first, torch.outer(here, common), torch.outer(one_back, common), size, SHARP_BEFORE)
-    _tell(first, identity, before, WRITTEN)
+    _tell(first, identity, before, WRITTEN * std)
 
     slow = _slow(config)[: R // 2].to(table.device)
     channels = torch.cat((slow, slow + D // 2))
@@ -69,17 +78,12 @@ def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention,
     queries, keys = torch.zeros(2, D, C, device=table.device)
     queries[channels], keys[channels] = mixed @ identity, mixed @ before
     _look(second, queries, keys, size, SHARP_SAME)
-    _tell(second, said, said, COPIED)
-
-
-def _rates(config: ModelConfig) -> Tensor:
-    """Return by how much each channel pair turns from one position to the next, (D / 2)."""
-    return config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    _tell(second, said, said, COPIED * std)
 
 
 def _slow(config: ModelConfig) -> Tensor:
-    """Return the channel pairs that turn by less than a right angle, about, over half of the context."""
-    return (_rates(config) * config.context_length < 2).nonzero().flatten()
+    """Return the channel pairs that turn by less than the angle 1 over half of the context."""
+    return (rotary_rates(config.head_dim, config.rope_base) * config.context_length < 2).nonzero().flatten()
 
 
 def _look(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: float, sharp: float) -> None:

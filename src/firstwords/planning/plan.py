@@ -174,11 +174,17 @@ def bytes_a_token(tokens: Tokens) -> float:
 def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
     """Return in what a configuration differs in kind from all runs that the law was fitted to."""
     differs = {
-        UNTRIED_RECIPE: config.preset not in PRESETS,
+        UNTRIED_RECIPE: config.preset not in PRESETS or not _begins_as_tried(config),
         UNTRIED_TOKENIZER: not tokens.tokenizer.startswith("bpe"),
         UNTRIED_TEXT: tokens.repeated > prediction.MOST_REPEATED,
     }
     return tuple(name for name, is_so in differs.items() if is_so)
+
+
+def _begins_as_tried(config: RunConfig) -> bool:
+    """Whether it begins with heads that copy where its preset does, or without: laptop was tried both ways."""
+    preset = run_config({"preset": config.preset}).model
+    return preset.induction_heads or not config.model.induction_heads
 
 
 def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:

@@ -7,12 +7,12 @@ which the greater decides:
     h' = h min(1, U / 2^21)^s,    d = D' / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
-h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen;
-what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
-more of such a text is read, the more of the rest is known; that term is our own, as is the last, which counts where a model
-begins with heads that copy (`model.induction`). N parameters, D bytes of text learnt from,
-repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The
-two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose
+h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen; what
+a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the more of
+such a text is read, the more of the rest is known; that term is our own, as is the last, which counts where a model begins
+with heads that copy (`model.induction`): fitted to runs of 400,000 tokens. N parameters, D bytes of text learnt from,
+repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer counts. The two
+powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose
 plain sum of the powers promises a small model too much of a long run. That a text read again and again is worth ever less:
 Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes, fitted by
 benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
@@ -50,7 +50,7 @@ class Situation:
     read_bytes: float  # learnt from, repetitions included: D
     parameters: float  # N
     repeated: float = 0.0  # share of the text: c
-    copies: bool = False  # from the first step on
+    copies: bool = False  # whether the model begins with heads that copy
 
     @property
     def epochs(self) -> float:
@@ -97,8 +97,8 @@ class Law:
         powers = self.a * learnt**-self.b, self.n * (at.parameters / MILLION) ** -self.m
         gap = sum(power ** (1 / self.b) for power in powers) ** self.b
         difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
-        repeated = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-self.i if at.copies else 0.0)
-        return float(difficulty**self.g * (self.e + gap) * repeated)
+        known = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-self.i if at.copies else 0.0)
+        return float(difficulty**self.g * (self.e + gap) * known)
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
         """Return the range; it is wider for what lies beyond all that was tried, and says so.
