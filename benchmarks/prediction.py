@@ -73,33 +73,36 @@ SLICES = {
 }
 SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story", "handbook", "spanish")
 LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
-COPYING = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
+WITH_HEADS = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
 BYTES_A_TOKEN = 3.2  # about
-COPIES = "induction heads"  # named in a case that has them; commands from before the option are of runs without
+INDUCTION = "induction heads"  # named in a case that has them; commands from before the option are of runs without
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens; and how it begins."""
+    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens, with induction heads or without."""
 
     text: str
     slice_bytes: int
     preset: str
     tokens: int
-    copies: bool = False  # from the first step on
+    induction_heads: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """What the table knows it by."""
-        return (self.text, self.slice_bytes, self.preset, self.tokens, *((COPIES,) if self.copies else ()))
+        return (self.text, self.slice_bytes, self.preset, self.tokens, *((INDUCTION,) if self.induction_heads else ()))
 
 
 def cases() -> list[Case]:
     """Return every run, in an order in which each new one tells the most."""
-    copying = [(name, 0) for name in COPYING]
-    found = [Case(*text, "laptop", 400_000, copies=True) for text in (*copying, ("dialogue", 300_000), ("prose", 600_000))]
-    found += [Case(*text, "laptop", 1_500_000, copies=True) for text in copying]
+    with_heads = [(name, 0) for name in WITH_HEADS]
+    found = [
+        Case(*text, "laptop", 400_000, induction_heads=True)
+        for text in (*with_heads, ("dialogue", 300_000), ("prose", 600_000))
+    ]
+    found += [Case(*text, "laptop", 1_500_000, induction_heads=True) for text in with_heads]
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
     often = [("dialogue", 60_000), ("python", 40_000), ("french", 50_000), ("story", 0), ("prose", 100_000)]
@@ -158,7 +161,7 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
-    command += ["--model.induction-heads", str(case.copies).lower()]
+    command += ["--model.induction-heads", str(case.induction_heads).lower()]
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
     environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
@@ -284,8 +287,8 @@ class Run:
 
         bytes_a_token = row["training_bytes"] / row["training_tokens"]
         read_bytes, repeated = row["tokens"] * bytes_a_token, text["repeated"]
-        copies = COPIES in row["case"]
-        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, copies)
+        heads = INDUCTION in row["case"]
+        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, heads)
         return cls(row["case"][0], at, row["bits_per_byte"])
 
 

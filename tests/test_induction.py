@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from firstwords.config import ModelConfig, run_config
 from firstwords.model import induction
+from firstwords.model.functional import rotate
 from firstwords.model.gpt import GPTModel
 
 LAPTOP = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=500)
@@ -43,6 +44,25 @@ def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(
     # In ten seeds: at least 0.23 with the heads, at most 0.02 to either side without.
     assert gained(drawn(config, seed=seed), seed) > 0.2
     assert abs(gained(drawn(dataclasses.replace(config, induction_heads=False), seed=seed), seed)) < 0.1
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_the_first_head_looks_at_the_token_before(config: ModelConfig) -> None:
+    """The second could copy something without: what stands where the token at hand stood before."""
+    shares = [shares_of_the_first_head(drawn(one)) for one in (config, dataclasses.replace(config, induction_heads=False))]
+    assert [float(each.diagonal(-1).mean()) > 0.5 for each in shares] == [True, False]
+    assert bool((shares[0][1:].argmax(-1) == torch.arange(len(shares[0]) - 1)).all())
+
+
+@torch.no_grad()
+def shares_of_the_first_head(model: GPTModel, tokens: int = 64) -> torch.Tensor:
+    """Return how much the first head of block 1 looks at each of some random ids, (T, T)."""
+    block, ids = model.trf_blocks[0], torch.randint(model.config.vocab_size, (1, tokens))
+    x, D = block.norm1(model.tok_emb(ids)), model.config.head_dim
+    q, k = block.att.query_norm(block.att.W_query(x)[..., :D]), block.att.key_norm(block.att.W_key(x)[..., :D])
+    angles = model.rotary_cos[:tokens], model.rotary_sin[:tokens]
+    scores = (rotate(q[None], *angles) @ rotate(k[None], *angles).mT)[0, 0] / D**0.5
+    return scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf).softmax(-1)
 
 
 def test_what_the_heads_do_not_need_is_as_it_was_drawn() -> None:

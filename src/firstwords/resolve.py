@@ -67,7 +67,7 @@ RESUMABLE = frozenset(
     )
 )
 # What of a model may change when training goes on from it.
-ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std", "model.induction_heads"))
+ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
 # How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
 GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 # What no weight depends on, or what the corpus's own hash tells better.

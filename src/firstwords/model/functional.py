@@ -193,7 +193,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rotary_rates(channels: int, base: float) -> Tensor:
     """Return by how much each channel pair (i, i + D/2) turns from one position to the next, base^(-2i/D), (D/2)."""
-    return torch.as_tensor(base ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels))
+    rates: Tensor = base ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    return rates
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

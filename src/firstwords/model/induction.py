@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from firstwords.config import ModelConfig
     from firstwords.model.gpt import MultiHeadAttention
 
-HEAD = 0  # of the first block and of the second
 COMMON = 0.5  # size of what all tokens have in common, as a share of what each has of its own
 WRITTEN, COPIED = 3.0, 6.0  # what the two heads add, in the standard deviations of the table
 FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
@@ -64,12 +63,11 @@ def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention,
     table += torch.outer(COMMON * std * math.sqrt(C) - table @ common, common)
     size = std * math.sqrt(C * D)  # that the weights of a head are drawn with
 
-    fast, angles = torch.zeros(2, D // 2, device=table.device)
-    fast[:FAST_PAIRS] = 1
-    angles = rotary_rates(D, config.rope_base).to(table.device)
-    here = torch.cat((fast, torch.zeros_like(fast)))
-    one_back = torch.cat((fast * angles.cos(), fast * angles.sin()))
-    _look(first, torch.outer(here, common), torch.outer(one_back, common), size, SHARP_BEFORE)
+    angles = rotary_rates(D, config.rope_base)[:FAST_PAIRS].to(table.device)
+    here, one_back = torch.zeros(2, 2, D // 2, device=table.device)  # two channels of each pair
+    here[0, :FAST_PAIRS] = 1
+    one_back[:, :FAST_PAIRS] = torch.stack((angles.cos(), angles.sin()))
+    _look(first, torch.outer(here.flatten(), common), torch.outer(one_back.flatten(), common), size, SHARP_BEFORE)
     _tell(first, identity, before, WRITTEN * std)
 
     slow = _slow(config)[: R // 2].to(table.device)
@@ -87,22 +85,16 @@ def _slow(config: ModelConfig) -> Tensor:
 
 
 def _look(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: float, sharp: float) -> None:
-    """Give the head the directions of its queries and keys, (D, C), brought to one size."""
-    rows = _rows(attention)
-    attention.W_query.weight[rows] = queries * (size / queries.norm())
-    attention.W_key.weight[rows] = keys * (size / keys.norm())
+    """Give the first head the directions of its queries and keys, (D, C), brought to one size."""
+    attention.W_query.weight[: len(queries)] = queries * (size / queries.norm())
+    attention.W_key.weight[: len(keys)] = keys * (size / keys.norm())
     assert attention.query_norm is not None
     attention.query_norm.scale.mul_(sharp)
 
 
 def _tell(attention: MultiHeadAttention, read: Tensor, written: Tensor, size: float) -> None:
-    """Let the head add, where it looks, what a token has in the directions `read`, (R, C), in the directions `written`."""
-    rows = _rows(attention)
-    value, out = attention.W_value.weight[rows].zero_(), attention.out_proj.weight[:, rows].zero_()
+    """Let the first head add, where it looks, what a token has in the directions `read`, (R, C), in those `written`."""
+    D = attention.out_proj.in_features // attention.n_heads
+    value, out = attention.W_value.weight[:D].zero_(), attention.out_proj.weight[:, :D].zero_()
     value[: len(read)] = math.sqrt(size) * read
     out[:, : len(read)] = math.sqrt(size) * written.T
-
-
-def _rows(attention: MultiHeadAttention) -> slice:
-    D = attention.W_query.out_features // attention.n_heads
-    return slice(HEAD * D, (HEAD + 1) * D)

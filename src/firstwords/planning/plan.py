@@ -162,8 +162,8 @@ def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | 
 
 def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situation:
     """Return what is foretold from, for a model that learns from so many bytes of a text."""
-    parameters, copies = cost.parameters(model), induction.begins(model)
-    return Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated, copies)
+    parameters, heads = cost.parameters(model), induction.begins(model)
+    return Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated, heads)
 
 
 def bytes_a_token(tokens: Tokens) -> float:
@@ -182,7 +182,7 @@ def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
 
 
 def _begins_as_tried(config: RunConfig) -> bool:
-    """Whether it begins with heads that copy where its preset does, or without: laptop was tried both ways."""
+    """Whether it begins with induction heads only where its preset does: such presets were tried without as well."""
     preset = run_config({"preset": config.preset}).model
     return preset.induction_heads or not config.model.induction_heads
 

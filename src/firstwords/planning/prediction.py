@@ -50,7 +50,7 @@ class Situation:
     read_bytes: float  # learnt from, repetitions included: D
     parameters: float  # N
     repeated: float = 0.0  # share of the text: c
-    copies: bool = False  # whether the model begins with heads that copy
+    induction_heads: bool = False  # whether the model begins with them
 
     @property
     def epochs(self) -> float:
@@ -97,7 +97,7 @@ class Law:
         powers = self.a * learnt**-self.b, self.n * (at.parameters / MILLION) ** -self.m
         gap = sum(power ** (1 / self.b) for power in powers) ** self.b
         difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
-        known = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-self.i if at.copies else 0.0)
+        known = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-self.i if at.induction_heads else 0.0)
         return float(difficulty**self.g * (self.e + gap) * known)
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
