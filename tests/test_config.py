@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from firstwords.config import GPT_CONFIG_124M, ModelConfig, from_toml, key_types, presets, run_config, to_toml
+from firstwords.config import GPT_CONFIG_124M, Block, ModelConfig, from_toml, key_types, presets, run_config, to_toml
 from firstwords.errors import ConfigError
 
 
@@ -50,7 +52,7 @@ def test_the_chapters_dict_is_a_model_config() -> None:
         ("precision", "flaot32", "float32"),
         ("preset", "labtop", "laptop"),
         ("for_s", "3 weeks", "3m"),
-        ("model.emb_dim", 100, "99 and 102"),
+        ("model.emb_dim", 100, "96 and 102"),
         ("model.tied_head", "maybe", "true or false"),
         ("text", 3, "list"),
     ],
@@ -78,3 +80,15 @@ def test_every_key_has_a_type_that_can_be_converted() -> None:
 )
 def test_a_device_is_a_processor_whatever_its_number(device: str, on_cpu: bool) -> None:
     assert run_config({"device": device}).on_cpu is on_cpu
+
+
+@pytest.mark.parametrize("block", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("emb_dim", [99, 100, 101])
+def test_the_widths_that_are_named_for_a_wrong_one_are_right(block: Block, emb_dim: int) -> None:
+    n_heads = 3 if block == "qwen3" else 7
+    with pytest.raises(ConfigError, match="the nearest widths are") as refused:
+        ModelConfig(emb_dim=emb_dim, n_heads=n_heads, block=block)
+    widths = [int(width) for width in re.findall(r"\d+", str(refused.value.do))]
+    assert len(widths) == 2
+    for width in widths:
+        assert ModelConfig(emb_dim=width, n_heads=n_heads, block=block).emb_dim == width

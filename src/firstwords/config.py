@@ -76,19 +76,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
+        rotary = self.block == "qwen3"
+        do = f"the nearest widths are {nearest_multiples(self.emb_dim, (2 if rotary else 1) * self.n_heads)}"
         if self.emb_dim % self.n_heads:
-            good = nearest_multiples(self.emb_dim, self.n_heads)
-            raise ConfigError(
-                f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads",
-                where="--model.emb-dim",
-                do=f"the nearest widths are {good}",
-            )
-        if self.block == "qwen3" and self.head_dim % 2:
-            raise ConfigError(
-                f"rotary positions need an even head size, not {self.head_dim}",
-                where="--model.emb-dim",
-                do=f"the nearest widths are {nearest_multiples(self.emb_dim, 2 * self.n_heads)}",
-            )
+            what = f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads"
+            raise ConfigError(what, where="--model.emb-dim", do=do)
+        if rotary and self.head_dim % 2:
+            what = f"rotary positions need an even head size, not {self.head_dim}"
+            raise ConfigError(what, where="--model.emb-dim", do=do)
 
     @property
     def head_dim(self) -> int:
