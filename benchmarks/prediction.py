@@ -75,7 +75,8 @@ SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources",
 LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
 WITH_HEADS = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
 BYTES_A_TOKEN = 3.2  # about
-INDUCTION = "induction heads"  # named in a case that has them; commands from before the option are of runs without
+# Named in a case that has them. Commands from before the option are of runs without, and of a tied head in every preset.
+INDUCTION = "induction heads"
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
@@ -102,6 +103,15 @@ def cases() -> list[Case]:
         Case(*text, "laptop", 400_000, induction_heads=True)
         for text in (*with_heads, ("dialogue", 300_000), ("prose", 600_000))
     ]
+    found += [
+        Case(name, 0, preset, tokens, induction_heads=True)
+        for preset, tokens in (("laptop-tiny", 800_000), ("laptop-mini", 400_000), ("laptop-tiny", 200_000))
+        for name in SHORT
+    ]
+    found += [Case(name, 0, "laptop-small", 400_000, induction_heads=True) for name in SHORT[:6]]
+    found += [Case(name, 0, "laptop-large", 300_000, induction_heads=True) for name in ("dialogue", "german")]
+    found += [Case(name, 0, "laptop-mini", 1_500_000, induction_heads=True) for name in LONG[:6]]
+    found += [Case(name, 0, "laptop-tiny", 2_400_000, induction_heads=True) for name in LONG]
     found += [Case(*text, "laptop", 1_500_000, induction_heads=True) for text in with_heads]
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
@@ -111,16 +121,10 @@ def cases() -> list[Case]:
     found += [Case(name, 0, "laptop", 4_000_000) for name in ("torch", "french", "sources", "python")]
     found += [Case("prose", 100_000, "laptop", 1_500_000), Case("dialogue", 0, "laptop-large", 1_600_000)]
     found += [Case("story", 0, "laptop", 4_000_000), Case("prose", 0, "laptop", 4_000_000)]
-    for preset, tokens in (("laptop-tiny", 800_000), ("laptop-mini", 400_000)):
-        found += [Case(name, 0, preset, tokens) for name in SHORT]
-    found += [Case(name, 0, "laptop-tiny", 200_000) for name in SHORT]
-    found += [Case(name, 0, "laptop-tiny", 2_400_000) for name in LONG]
-    found += [Case(name, 0, "laptop-mini", 1_500_000) for name in ("dialogue", "prose")]
-    found += [Case(name, 0, preset, 400_000) for name in ("dialogue", "german") for preset in ("laptop-small", "laptop")]
     found += [Case(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
     found += [Case(name, size, "laptop", 400_000) for name, size in whole + parts]
     found += [Case(name, 0, "laptop", 1_500_000) for name, _ in whole]
-    found += [Case(name, 0, "laptop-small", 1_500_000) for name in ("dialogue", "russian", "changelogs")]
+    found += [Case(name, 0, "laptop-small", 1_500_000, induction_heads=True) for name in ("dialogue", "russian", "python")]
     found += [Case(name, 0, "laptop", 4_000_000) for name, _ in whole]
     found += [Case("python", 40_000, "laptop", 4_000_000), Case("prose", 600_000, "laptop", 4_000_000)]
     found += [Case(name, 0, "laptop", 12_000_000) for name in ("dialogue", "prose", "torch", "german")]

@@ -15,12 +15,13 @@ from firstwords.model.functional import rotate
 from firstwords.model.gpt import GPTModel
 
 LAPTOP = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=500)
-LARGE = dataclasses.replace(run_config({"preset": "laptop-large"}).model, induction_heads=True)
+SMALLER = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop-large")
 CASES = {
     "laptop": LAPTOP,
+    **{name: dataclasses.replace(run_config({"preset": name}).model, vocab_size=500) for name in SMALLER},
     "short context": dataclasses.replace(LAPTOP, context_length=64),
     "one head": dataclasses.replace(LAPTOP, n_heads=1),
-    "laptop-large": LARGE,
+    "an output of its own": dataclasses.replace(LAPTOP, tied_head=False),
 }
 
 
@@ -82,6 +83,15 @@ def test_what_the_heads_do_not_need_is_as_it_was_drawn() -> None:
         assert not torch.equal(new[: rows.start], old[: rows.start])
 
 
+def test_an_output_of_its_own_begins_as_the_table_was_drawn() -> None:
+    """So that it knows by its logits what the second head says of a token."""
+    config = dataclasses.replace(LAPTOP, tied_head=False)
+    plain, copying = drawn(dataclasses.replace(config, induction_heads=False)), drawn(config)
+    assert torch.equal(copying.out_head.weight, plain.tok_emb.weight)
+    assert copying.out_head.weight is not copying.tok_emb.weight
+    assert not torch.equal(plain.out_head.weight, plain.tok_emb.weight)
+
+
 def test_a_seed_decides_on_the_heads() -> None:
     weights = [drawn(LAPTOP, seed=seed).trf_blocks[1].att.W_query.weight for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1])
@@ -94,7 +104,6 @@ def test_a_seed_decides_on_the_heads() -> None:
         {"block": "gpt2"},
         {"n_layers": 1},
         {"init_std": None},
-        {"tied_head": False},
         {"n_heads": 16},  # of 12 channels, of which two pairs turn slowly
         {"rope_base": 1.0},  # positions turn all channels alike
     ],

@@ -72,7 +72,7 @@ class ModelConfig:
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
     norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
     init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
-    induction_heads: bool = option(False, "begin with two heads that copy; in a tied qwen3 of two blocks or more")
+    induction_heads: bool = option(False, "begin with two heads that copy; in a qwen3 of two blocks or more")
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
@@ -184,7 +184,7 @@ class RunConfig:
 PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
 PART_NAMES = ("model", "optim")
 
-PLAIN: Overrides = {  # what all presets for a laptop share
+LAPTOP: Overrides = {  # what all presets for a laptop share
     "tokenizer": "bpe",
     "model.block": "qwen3",
     "model.context_length": 256,
@@ -196,13 +196,15 @@ PLAIN: Overrides = {  # what all presets for a laptop share
     "model.tied_head": True,
     "model.norm_eps": 1e-6,
     "model.init_std": 0.02,
+    "model.induction_heads": True,
     "optim.kind": "muon",
     "optim.peak_lr": 8e-3,
     "optim.warmup_steps": 20,
     "optim.weight_decay": 1.0,
     "optim.decay": "linear",
 }
-LAPTOP: Overrides = {**PLAIN, "model.induction_heads": True}  # which smaller models are hindered by; see docs/recipe.md
+# A table of few channels cannot be good at both ends of a model; see docs/recipe.md.
+SMALLER: Overrides = {**LAPTOP, "model.tied_head": False}
 GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
 
 
@@ -213,7 +215,7 @@ def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
 def _smaller(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
     """Return the recipe for a machine, or a time, in which few tokens are learnt from: in shorter sequences."""
     shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "ff_dim": 16 * round(emb_dim / 6)}
-    return {**PLAIN, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": 128}
+    return {**SMALLER, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": 128}
 
 
 def presets() -> dict[str, Overrides]:
@@ -222,9 +224,9 @@ def presets() -> dict[str, Overrides]:
         "laptop": LAPTOP,
         "laptop-tiny": _smaller(64, 1, 2),
         "laptop-mini": _smaller(96, 2, 3),
-        "laptop-small": {**PLAIN, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
+        "laptop-small": {**SMALLER, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
         "laptop-large": {
-            **PLAIN,
+            **LAPTOP,
             "model.emb_dim": 384,
             "model.n_heads": 6,
             "model.n_layers": 6,

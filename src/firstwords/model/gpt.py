@@ -246,7 +246,7 @@ class GPTModel(nn.Module):
             initialise(self, config.init_std)
         if not self.tok_emb.weight.is_meta and induction.begins(config):
             first, second = (block.att for block in [*self.trf_blocks][:2] if isinstance(block, TransformerBlock))
-            induction.begin_copying(config, self.tok_emb.weight, first, second)
+            induction.begin_copying(config, self.tok_emb.weight, self.out_head.weight, first, second)
 
     def features(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Return what the head reads, (B, T, C), for the ids (B, T).

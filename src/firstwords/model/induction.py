@@ -22,23 +22,22 @@ if TYPE_CHECKING:
     from firstwords.model.gpt import MultiHeadAttention
 
 COMMON = 0.5  # size of what all tokens have in common, as a share of what each has of its own
-WRITTEN, COPIED = 3.0, 6.0  # what the two heads add, in the standard deviations of the table
+WRITTEN, COPIED = 3.0, 3.5  # what the two heads add, in the standard deviations of the table
 FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
 FEWEST_SLOW_PAIRS = 7  # by which a token is told from others wherever it stood
 SHARP_BEFORE, SHARP_SAME = 1.5, 2.0  # of the queries, which norms would else keep from choosing one token of many
 
 
 def begins(config: ModelConfig) -> bool:
-    """Whether a new model begins with the two heads: they are wanted, and it has what they take.
-
-    A head that is not tied could not read what they say: it does not know the tokens as the table does.
-    """
+    """Whether a new model begins with the two heads: they are wanted, and it has what they take."""
     has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) >= FEWEST_SLOW_PAIRS
-    return config.induction_heads and config.block == "qwen3" and config.tied_head and bool(config.init_std) and has_room
+    return config.induction_heads and config.block == "qwen3" and bool(config.init_std) and has_room
 
 
 @torch.no_grad()
-def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention, second: MultiHeadAttention) -> None:
+def begin_copying(
+    config: ModelConfig, table: Tensor, output: Tensor, first: MultiHeadAttention, second: MultiHeadAttention
+) -> None:
     """Write the two heads into a new model that `begins` so.
 
     All tokens come to have something in common, and the other heads of the two blocks, which share the norm of the queries,
@@ -47,18 +46,22 @@ def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention,
     Block 1 tells each token which one stands before it: queries and keys see only what all tokens have in common, turned
     so that rotary positions make one step back the best; the identity of that token, seen in some directions, is added in
     others. Block 2 looks for tokens whose predecessor is the token at hand, by the channels that positions hardly turn,
-    and adds what such a token is: with a tied head, its own logit.
+    and adds what such a token is. The output knows it by the same numbers, so it comes to be likelier: an output that is not
+    tied begins as a copy of the table, and learns on by itself.
 
     Args:
         config: Of the model.
         table: (V, C), of its tokens.
+        output: (V, C), by which it tells the next token; the table itself where they are tied.
         first: Of block 1.
         second: Of block 2.
     """
     C, D, std = config.emb_dim, config.head_dim, config.init_std or 0.0
+    if not config.tied_head:
+        output.copy_(table)
     directions = nn.init.orthogonal_(torch.empty(C, C, device=table.device))
     common, own = directions[0], directions[1:]
-    R = min(D, len(own)) // 2
+    R = min(D, len(own) // 2)
     identity, before, said = own[:R], own[R : 2 * R], own.roll(-2 * R, 0)[:D]
     table += torch.outer(COMMON * std * math.sqrt(C) - table @ common, common)
     size = std * math.sqrt(C * D)  # that the weights of a head are drawn with
@@ -76,7 +79,7 @@ def begin_copying(config: ModelConfig, table: Tensor, first: MultiHeadAttention,
     queries, keys = torch.zeros(2, D, C, device=table.device)
     queries[channels], keys[channels] = mixed @ identity, mixed @ before
     _look(second, queries, keys, size, SHARP_SAME)
-    _tell(second, said, said, COPIED * std)
+    _tell(second, said, said, COPIED * std * math.sqrt(C / D))  # the fewer of the channels it knows of, the louder it speaks
 
 
 def _slow(config: ModelConfig) -> Tensor:

@@ -182,9 +182,10 @@ def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
 
 
 def _begins_as_tried(config: RunConfig) -> bool:
-    """Whether it begins with induction heads only where its preset does: such presets were tried without as well."""
-    preset = run_config({"preset": config.preset}).model
-    return preset.induction_heads or not config.model.induction_heads
+    """Whether its heads are those of its preset; or tied and without induction heads, which each was tried with too."""
+    preset, model = run_config({"preset": config.preset}).model, config.model
+    tried = (preset.tied_head, preset.induction_heads), (True, False)
+    return (model.tied_head, model.induction_heads) in tried
 
 
 def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:
