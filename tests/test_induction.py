@@ -15,13 +15,13 @@ from firstwords.model.functional import rotate
 from firstwords.model.gpt import GPTModel
 
 LAPTOP = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=500)
-SMALLER = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop-large")
+OTHERS = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop-large")
 CASES = {
     "laptop": LAPTOP,
-    **{name: dataclasses.replace(run_config({"preset": name}).model, vocab_size=500) for name in SMALLER},
+    **{name: dataclasses.replace(run_config({"preset": name}).model, vocab_size=500) for name in OTHERS},
     "short context": dataclasses.replace(LAPTOP, context_length=64),
     "one head": dataclasses.replace(LAPTOP, n_heads=1),
-    "an output of its own": dataclasses.replace(LAPTOP, tied_head=False),
+    "an output head of its own": dataclasses.replace(LAPTOP, tied_head=False),
 }
 
 
@@ -83,7 +83,7 @@ def test_what_the_heads_do_not_need_is_as_it_was_drawn() -> None:
         assert not torch.equal(new[: rows.start], old[: rows.start])
 
 
-def test_an_output_of_its_own_begins_as_the_table_was_drawn() -> None:
+def test_an_output_head_of_its_own_begins_as_the_table_was_drawn() -> None:
     """So that it knows by its logits what the second head says of a token."""
     config = dataclasses.replace(LAPTOP, tied_head=False)
     plain, copying = drawn(dataclasses.replace(config, induction_heads=False)), drawn(config)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from firstwords.model.gpt import MultiHeadAttention
 
 COMMON = 0.5  # size of what all tokens have in common, as a share of what each has of its own
-WRITTEN, COPIED = 3.0, 3.5  # what the two heads add, in the standard deviations of the table
+WRITTEN, COPIED = 3.0, 3.5  # what the two heads add, in the table's standard deviations; the second at all channels
 FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
 FEWEST_SLOW_PAIRS = 7  # by which a token is told from others wherever it stood
 SHARP_BEFORE, SHARP_SAME = 1.5, 2.0  # of the queries, which norms would else keep from choosing one token of many
@@ -36,7 +36,7 @@ def begins(config: ModelConfig) -> bool:
 
 @torch.no_grad()
 def begin_copying(
-    config: ModelConfig, table: Tensor, output: Tensor, first: MultiHeadAttention, second: MultiHeadAttention
+    config: ModelConfig, table: Tensor, out_head: Tensor, first: MultiHeadAttention, second: MultiHeadAttention
 ) -> None:
     """Write the two heads into a new model that `begins` so.
 
@@ -46,19 +46,19 @@ def begin_copying(
     Block 1 tells each token which one stands before it: queries and keys see only what all tokens have in common, turned
     so that rotary positions make one step back the best; the identity of that token, seen in some directions, is added in
     others. Block 2 looks for tokens whose predecessor is the token at hand, by the channels that positions hardly turn,
-    and adds what such a token is. The output knows it by the same numbers, so it comes to be likelier: an output that is not
+    and adds what such a token is. The output head knows it by the same numbers, so it comes to be likelier: one that is not
     tied begins as a copy of the table, and learns on by itself.
 
     Args:
         config: Of the model.
         table: (V, C), of its tokens.
-        output: (V, C), by which it tells the next token; the table itself where they are tied.
+        out_head: (V, C), by which it tells the next token; the table itself where they are tied.
         first: Of block 1.
         second: Of block 2.
     """
     C, D, std = config.emb_dim, config.head_dim, config.init_std or 0.0
     if not config.tied_head:
-        output.copy_(table)
+        out_head.copy_(table)
     directions = nn.init.orthogonal_(torch.empty(C, C, device=table.device))
     common, own = directions[0], directions[1:]
     R = min(D, len(own) // 2)
