@@ -28,6 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from firstwords.config import model_config, run_config
+from firstwords.model import cost
+from firstwords.planning import facts, plan, prediction, recipe
+from firstwords.planning.prediction import MOST_REPEATED, Law, Situation
+from firstwords.text import sources
 from record import ROOT, commit
 
 TABLE = ROOT / "benchmarks/prediction_runs.jsonl"
@@ -55,6 +60,7 @@ KINDS = {
     "sources": "Python (transformers)",
     "handbook": "a handbook, English (Debian vim-runtime)",
     "spanish": "proverbs and quotations, Spanish (Debian fortunes-es)",
+    "reference": "Python's own reference (the built-in text)",
 }
 SLICES = {
     "dialogue": (60_000, 300_000),
@@ -73,50 +79,51 @@ SLICES = {
 }
 SHORT = ("dialogue", "python", "russian", "prose", "torch", "german", "sources", "story", "handbook", "spanish")
 LONG = ("torch", "prose", "german", "dialogue", "python", "russian", "handbook", "spanish")  # that small models read long
-WITH_HEADS = ("dialogue", "prose", "russian", "python", "german", "story", "torch")
+OFTEN = (("reference", 0), ("dialogue", 300_000), ("prose", 600_000), ("python", 300_000))  # read many times in minutes
+MINUTE = ("dialogue", "reference", "prose", "python")  # as much of each as a fast machine learns from in a minute
 BYTES_A_TOKEN = 3.2  # about
-# Named in a case that has them. Commands from before the option are of runs without, and of a tied head in every preset.
-INDUCTION = "induction heads"
+# Named in a case that has them. Commands from before an option are of runs without, and of a tied head in every preset.
+INDUCTION, FROM_TEXT = "induction heads", "table from text"
+AS_DRAWN = ["--model.tied-head", "true", "--model.induction-heads", "false"]
+AS_DRAWN += ["--model.table-std", "none", "--model.table-from-text", "false"]
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens, with induction heads or without."""
+    """One run: the first bytes of a text (0: all of it), a preset, about so many tokens; as presets begin, or as drawn."""
 
     text: str
     slice_bytes: int
     preset: str
     tokens: int
-    induction_heads: bool = False
+    begun: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """What the table knows it by."""
-        return (self.text, self.slice_bytes, self.preset, self.tokens, *((INDUCTION,) if self.induction_heads else ()))
+        return (self.text, self.slice_bytes, self.preset, self.tokens, *((INDUCTION, FROM_TEXT) if self.begun else ()))
 
 
 def cases() -> list[Case]:
     """Return every run, in an order in which each new one tells the most."""
-    with_heads = [(name, 0) for name in WITH_HEADS]
-    found = [
-        Case(*text, "laptop", 400_000, induction_heads=True)
-        for text in (*with_heads, ("dialogue", 300_000), ("prose", 600_000))
-    ]
-    found += [
-        Case(name, 0, preset, tokens, induction_heads=True)
-        for preset, tokens in (("laptop-tiny", 800_000), ("laptop-mini", 400_000), ("laptop-tiny", 200_000))
-        for name in SHORT
-    ]
-    found += [Case(name, 0, "laptop-small", 400_000, induction_heads=True) for name in SHORT[:6]]
-    found += [Case(name, 0, "laptop-large", 300_000, induction_heads=True) for name in ("dialogue", "german")]
-    found += [Case(name, 0, "laptop-mini", 1_500_000, induction_heads=True) for name in LONG[:6]]
-    found += [Case(name, 0, "laptop-tiny", 2_400_000, induction_heads=True) for name in LONG]
-    found += [Case(*text, "laptop", 1_500_000, induction_heads=True) for text in with_heads]
+    begun = [(name, 0, "laptop-mini", 400_000) for name in SHORT]
+    begun += [(*text, "laptop-mini", 800_000) for text in OFTEN]
+    begun += [(name, 0, "laptop-tiny", 800_000) for name in SHORT]
+    begun += [(name, 0, "laptop", 400_000) for name in MINUTE]
+    begun += [(name, 0, "laptop-small", 400_000) for name in SHORT[:6]]
+    begun += [(*text, preset, 800_000) for text in OFTEN for preset in ("laptop-small", "laptop")]
+    begun += [(*text, "laptop-mini", 1_500_000) for text in OFTEN]
+    begun += [(name, 0, "laptop-tiny", 200_000) for name in SHORT]
+    fast = (("laptop", 1_500_000), ("laptop-small", 2_400_000), ("laptop-mini", 3_200_000))
+    begun += [(name, 0, *one) for name in MINUTE for one in fast]
+    begun += [(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
+    begun += [(name, 0, "laptop-tiny", 2_400_000) for name in LONG]
+    found = [Case(*one, begun=True) for one in begun]
     whole = [(name, 0) for name in KINDS]
     parts = [(name, size) for name, sizes in SLICES.items() for size in sizes]
-    often = [("dialogue", 60_000), ("python", 40_000), ("french", 50_000), ("story", 0), ("prose", 100_000)]
-    found += [Case(*text, "laptop", 400_000) for text in often]
+    small = [("dialogue", 60_000), ("python", 40_000), ("french", 50_000), ("story", 0), ("prose", 100_000)]
+    found += [Case(*text, "laptop", 400_000) for text in small]
     found += [Case("dialogue", 300_000, "laptop", 1_500_000), Case("story", 0, "laptop", 1_500_000)]
     found += [Case(name, 0, "laptop", 4_000_000) for name in ("torch", "french", "sources", "python")]
     found += [Case("prose", 100_000, "laptop", 1_500_000), Case("dialogue", 0, "laptop-large", 1_600_000)]
@@ -124,7 +131,6 @@ def cases() -> list[Case]:
     found += [Case(name, 0, "laptop-large", 300_000) for name in ("dialogue", "german")]
     found += [Case(name, size, "laptop", 400_000) for name, size in whole + parts]
     found += [Case(name, 0, "laptop", 1_500_000) for name, _ in whole]
-    found += [Case(name, 0, "laptop-small", 1_500_000, induction_heads=True) for name in ("dialogue", "russian", "python")]
     found += [Case(name, 0, "laptop", 4_000_000) for name, _ in whole]
     found += [Case("python", 40_000, "laptop", 4_000_000), Case("prose", 600_000, "laptop", 4_000_000)]
     found += [Case(name, 0, "laptop", 12_000_000) for name in ("dialogue", "prose", "torch", "german")]
@@ -165,7 +171,7 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
-    command += ["--model.induction-heads", str(case.induction_heads).lower()]
+    command += [] if case.begun else AS_DRAWN
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
     environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
@@ -176,8 +182,6 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     result = json.loads(ended.stdout.splitlines()[-1])
     config = tomllib.loads((folder / "run/config.toml").read_text())
     manifest = json.loads(next((folder / "cache/corpora").glob("*/manifest.json")).read_text())
-    from firstwords.config import model_config
-    from firstwords.model import cost
 
     model = model_config(config["model"], "run")
     return {
@@ -203,9 +207,6 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
 
 def shape(case: Case, n_bytes: int) -> tuple[int, int, int]:
     """Return batch size, steps, and steps between evaluations, as a run of so many tokens within a time budget has them."""
-    from firstwords.config import run_config
-    from firstwords.planning import recipe
-
     context_length = run_config({"preset": case.preset}).model.context_length
     batch_size = recipe.batch_size(context_length, case.tokens, 0.9 * n_bytes / BYTES_A_TOKEN)
     steps = max(1, round(case.tokens / (batch_size * context_length)))
@@ -223,9 +224,6 @@ def sliced(texts: Path, name: str, n_bytes: int) -> bytes:
 
 def features(texts: Path) -> None:
     """Measure the texts of the table's runs."""
-    from firstwords.planning import facts, plan
-    from firstwords.text import sources
-
     found = json.loads(FEATURES.read_text()) if FEATURES.is_file() else {}
     for row in rows():
         name, slice_bytes, sha256 = row["case"][0], row["case"][1], row["text_sha256"]
@@ -247,8 +245,6 @@ def features(texts: Path) -> None:
 
 def fit(*, write: bool) -> None:
     """Fit the law to the table, say how far it is off for texts that it has not seen, and put it into the package."""
-    from firstwords.planning.prediction import MOST_REPEATED
-
     table, texts = rows(), json.loads(FEATURES.read_text())
     table = [row for row in table if row["tokens"] >= FEWEST_TOKENS and row["text_sha256"] in texts]
     table = [row for row in table if texts[row["text_sha256"]]["repeated"] <= MOST_REPEATED]
@@ -287,12 +283,10 @@ class Run:
     @classmethod
     def of(cls, row: dict[str, Any], text: dict[str, Any]) -> Run:
         """Return a row of the table with what is known of its text."""
-        from firstwords.planning.prediction import Situation
-
         bytes_a_token = row["training_bytes"] / row["training_tokens"]
         read_bytes, repeated = row["tokens"] * bytes_a_token, text["repeated"]
-        heads = INDUCTION in row["case"]
-        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, heads)
+        begun = (INDUCTION in row["case"], FROM_TEXT in row["case"])
+        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, *begun)
         return cls(row["case"][0], at, row["bits_per_byte"])
 
 
@@ -308,6 +302,7 @@ PRIOR = {  # logarithms of the coefficients: mean, standard deviation
     "repeats": (math.log(5.0), 1.0),
     "r": (math.log(0.05), 0.7),
     "i": (math.log(0.04), 0.7),
+    "t": (math.log(0.02), 0.7),
 }
 FAR = 2.0  # times the noise
 NOISE = 0.05  # of a run's logarithm, about; errors far above it count little more (Cauchy): generated code, above all
@@ -320,8 +315,6 @@ def spread_of(errors: list[float]) -> float:
 
 def law_of(theta: Any, spread: float, runs: list[Run]) -> dict[str, Any]:
     """Return what the package holds."""
-    from firstwords.planning import prediction
-
     every = [prediction.numbers(run.at) for run in runs]
     return {
         "fitted": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -341,7 +334,6 @@ def coefficients(theta: Any) -> dict[str, float]:
 
 
 def bits(theta: Any, run: Run) -> float:
-    from firstwords.planning.prediction import Law
 
     return Law(
         **{name: math.exp(value) for name, value in zip(PRIOR, theta, strict=True)}, spread=0, tried={}, widening=0

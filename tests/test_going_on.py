@@ -94,7 +94,8 @@ def test_the_context_can_be_cut_or_stretched(context_length: int, learnt: Path, 
 def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: Refused) -> None:
     refused(78, *going_on("--model.emb-dim", "64"))
     refused(78, *going_on("--tokenizer", "gpt2"))
-    refused(78, *going_on("--model.induction-heads", "true"))  # would be drawn over by what it goes on from
+    for key in ("--model.induction-heads", "--model.table-from-text"):
+        refused(78, *going_on(key, "true"))  # would be drawn over by what it goes on from
     refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")
 
 

@@ -83,6 +83,18 @@ def test_gpt2s_initialisation_scales_what_adds_to_the_residual_stream() -> None:
     assert ratio == pytest.approx(1 / 4, rel=0.03)  # 1 / sqrt(2 * 8), of 16,384 draws
 
 
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("init_std", [None, 0.02])
+def test_a_table_begins_as_loud_as_is_wanted_and_all_else_as_ever(
+    small: ModelConfig, init_std: float | None, *, tied_head: bool
+) -> None:
+    usual = dataclasses.replace(small, vocab_size=500, init_std=init_std, tied_head=tied_head)
+    plain, loud = (model_of(config).state_dict() for config in (usual, dataclasses.replace(usual, table_std=0.3)))
+    changed = {name for name, weight in loud.items() if not torch.equal(weight, plain[name])}
+    assert changed == {"tok_emb.weight"} | ({"out_head.weight"} if tied_head else set())
+    assert float(loud["tok_emb.weight"].std()) == pytest.approx(0.3, rel=0.05)  # of 8,000 draws
+
+
 def test_bfloat16_autocast_stays_near_float32(small: ModelConfig) -> None:
     model, tokens = model_of(small), some_tokens(small)
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,7 +121,7 @@ def test_estimates_grow_with_what_they_estimate() -> None:
     assert (chunks[0], chunks[-1]) == (cost.FEWEST_CHUNK_BYTES, cost.MOST_CHUNK_BYTES)
 
 
-@pytest.mark.parametrize("preset", [None, "laptop"])
+@pytest.mark.parametrize("preset", [None, "laptop-mini"])
 @pytest.mark.parametrize("init_std", [None, 0.02])
 def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(
     small: ModelConfig, init_std: float | None, preset: str | None

@@ -167,14 +167,15 @@ def test_what_nobody_tried_is_named() -> None:
     of_gpt2 = plan.of_preset(TOKENS, "gpt2-124m", 600, here()).expected
     assert of_gpt2 is not None
     assert plan.UNTRIED_RECIPE in of_gpt2.beyond
-    for preset, tied, heads, is_untried in (
+    for preset, tied, begins, is_untried in (
         ("laptop", True, False, False),
         ("laptop", False, True, True),
         ("laptop-mini", False, True, False),
         ("laptop-mini", True, False, False),
         ("laptop-mini", False, False, True),
     ):
-        config = run_config({"preset": preset, "model.tied_head": tied, "model.induction_heads": heads})
+        drawn = {"model.induction_heads": False, "model.table_std": None, "model.table_from_text": False}
+        config = run_config({"preset": preset, "model.tied_head": tied, **({} if begins else drawn)})
         assert (plan.UNTRIED_RECIPE in plan.untried(config, TOKENS)) == is_untried
 
 

@@ -48,6 +48,10 @@ def test_a_model_that_begins_with_induction_heads_is_foretold_to_be_better() -> 
     assert 0.9 < bits(induction_heads=True) / bits() < 0.99  # 1 to 8 % better in pairs of runs
 
 
+def test_a_model_whose_table_begins_with_what_its_text_says_is_foretold_to_be_better() -> None:
+    assert 0.9 < bits(table_from_text=True) / bits() < 1.0
+
+
 def test_a_text_that_is_read_again_is_worth_less_than_a_new_one() -> None:
     assert bits(read_bytes=2e7, text_bytes=1e6) > bits(read_bytes=2e7, text_bytes=2e7)
     assert prediction.effective_bytes(5e5, 1e6, 5.0) == 5e5  # nothing was read twice

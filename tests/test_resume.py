@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, recorder, store
+from firstwords import api, recorder, resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
@@ -570,15 +570,18 @@ def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     assert len(journal(tmp_path / "run", "step")) == 120
 
 
-def test_a_run_from_before_induction_heads_goes_on_without_them(tmp_path: Path) -> None:
-    model = {"induction_heads": False, "emb_dim": 64, "n_heads": 1, "n_layers": 2, "ff_dim": 64, "context_length": 32}
-    out, options = tmp_path / "run", {**TINY, "preset": "laptop", "model": model}
+def test_a_run_from_before_a_way_to_begin_goes_on_without_it(tmp_path: Path) -> None:
+    model = {"emb_dim": 64, "n_heads": 1, "n_layers": 2, "ff_dim": 64, "context_length": 32}
+    before = {"table_std": None, "table_from_text": False, "induction_heads": False}
+    out, options = tmp_path / "run", {**TINY, "preset": "laptop-tiny", "model": {**model, **before}}
     (tmp_path / "text.txt").write_text(STORY)
     api.train(tmp_path / "text.txt", out=out, steps=2, **options)
-    text = (out / "config.toml").read_text()
-    old = "".join(line for line in text.splitlines(keepends=True) if "induction_heads" not in line)
-    assert old != text
-    assert run_config({"preset": "laptop"}).model.induction_heads  # so that what is missing would mean them
-    (out / "config.toml").write_text(old)
+    lines = (out / "config.toml").read_text().splitlines(keepends=True)
+    old = [line for line in lines if line.split(" = ")[0] not in before]
+    assert len(old) == len(lines) - len(before)
+    preset = run_config({"preset": "laptop-tiny"}).model
+    assert all(getattr(preset, key) != value for key, value in before.items())  # so that what is missing would mean that
+    (out / "config.toml").write_text("".join(old))
     assert api.train(resume=True, out=out, steps=3).steps == 3
-    assert "induction_heads = false" in (out / "config.toml").read_text()
+    recorded = run_config(resolve.recorded_config(RunFolder(out))).model
+    assert {key: getattr(recorded, key) for key in before} == before

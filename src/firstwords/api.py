@@ -236,9 +236,11 @@ def _trusted(
     from firstwords.planning import machine, trust
     from firstwords.training.state import initial
 
-    start = _start(config, asked.run, listener)
+    start, alike = _start(config, asked.run, listener), _alike(config, asked.run, prepared)
     way, state, checks = trust.begun(
-        lambda way: initial(config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start),
+        lambda way: initial(
+            config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start, alike
+        ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
         lambda: machine.precision(asked.config.precision, torch.device("cpu"), resolve.cache_folder().parent),
@@ -308,6 +310,16 @@ def _described(source: str) -> tuple[dict[str, Any], bytes]:
     """Return the shape of a model as configuration keys, and its tokenizer's file."""
     lm = load(source)
     return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
+
+
+def _alike(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor | None:
+    """Return what the table of a new model takes from its text; None where that is nothing, or the run has begun already."""
+    from firstwords.model import neighbours
+    from firstwords.runs import checkpoint
+
+    if not config.model.table_from_text or config.from_ is not None or checkpoint.existing(run.checkpoints):
+        return None
+    return neighbours.directions(prepared.train.ids, config.model, config.seed)
 
 
 def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:

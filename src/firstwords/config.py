@@ -72,6 +72,8 @@ class ModelConfig:
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
     norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
     init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
+    table_std: float | None = option(None, "std that the token table begins with; none: init_std's", least=0.0, most=10.0)
+    table_from_text: bool = option(False, "tokens that stand in like places of the text begin alike")
     induction_heads: bool = option(False, "begin with two heads that copy; in a qwen3 of two blocks or more")
 
     def __post_init__(self) -> None:
@@ -196,6 +198,7 @@ LAPTOP: Overrides = {  # what all presets for a laptop share
     "model.tied_head": True,
     "model.norm_eps": 1e-6,
     "model.init_std": 0.02,
+    "model.table_from_text": True,
     "model.induction_heads": True,
     "optim.kind": "muon",
     "optim.peak_lr": 8e-3,
@@ -203,8 +206,8 @@ LAPTOP: Overrides = {  # what all presets for a laptop share
     "optim.weight_decay": 1.0,
     "optim.decay": "linear",
 }
-# A table of few channels cannot be good at both ends of a model; see docs/recipe.md.
-SMALLER: Overrides = {**LAPTOP, "model.tied_head": False}
+# A table of few channels cannot be good at both ends of a model; where it has one alone, louder is better: docs/recipe.md.
+SMALLER: Overrides = {**LAPTOP, "model.tied_head": False, "model.table_std": 0.1}
 GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
 
 

@@ -87,7 +87,7 @@ UNTRAINED = frozenset(
     )
 )
 # What only decides the first weights. Checkpoints hold the weights, so runs from before the option go on.
-BEGINNING = frozenset(("model.induction_heads",))
+BEGINNING = frozenset(("model.table_std", "model.table_from_text", "model.induction_heads"))
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,9 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
 
 
 def recorded_config(run: RunFolder) -> dict[str, Any]:
-    """Return the keys that a run recorded; one from before `induction_heads` began without them, whatever its preset has."""
-    return {"model.induction_heads": False, **from_toml(read(run.config), str(run.config))}
+    """Return the keys that a run recorded; one from before a key of `BEGINNING` began without, whatever its preset has."""
+    before = {"model.table_std": None, "model.table_from_text": False, "model.induction_heads": False}
+    return {**before, **from_toml(read(run.config), str(run.config))}
 
 
 def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:

@@ -244,6 +244,8 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if config.init_std is not None:
             initialise(self, config.init_std)
+        if config.table_std is not None:
+            nn.init.normal_(self.tok_emb.weight, std=config.table_std)
         if not self.tok_emb.weight.is_meta and induction.begins(config):
             first, second = (block.att for block in [*self.trf_blocks][:2] if isinstance(block, TransformerBlock))
             induction.begin_copying(config, self.tok_emb.weight, self.out_head.weight, first, second)

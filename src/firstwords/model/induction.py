@@ -56,7 +56,7 @@ def begin_copying(
         first: Of block 1.
         second: Of block 2.
     """
-    C, D, std = config.emb_dim, config.head_dim, config.init_std or 0.0
+    C, D, std = config.emb_dim, config.head_dim, float(table.std())
     if not config.tied_head:
         out_head.copy_(table)
     directions = nn.init.orthogonal_(torch.empty(C, C, device=table.device))
@@ -64,7 +64,7 @@ def begin_copying(
     R = min(D, len(own) // 2)
     identity, before, said = own[:R], own[R : 2 * R], own.roll(-2 * R, 0)[:D]
     table += torch.outer(COMMON * std * math.sqrt(C) - table @ common, common)
-    size = std * math.sqrt(C * D)  # that the weights of a head are drawn with
+    size = (config.init_std or 0.0) * math.sqrt(C * D)  # that the weights of a head are drawn with
 
     angles = rotary_rates(D, config.rope_base)[:FAST_PAIRS].to(table.device)
     here, one_back = torch.zeros(2, 2, D // 2, device=table.device)  # two channels of each pair

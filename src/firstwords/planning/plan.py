@@ -162,8 +162,15 @@ def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | 
 
 def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situation:
     """Return what is foretold from, for a model that learns from so many bytes of a text."""
-    parameters, heads = cost.parameters(model), induction.begins(model)
-    return Situation(tokens.difficulty, tokens.training_bytes, read_bytes, parameters, tokens.repeated, heads)
+    return Situation(
+        tokens.difficulty,
+        tokens.training_bytes,
+        read_bytes,
+        cost.parameters(model),
+        tokens.repeated,
+        induction_heads=induction.begins(model),
+        table_from_text=model.table_from_text,
+    )
 
 
 def bytes_a_token(tokens: Tokens) -> float:
@@ -182,10 +189,14 @@ def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
 
 
 def _begins_as_tried(config: RunConfig) -> bool:
-    """Whether its heads are those of its preset; or tied and without induction heads, which each was tried with too."""
-    preset, model = run_config({"preset": config.preset}).model, config.model
-    tried = (preset.tied_head, preset.induction_heads), (True, False)
-    return (model.tied_head, model.induction_heads) in tried
+    """Whether its table and heads begin as its preset's; or as drawn, and tied, which each preset was tried with too."""
+    preset = run_config({"preset": config.preset}).model
+    drawn = replace(preset, tied_head=True, table_std=None, table_from_text=False, induction_heads=False)
+    return _beginning(config.model) in map(_beginning, (preset, drawn))
+
+
+def _beginning(model: ModelConfig) -> tuple[bool, float | None, bool, bool]:
+    return model.tied_head, model.table_std, model.table_from_text, model.induction_heads
 
 
 def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:

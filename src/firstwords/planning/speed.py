@@ -101,6 +101,16 @@ def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float, floa
 
 def same_layers(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two shapes take the same time, but for their vocabularies: the rest only changes numbers."""
-    free = {"vocab_size", "drop_rate", "init_std", "induction_heads", "norm_eps", "gelu_cubic", "rope_base"}
+    free = {
+        "vocab_size",
+        "drop_rate",
+        "init_std",
+        "table_std",
+        "table_from_text",
+        "induction_heads",
+        "norm_eps",
+        "gelu_cubic",
+        "rope_base",
+    }
     one, other = ({key: value for key, value in asdict(shape).items() if key not in free} for shape in (a, b))
     return one == other

@@ -17,6 +17,7 @@ from firstwords.config import ModelConfig, OptimConfig, model_config
 from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel, unfilled
+from firstwords.model.neighbours import begin_alike
 from firstwords.text.batches import Batch
 from firstwords.training.optim import Optimizer, optimizers
 
@@ -56,6 +57,7 @@ def initial(
     device: str,
     dtype: torch.dtype,
     start: Mapping[str, Tensor] | None = None,
+    alike: Tensor | None = None,
 ) -> TrainState:
     """Return a run at step 0: weights drawn from `seed`, the process's generator left as it was.
 
@@ -66,10 +68,14 @@ def initial(
         device: Where the model lives; the weights are drawn on the CPU.
         dtype: Of Muon's matrix products.
         start: Weights to begin with instead.
+        alike: Directions, (V, C), that the table of tokens begins with; see `model.neighbours`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPTModel(model_config).to(device)
+        model = GPTModel(model_config)
+    if alike is not None:
+        begin_alike(model, alike)
+    model.to(device)
     if start is not None:
         load_model_tensors(model, start, "the weights to begin with")
     return TrainState(model, optimizers(model, optim_config, dtype))
