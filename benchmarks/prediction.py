@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from firstwords.config import model_config, run_config
+from firstwords.config import AS_DRAWN, NONE, flag, model_config, run_config
 from firstwords.model import cost
 from firstwords.planning import facts, plan, prediction, recipe
 from firstwords.planning.prediction import MOST_REPEATED, Law, Situation
@@ -84,8 +84,6 @@ MINUTE = ("dialogue", "reference", "prose", "python")  # as much of each as a fa
 BYTES_A_TOKEN = 3.2  # about
 # Named in a case that has them. Commands from before an option are of runs without, and of a tied head in every preset.
 INDUCTION, FROM_TEXT = "induction heads", "table from text"
-AS_DRAWN = ["--model.tied-head", "true", "--model.induction-heads", "false"]
-AS_DRAWN += ["--model.table-std", "none", "--model.table-from-text", "false"]
 LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
@@ -171,7 +169,9 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
-    command += [] if case.begun else AS_DRAWN
+    drawn = {} if case.begun else {"model.tied_head": True, **AS_DRAWN}
+    for key, value in drawn.items():
+        command += [flag(key), NONE if value is None else str(value).lower()]
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]
     environment = {**os.environ, "FIRSTWORDS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(
@@ -285,8 +285,15 @@ class Run:
         """Return a row of the table with what is known of its text."""
         bytes_a_token = row["training_bytes"] / row["training_tokens"]
         read_bytes, repeated = row["tokens"] * bytes_a_token, text["repeated"]
-        begun = (INDUCTION in row["case"], FROM_TEXT in row["case"])
-        at = Situation(text["difficulty"], row["training_bytes"], read_bytes, row["parameters"], repeated, *begun)
+        at = Situation(
+            text["difficulty"],
+            row["training_bytes"],
+            read_bytes,
+            row["parameters"],
+            repeated,
+            induction_heads=INDUCTION in row["case"],
+            table_from_text=FROM_TEXT in row["case"],
+        )
         return cls(row["case"][0], at, row["bits_per_byte"])
 
 

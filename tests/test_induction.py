@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from firstwords.config import ModelConfig, run_config
-from firstwords.model import induction
+from firstwords.model import induction, neighbours
 from firstwords.model.functional import rotate
 from firstwords.model.gpt import GPTModel
 
@@ -45,6 +46,15 @@ def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(
     # In ten seeds: at least 0.23 with the heads, at most 0.02 to either side without.
     assert gained(drawn(config, seed=seed), seed) > 0.2
     assert abs(gained(drawn(dataclasses.replace(config, induction_heads=False), seed=seed), seed)) < 0.1
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_the_heads_copy_from_a_table_that_begins_with_what_its_text_says(config: ModelConfig) -> None:
+    model, ids = drawn(config), np.random.default_rng(1).zipf(1.2, 50_000) % config.vocab_size
+    neighbours.begin_alike(model, neighbours.directions(ids, config, seed=1))
+    assert gained(model, seed=1) > 0.2
+    shares = shares_of_the_first_head(model)
+    assert bool((shares[1:].argmax(-1) == torch.arange(len(shares) - 1)).all())
 
 
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
@@ -104,6 +114,7 @@ def test_a_seed_decides_on_the_heads() -> None:
         {"block": "gpt2"},
         {"n_layers": 1},
         {"init_std": None},
+        {"table_std": 0.0},  # a table of nothing, of which nothing can be told
         {"n_heads": 16},  # of 12 channels, of which two pairs turn slowly
         {"rope_base": 1.0},  # positions turn all channels alike
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from firstwords.model.gpt import GPTModel
 
 LAPTOP = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=120)
 CLASSES = 4
+SAME_CLASS = torch.eye(CLASSES).repeat(LAPTOP.vocab_size // CLASSES, LAPTOP.vocab_size // CLASSES).bool()
 TINY = {"preset": "laptop-tiny", "batch_size": 2, "device": "cpu", "report": False, "meter": False}
 
 
@@ -31,32 +34,38 @@ def text_of_classes(n_tokens: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("n_tokens", [20_000, neighbours.MOST_TOKENS + 100_000])
 def test_tokens_with_the_same_neighbours_are_near(n_tokens: int) -> None:
     alike = neighbours.directions(text_of_classes(n_tokens), LAPTOP, seed=3)
-    same_class = torch.eye(CLASSES).repeat(len(alike) // CLASSES, len(alike) // CLASSES).bool()
     near = alike @ alike.T
-    assert near[same_class].mean() > 0.4 + near[~same_class].mean()
+    assert near[SAME_CLASS].mean() > 0.4 + near[~SAME_CLASS].mean()
     by_chance = neighbours.directions(np.random.default_rng(1).permutation(text_of_classes(n_tokens)), LAPTOP, seed=3)
     near = by_chance @ by_chance.T
-    assert abs(near[same_class].mean() - near[~same_class].mean()) < 0.1  # nothing in the order of those
+    assert abs(near[SAME_CLASS].mean() - near[~SAME_CLASS].mean()) < 0.1  # nothing in the order of those
 
 
 @pytest.mark.parametrize("emb_dim", [12, 96, 384])  # more channels than a text tells apart, too
-def test_directions_have_length_1_and_come_from_a_seed(emb_dim: int) -> None:
-    ids, config = text_of_classes(5_000), dataclasses.replace(LAPTOP, emb_dim=emb_dim)
+def test_directions_of_what_the_text_has_have_length_1_and_come_from_a_seed(emb_dim: int) -> None:
+    ids, config = text_of_classes(5_000) // 3 * 2, dataclasses.replace(LAPTOP, emb_dim=emb_dim)
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
     one, again, other = (neighbours.directions(ids, config, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(3), expected)  # the process's generator is where it was
     assert one.shape == (LAPTOP.vocab_size, emb_dim)
-    assert torch.allclose(one.norm(dim=1), torch.ones(len(one)), atol=1e-5)
+    has = torch.from_numpy(np.isin(np.arange(LAPTOP.vocab_size), ids))
+    assert torch.allclose(one.norm(dim=1), has.float(), atol=1e-5)
     assert torch.equal(one, again)
     assert not torch.allclose(one, other)
 
 
-def test_a_vocabulary_of_any_size_is_counted_in_bounded_memory() -> None:
-    ids = np.random.default_rng(1).integers(0, 50_257, 300_000)
-    config = dataclasses.replace(LAPTOP, vocab_size=50_257, emb_dim=48)
-    assert neighbours.directions(ids, config, seed=1).shape == (50_257, 48)
+@pytest.mark.parametrize("vocab_size", [2_000, 50_257, 1_000_000])
+def test_a_vocabulary_of_any_size_is_counted_in_bounded_memory(vocab_size: int) -> None:
+    ids = np.random.default_rng(1).integers(0, vocab_size, 10_000)
+    config = dataclasses.replace(LAPTOP, vocab_size=vocab_size, emb_dim=12)
+    tracemalloc.start()  # of NumPy's memory: PyTorch's numbers are copies of half the size
+    assert neighbours.directions(ids, config, seed=1).shape == (vocab_size, 12)
+    most, _ = tracemalloc.get_traced_memory()[::-1]
+    tracemalloc.stop()
+    # Counts of 8 bytes: K + 1 for each token, three more for its frequency and place.
+    assert most < 1.1 * 8 * (neighbours.MOST_CELLS + 4 * vocab_size)
 
 
 @pytest.mark.parametrize("ids", [[5], [5, 6], [7] * 40])
@@ -84,6 +93,18 @@ def test_half_of_a_table_is_as_it_was_drawn_and_no_more_is_changed(*, tied_head:
         assert rows.std() == pytest.approx(float(were.std()), rel=0.1)
         assert F.cosine_similarity(rows, were).mean() == pytest.approx(0.5**0.5, abs=0.05)
         assert torch.allclose(after[name].mean(0), before[name].mean(0), atol=1e-6)  # what they have in common
+        shift = rows - math.sqrt(0.5) * were
+        near = F.cosine_similarity(shift[:, None], shift[None], dim=-1)
+        assert near[SAME_CLASS].mean() > 0.4 + near[~SAME_CLASS].mean()  # each token has its own direction
+
+
+def test_a_token_that_the_text_does_not_have_begins_as_it_was_drawn() -> None:
+    config = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=257)
+    plain, begun = drawn(config), drawn(config)
+    ids = np.random.default_rng(1).integers(0, 97, 10_000)  # fewer than channels
+    neighbours.begin_alike(begun, neighbours.directions(ids, config, seed=1))
+    stays = (begun.tok_emb.weight == plain.tok_emb.weight).all(dim=1)
+    assert stays.tolist() == [token >= 97 for token in range(257)]
 
 
 def test_a_run_begins_with_what_its_text_says_and_a_resumed_one_does_not_begin_again(

@@ -49,7 +49,7 @@ def test_a_model_that_begins_with_induction_heads_is_foretold_to_be_better() -> 
 
 
 def test_a_model_whose_table_begins_with_what_its_text_says_is_foretold_to_be_better() -> None:
-    assert 0.9 < bits(table_from_text=True) / bits() < 1.0
+    assert 0.91 < bits(table_from_text=True) / bits() < 0.99  # 29 of 31 pairs of runs were, by up to 9 %
 
 
 def test_a_text_that_is_read_again_is_worth_less_than_a_new_one() -> None:

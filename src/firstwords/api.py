@@ -236,10 +236,10 @@ def _trusted(
     from firstwords.planning import machine, trust
     from firstwords.training.state import initial
 
-    start, alike = _start(config, asked.run, listener), _alike(config, asked.run, prepared)
+    start, directions = _start(config, asked.run, listener), _directions(config, asked.run, prepared)
     way, state, checks = trust.begun(
         lambda way: initial(
-            config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start, alike
+            config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start, directions
         ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
@@ -312,7 +312,7 @@ def _described(source: str) -> tuple[dict[str, Any], bytes]:
     return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
 
 
-def _alike(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor | None:
+def _directions(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor | None:
     """Return what the table of a new model takes from its text; None where that is nothing, or the run has begun already."""
     from firstwords.model import neighbours
     from firstwords.runs import checkpoint

@@ -72,8 +72,10 @@ class ModelConfig:
     rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
     norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
     init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
-    table_std: float | None = option(None, "std that the token table begins with; none: init_std's", least=0.0, most=10.0)
-    table_from_text: bool = option(False, "tokens that stand in like places of the text begin alike")
+    table_std: float | None = option(
+        None, "std that the token table begins with; none: as init_std says", least=0.0, most=10.0
+    )
+    table_from_text: bool = option(False, "half of the token table begins as the text has it: tokens in like places alike")
     induction_heads: bool = option(False, "begin with two heads that copy; in a qwen3 of two blocks or more")
 
     def __post_init__(self) -> None:
@@ -206,8 +208,11 @@ LAPTOP: Overrides = {  # what all presets for a laptop share
     "optim.weight_decay": 1.0,
     "optim.decay": "linear",
 }
-# A table of few channels cannot be good at both ends of a model; where it has one alone, louder is better: docs/recipe.md.
+# A table of few channels cannot be good at both ends of a model, and one that is not the output head too begins louder:
+# docs/recipe.md.
 SMALLER: Overrides = {**LAPTOP, "model.tied_head": False, "model.table_std": 0.1}
+# What says only how a new model begins, and what each was before there was a choice.
+AS_DRAWN: Overrides = {"model.table_std": None, "model.table_from_text": False, "model.induction_heads": False}
 GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
 from firstwords.planning import budget, known
@@ -87,7 +87,7 @@ UNTRAINED = frozenset(
     )
 )
 # What only decides the first weights. Checkpoints hold the weights, so runs from before the option go on.
-BEGINNING = frozenset(("model.table_std", "model.table_from_text", "model.induction_heads"))
+BEGINNING = frozenset(AS_DRAWN)
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
 
 def recorded_config(run: RunFolder) -> dict[str, Any]:
     """Return the keys that a run recorded; one from before a key of `BEGINNING` began without, whatever its preset has."""
-    before = {"model.table_std": None, "model.table_from_text": False, "model.induction_heads": False}
-    return {**before, **from_toml(read(run.config), str(run.config))}
+    return {**AS_DRAWN, **from_toml(read(run.config), str(run.config))}
 
 
 def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:

@@ -31,7 +31,16 @@ SHARP_BEFORE, SHARP_SAME = 1.5, 2.0  # of the queries, which norms would else ke
 def begins(config: ModelConfig) -> bool:
     """Whether a new model begins with the two heads: they are wanted, and it has what they take."""
     has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) >= FEWEST_SLOW_PAIRS
-    return config.induction_heads and config.block == "qwen3" and bool(config.init_std) and has_room
+    return config.induction_heads and config.block == "qwen3" and bool(config.init_std and _table_std(config)) and has_room
+
+
+def copies_table(config: ModelConfig) -> bool:
+    """Whether the output head of a new model that `begins` so is another matrix than the table, but begins as a copy."""
+    return begins(config) and not config.tied_head
+
+
+def _table_std(config: ModelConfig) -> float:
+    return (config.init_std or 0.0) if config.table_std is None else config.table_std
 
 
 @torch.no_grad()
@@ -56,8 +65,8 @@ def begin_copying(
         first: Of block 1.
         second: Of block 2.
     """
-    C, D, std = config.emb_dim, config.head_dim, float(table.std())
-    if not config.tied_head:
+    C, D, std = config.emb_dim, config.head_dim, _table_std(config)
+    if copies_table(config):
         out_head.copy_(table)
     directions = nn.init.orthogonal_(torch.empty(C, C, device=table.device))
     common, own = directions[0], directions[1:]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from firstwords.config import ModelConfig, Precision, RunConfig, run_config
+from firstwords.config import AS_DRAWN, ModelConfig, Precision, RunConfig, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost, induction
 from firstwords.planning import prediction, recipe
@@ -191,12 +191,12 @@ def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
 def _begins_as_tried(config: RunConfig) -> bool:
     """Whether its table and heads begin as its preset's; or as drawn, and tied, which each preset was tried with too."""
     preset = run_config({"preset": config.preset}).model
-    drawn = replace(preset, tied_head=True, table_std=None, table_from_text=False, induction_heads=False)
+    drawn = run_config({"preset": config.preset, "model.tied_head": True}, AS_DRAWN).model
     return _beginning(config.model) in map(_beginning, (preset, drawn))
 
 
-def _beginning(model: ModelConfig) -> tuple[bool, float | None, bool, bool]:
-    return model.tied_head, model.table_std, model.table_from_text, model.induction_heads
+def _beginning(model: ModelConfig) -> list[Any]:
+    return [model.tied_head, *(getattr(model, key.removeprefix("model.")) for key in AS_DRAWN)]
 
 
 def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:

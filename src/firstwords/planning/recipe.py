@@ -9,8 +9,8 @@ from firstwords.insight.memorisation import last_look_s
 from firstwords.planning import budget
 from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
 
-START_S = 3.5  # pass before the first look at the model, about, but for preparing the text
-BEGIN_S = 0.3  # of them, when everything is decided: the first save, and the check of the device
+START_S = 4.0  # pass before the first look at the model, about, but for preparing the text
+BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
 SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
 EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 8192  # of a run's time for one evaluation, and its held-out tokens at least
 NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is looked for

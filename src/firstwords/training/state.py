@@ -57,7 +57,7 @@ def initial(
     device: str,
     dtype: torch.dtype,
     start: Mapping[str, Tensor] | None = None,
-    alike: Tensor | None = None,
+    directions: Tensor | None = None,
 ) -> TrainState:
     """Return a run at step 0: weights drawn from `seed`, the process's generator left as it was.
 
@@ -68,13 +68,13 @@ def initial(
         device: Where the model lives; the weights are drawn on the CPU.
         dtype: Of Muon's matrix products.
         start: Weights to begin with instead.
-        alike: Directions, (V, C), that the table of tokens begins with; see `model.neighbours`.
+        directions: That the table of tokens begins with, (V, C), where nothing is to begin with; see `model.neighbours`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTModel(model_config)
-    if alike is not None:
-        begin_alike(model, alike)
+    if directions is not None:
+        begin_alike(model, directions)
     model.to(device)
     if start is not None:
         load_model_tensors(model, start, "the weights to begin with")
