@@ -43,7 +43,7 @@ def gained(model: GPTModel, seed: int) -> float:
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(config: ModelConfig, seed: int) -> None:
-    # In ten seeds: at least 0.23 with the heads, at most 0.02 to either side without.
+    # In ten seeds: at least 0.22 with the heads, at most 0.02 to either side without.
     assert gained(drawn(config, seed=seed), seed) > 0.2
     assert abs(gained(drawn(dataclasses.replace(config, induction_heads=False), seed=seed), seed)) < 0.1
 

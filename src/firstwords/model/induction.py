@@ -25,7 +25,7 @@ COMMON = 0.5  # size of what all tokens have in common, as a share of what each 
 WRITTEN, COPIED = 3.0, 3.5  # what the two heads add, in the table's standard deviations; the second at all channels
 FAST_PAIRS = 6  # channel pairs by which the token before is told from its neighbours: those that turn fastest
 FEWEST_SLOW_PAIRS = 7  # by which a token is told from others wherever it stood
-SHARP_BEFORE, SHARP_SAME = 1.5, 2.0  # of the queries, which norms would else keep from choosing one token of many
+SHARP_BEFORE, SHARP_SAME = 1.75, 1.75  # of the queries, which norms would else keep from choosing one token of many
 
 
 def begins(config: ModelConfig) -> bool:
