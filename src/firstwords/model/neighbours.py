@@ -22,7 +22,7 @@ from firstwords.model import induction
 from firstwords.model.gpt import GPTModel
 
 MOST_CELLS = 1 << 22  # V * K
-MOST_TOKENS = 1 << 22  # of the text that are looked at, in `CHUNKS` evenly spread parts
+MOST_TOKENS = 1 << 20  # of the text that are looked at, in `CHUNKS` evenly spread parts
 CHUNKS = 16
 PSEUDOCOUNT = 1.0  # to every count, so that a pair seen once by chance says little
 SHARE = 0.5  # of the table's variance that comes from the text
