@@ -99,5 +99,4 @@ def begin_alike(model: GPTModel, directions: Tensor) -> None:
     for rows in (table, model.out_head.weight) if induction.copies_table(config) else (table,):
         mean = rows[known].mean(0)
         own = rows[known] - mean
-        own_std = rows.sub(rows.mean(0)).std()
-        rows[known] = mean + math.sqrt(1 - SHARE) * own + math.sqrt(SHARE * config.emb_dim) * own_std * alike
+        rows[known] = mean + math.sqrt(1 - SHARE) * own + math.sqrt(SHARE * config.emb_dim) * own.std() * alike
