@@ -271,6 +271,17 @@ def test_time_that_a_run_was_given_once_more_is_kept_where_it_stops_again(tmp_pa
     assert 5 < time.perf_counter() - began_s < 11  # the rest of the ten
 
 
+def test_time_that_a_run_was_given_once_more_is_not_lost_where_nothing_is_saved_meanwhile(
+    tmp_path: Path, whole: TrainResult
+) -> None:
+    folder = tmp_path / "whole"
+    with pytest.raises(KilledError):
+        api.train(out=folder, resume=True, for_s=3, save_every_s=3600, listener=killing((StepDone, whole.steps + 5)))
+    longer = api.train(out=folder, resume=True)
+    assert longer.steps > whole.steps + 5
+    assert api.train(out=folder, resume=True).steps == longer.steps, "and then it is done"
+
+
 def test_more_steps_in_place_of_a_time_budget_bring_their_own_evaluations(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path, "killed", stop_at=(StepDone, 3), steps=None, for_s=60, eval_every=None)

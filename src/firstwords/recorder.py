@@ -233,7 +233,8 @@ class Recorder:
     def _scalars(self) -> dict[str, Any]:
         """Return what `state.json` says; the journals are made durable as far as it says."""
         journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
-        return {**states.scalars(self.state), "journal_bytes": journal_bytes, "fingerprint": self.fingerprint}
+        also = {"journal_bytes": journal_bytes, "fingerprint": self.fingerprint, "for_s": self.config.for_s}
+        return {**states.scalars(self.state), **also}
 
     def _publish(
         self, step: int, scalars: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor] | None
@@ -352,7 +353,7 @@ class Recorder:
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
         saved = self._load(found)
-        self._extend(more_time=more_time)
+        self._extend(saved, more_time=more_time)
         starts = [line for line in self.run.metrics.lines() if line["event"] == "start"]
         if starts and not more_time:
             self.predicted = self._still_true(starts[-1].get("predicted"))
@@ -410,9 +411,11 @@ class Recorder:
             self.note("plan", {"step": state.step, "total_steps": plan[0], "eval_every": plan[1]})
         self.listener(told)
 
-    def _extend(self, *, more_time: bool) -> None:
-        """Take over a new length: the learning rate goes on as if it had been planned so."""
+    def _extend(self, saved: store.Json, *, more_time: bool) -> None:
+        """Take over a new length, given now or since `saved`: the learning rate goes on as if it had been planned so."""
         state = self.state
+        if self.config.for_s != saved.get("for_s", self.config.for_s):  # states from before this key do not say
+            state.total_steps = None
         if more_time and self.config.for_s is not None:  # recorded as what all of the run has, wherever it stops again
             state.total_steps = None
             self.config = dataclasses.replace(self.config, for_s=self.config.for_s + state.elapsed_s)
