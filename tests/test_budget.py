@@ -107,6 +107,18 @@ def test_there_is_time_for_a_scale_where_it_would_not_end_much_too_late(slower: 
     assert plans.has_time_for_scale(100 - 1.0 - 20 * 0.1) is has_time
 
 
+@pytest.mark.parametrize(("step_s", "steps"), [(0.1, PROBE_STEPS), (4.0, 3)])
+def test_steps_that_warm_up_do_not_count_in_the_first_plan(step_s: float, steps: int) -> None:
+    plans, step, now_s, due = Budget(75, 75, now_s=5.0, evaluation_steps=1.0), 0, 5.0, False
+    while not due:
+        took_s = step_s if step >= 2 else 3 * step_s
+        step, now_s = step + 1, now_s + took_s
+        due = plans.step(now_s, took_s)
+    assert step == steps
+    rest = (75 - now_s) / step_s
+    assert plans.plan(step, 10**6)[0] - step == pytest.approx(rest, abs=2), "all that fit but for an evaluation's time"
+
+
 def test_evaluations_take_a_small_share() -> None:
     took_s, _, looks = simulate(120, 0.2, 3.0)
     assert looks * 3.0 < 0.15 * took_s
@@ -115,7 +127,7 @@ def test_evaluations_take_a_small_share() -> None:
 def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     api.train(tmp_path / "story.txt", out=tmp_path / "first", steps=1, **TINY)  # a first run of a process starts slowly
-    run = api.train(tmp_path / "story.txt", out=tmp_path / "run", for_s=3, optim={"decay": "linear"}, **TINY)
+    run = api.train(tmp_path / "story.txt", out=tmp_path / "run", for_s=6, optim={"decay": "linear"}, **TINY)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     plans = [line for line in lines if line["event"] == "plan"]
     rates = [line["lr"] for line in lines if line["event"] == "step"]

@@ -10,7 +10,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 WARM_STEPS = 2  # the first steps allocate memory and are left out
-PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or this share of the budget
+PROBE_STEPS, PROBE_SHARE = (
+    10,
+    0.04,
+)  # the first plan comes after so many steps, or where others took this share of the budget
 LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
@@ -109,13 +112,14 @@ class Budget:
     def step(self, now_s: float, took_s: float) -> bool:
         """Take note of a step and return whether a plan is due."""
         self._n_steps += 1
-        if self._n_steps > WARM_STEPS or not self._steps_s:
-            self._steps_s.append(took_s)
+        if self._n_steps <= WARM_STEPS + 1:
+            self._steps_s.clear()
+        self._steps_s.append(took_s)
         self._between_s += max(0.0, now_s - self.now_s - took_s) / self._slowed()
         self.now_s = now_s
         if self._planned_looks < 0:
-            used = 1 - (self.deadline_s - now_s) / self.total_s
-            return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and used > PROBE_SHARE)
+            long = sum(self._steps_s) > PROBE_SHARE * self.total_s
+            return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and long)
         self._late_s += took_s - self._planned_step_s
         drifted = abs(self._late_s) > DRIFT_SHARE * self.total_s
         return drifted or self._looks > self._planned_looks or self._n_steps >= self._next_plan
