@@ -234,13 +234,17 @@ def test_the_sections_that_a_run_has_nothing_for_are_left_out(tmp_path: Path) ->
     assert page(run / "report.html").ids & optional == set()
     Journal(run / "metrics.jsonl").add("memorisation", MEMORISATION)
     rows = [{"name": "uniform", "bits_per_byte": 8.0, "low": None, "high": None}]
-    api.report(run, scale={"scale": rows, "words": ["better than chance"]}, predicted={"bits_per_byte": [2, 2.5, 3]})
+    scale = {"scale": rows, "words": ["better than chance"], "caveat": "of a few stretches"}
+    api.report(run, scale=scale, predicted={"bits_per_byte": [2, 2.5, 3], "memory_bytes": 10**9})
     found = page(run / "report.html")
     assert found.ids >= optional | {"plan"}
     assert found.data["runs"][0]["memorisation"]["copied_share"] == [0.87]
     assert "document 1, character 7" in found.text
     assert str(MEMORISATION["longest_copy"]).strip() in found.text
     assert "better than chance" in found.text
+    assert "of a few stretches" in found.text
+    measured = [line for line in RunFolder(run).metrics.lines() if line["event"] == "evaluation"]  # `journal` leaves it out
+    assert f"{measured[-1]['memory_bytes']:,} bytes" in found.text, "beside what was planned"
     assert "2.5 (2 to 3)" in found.text
 
 
@@ -311,7 +315,9 @@ def test_a_file_that_is_no_report_is_never_replaced(refused: Refused, command: C
     write(Path("precious.txt"), "precious")
     assert refused(73, "report", a_run, "--out", "precious.txt")["where"] == "precious.txt"
     assert refused(73, "explain", a_run, "a text", "--html", "precious.txt")["where"] == "precious.txt"
-    assert Path("precious.txt").read_text() == "precious"
+    write(Path("comparison.html"), "precious")
+    assert refused(73, "report", a_run, a_run)["where"] == "comparison.html"
+    assert {Path(name).read_text() for name in ("precious.txt", "comparison.html")} == {"precious"}
     for _ in range(2):  # one of ours is
         assert command("report", a_run, "--out", "new/page.html").code == 0
         assert command("explain", a_run, "a text", "--html", "new/text.html").code == 0

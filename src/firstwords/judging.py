@@ -336,6 +336,8 @@ def report(
     if len(folders) > 1 and pictures:
         raise ConfigError("pictures are of one run", where=f"--{min(pictures)}", do="name one run")
     place = Path(out) if out is not None else folders[0].report if len(folders) == 1 else Path("comparison.html")
+    if len(folders) > 1:
+        _require_free(place, "--out")
 
     from firstwords.insight import pictures as drawing
     from firstwords.insight import record

@@ -243,7 +243,8 @@ def _scale(scale: Mapping[str, Any]) -> str:
             f'<div class="on-scale" style="{place}"><span>{escape(str(row.get("name")))}</span>'
             f'<span class="track"><i></i><b></b></span><span>{value:.3f}{interval}</span></div>'
         )
-    words = "".join(f"<p>{escape(str(line))}</p>" for line in scale.get("words") or ())
+    said = [*(scale.get("words") or ()), *filter(None, [scale.get("caveat")])]
+    words = "".join(f"<p>{escape(str(line))}</p>" for line in said)
     return _section("scale", "Bits per byte, beside others", "".join(rows) + words)
 
 
@@ -329,6 +330,7 @@ def _plan(record: Record) -> list[str]:
     """Return what was planned beside what came; nothing where there was no plan."""
     actual = {name: _last(column) for name, column in record.steps.items()}
     actual |= {"bits_per_byte": _number_of(record.best, "bits_per_byte")}
+    actual["memory_bytes"] = _last(record.evaluations.get("memory_bytes"))
     seen, elapsed_s = actual.get("tokens"), actual.get("elapsed_s")
     actual["tokens_per_s"] = seen / elapsed_s if seen and elapsed_s else None
     rows = [
