@@ -282,6 +282,18 @@ def test_time_that_a_run_was_given_once_more_is_not_lost_where_nothing_is_saved_
     assert api.train(out=folder, resume=True).steps == longer.steps, "and then it is done"
 
 
+def test_a_run_that_is_given_a_little_more_time_does_not_learn_at_the_full_rate_again(
+    tmp_path: Path, whole: TrainResult
+) -> None:
+    """Its first steps, before a plan is made of them, are as those of a run that was planned so long by its pace."""
+    optim = {"decay": "linear", "peak_lr": 8e-3, "warmup_steps": 2}
+    began = train(tmp_path, "timed", steps=400, optim=optim, save_every_s=3600, eval_every=None)
+    api.train(out=tmp_path / "timed", resume=True, for_s=1.5)
+    rates = [line["lr"] for line in journal(tmp_path / "timed", "step") if line["step"] > began.steps]
+    assert rates
+    assert max(rates) < 0.7 * 8e-3
+
+
 def test_more_steps_in_place_of_a_time_budget_bring_their_own_evaluations(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path, "killed", stop_at=(StepDone, 3), steps=None, for_s=60, eval_every=None)

@@ -18,7 +18,7 @@ from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsE
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
 from firstwords.planning import machine
-from firstwords.planning.budget import Budget
+from firstwords.planning.budget import PROBE_STEPS, Budget
 from firstwords.runs import checkpoint
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
@@ -413,12 +413,14 @@ class Recorder:
 
     def _extend(self, saved: store.Json, *, more_time: bool) -> None:
         """Take over a new length, given now or since `saved`: the learning rate goes on as if it had been planned so."""
-        state = self.state
-        if self.config.for_s != saved.get("for_s", self.config.for_s):  # states from before this key do not say
-            state.total_steps = None
-        if more_time and self.config.for_s is not None:  # recorded as what all of the run has, wherever it stops again
-            state.total_steps = None
-            self.config = dataclasses.replace(self.config, for_s=self.config.for_s + state.elapsed_s)
+        state, for_s = self.state, self.config.for_s
+        more_since = for_s != saved.get("for_s", for_s)  # states from before this key do not say
+        if more_time and for_s is not None:  # recorded as what all of the run has, wherever it stops again
+            for_s = for_s + state.elapsed_s
+            self.config = dataclasses.replace(self.config, for_s=for_s)
+        if for_s is not None and (more_time or more_since):  # as fast as before, until its first steps say more
+            pace = state.step / state.elapsed_s if state.elapsed_s else 0.0
+            state.total_steps = max(state.step + 2 * PROBE_STEPS, round(pace * for_s)) if pace else None
         if self.config.steps is None:
             return
         if self.config.steps < state.step:

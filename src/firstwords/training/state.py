@@ -176,7 +176,9 @@ def load_optimizer_tensors(state: TrainState, tensors: Mapping[str, Tensor]) -> 
         if name not in by_name or value.shape not in (by_name[name][0].shape, torch.Size()):
             raise DataError(f"tensor {key[:80]!r} belongs to no parameter", where="optimizer.safetensors")
         parameter, optimizer = by_name[name]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        optimizer.state[parameter][kind] = value.to(
+            parameter.device, copy=True
+        )  # a file that is still in use could not be removed everywhere
 
 
 def scalars(state: TrainState) -> dict[str, Any]:
