@@ -16,7 +16,7 @@ from command import Command, write
 from firstwords import resolve
 from firstwords.config import run_config
 from firstwords.model import loss
-from firstwords.planning import known, machine, measure
+from firstwords.planning import known, machine, measure, system
 from firstwords.planning.known import Compiling, Known, Learning
 from firstwords.planning.plan import Machine, Tokens
 from firstwords.planning.speed import Speed, guessed
@@ -46,6 +46,22 @@ def test_what_a_step_frees_is_kept_for_the_next_one_and_given_back_at_the_end() 
     before, inside, after = json.loads(ended.stdout)  # shares of a tensor that the system cleared anew
     assert inside < 0.1
     assert min(before, after) > 0.5
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 3), (2.5, 2), (0.5, 1), (64.0, 3)])
+def test_no_more_threads_compute_than_a_container_has_the_time_of(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(system, "core_quota", lambda: quota)
+    with machine.threads(3):
+        assert machine.usable_threads() == expected
+        with machine.threads(None):
+            assert torch.get_num_threads() == expected
+        with machine.threads(4):  # a number that is named is that number
+            assert torch.get_num_threads() == 4
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert machine.usable_threads() == 3
 
 
 def test_tiny_numbers_count_as_zero_inside_only() -> None:

@@ -117,6 +117,9 @@ def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
     assert plan.recommended([usual, better]) == better
     assert plan.recommended([usual, dataclasses.replace(better, fits=False)]) == usual
     assert plan.recommended([usual, candidate("gpt2-124m", 1.0, tokenizer="gpt2")]) == usual  # nobody tried it
+    by_bytes = [candidate(preset, mid, tokenizer="bytes") for preset, mid in (("laptop", 2.0), ("laptop-mini", 1.9))]
+    assert plan.recommended(by_bytes) == by_bytes[1]  # where a tokenizer is named, the sizes are compared with that one
+    assert plan.recommended([usual, *by_bytes]) == usual
     short, long = (
         dataclasses.replace(better, expected=Prediction(1.8, 1.9, 2.0, (WORDS["read_bytes"][is_long],)))
         for is_long in (0, 1)

@@ -61,16 +61,25 @@ def dtype_of(precision: Any, where: str) -> torch.dtype:
     return DTYPES[precision]
 
 
+def usable_threads() -> int:
+    """Return with how many CPU threads to compute: PyTorch's number, but no more than a container has the time of.
+
+    PyTorch does not know of such a limit; where `OMP_NUM_THREADS` says a number, it is that one.
+    """
+    count, quota = torch.get_num_threads(), system.core_quota()
+    return count if quota is None or "OMP_NUM_THREADS" in os.environ else max(1, min(count, int(quota)))
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Compute with so many CPU threads inside, and with as many as before afterwards; None changes nothing.
+    """Compute with so many CPU threads inside, and with as many as before afterwards; None: with those that are usable.
 
     Numbers below 1e-38 count as 0 inside: many processors are several times slower with them, and AdamW's means of words
     that a text has no more of decay to such numbers.
     """
     before = torch.get_num_threads()
     torch.set_flush_denormal(True)  # first: the threads that start from here on take it over
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count or usable_threads())
     try:
         yield
     finally:

@@ -336,7 +336,9 @@ def soonest(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def _eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
-    return [one for one in candidates if one.fits and one.preset in PRESETS and one.tokenizer.startswith("bpe")]
+    """Return what fits and whose recipe was tried, with a vocabulary of the text's own; where none has one, with another."""
+    known = [one for one in candidates if one.fits and one.preset in PRESETS]
+    return [one for one in known if one.tokenizer.startswith("bpe")] or known
 
 
 def why(best: Candidate | None, candidates: Sequence[Candidate], target: float | None) -> str:

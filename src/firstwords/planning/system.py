@@ -63,12 +63,17 @@ def look(root: Path = ROOT) -> System:
         emulated=_emulated(root),
         cores=cores,
         usable_cores=len(affinity(0)) if affinity else cores,
-        core_quota=_least(_quotas(root)),
+        core_quota=core_quota(root),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         memory_bytes=_whole(_least([physical, limit])),
         available_bytes=_whole(_least([_kib(meminfo, "MemAvailable"), limit])),
         swap_used_bytes=None if "SwapTotal" not in meminfo else _kib(meminfo, "SwapTotal") - _kib(meminfo, "SwapFree"),
     )
+
+
+def core_quota(root: Path = ROOT) -> float | None:
+    """Return the time of how many cores this process may have, where a container sets a limit."""
+    return _least(_quotas(root))
 
 
 def processor(root: Path = ROOT) -> str:
