@@ -183,6 +183,25 @@ def test_an_unknown_name_offers_known_ones(refused: Refused, text: Path, name: s
     assert do in error["do"]
 
 
+NO_TEXT = "caf\udce9"  # as Python has the byte 0xe9 of a command line that is UTF-8 elsewhere
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "run", "--samples", "2", "--stop", NO_TEXT),
+        ("train", "text.txt", "--out", "new", *TINY, "--special-tokens", NO_TEXT),
+        ("train", "text.txt", "--out", "new", *TINY, "--sample-prompt", NO_TEXT),
+        ("train", "--resume", "--out", "run", "--sample-prompt", NO_TEXT),
+    ],
+)
+def test_what_is_no_text_is_told_before_anything_is_made(a_run: Path, refused: Refused, arguments: tuple[str, ...]):
+    before = (a_run / "config.toml").read_bytes()
+    assert "UTF-8" in refused(65, *arguments)["what"]
+    assert not Path("new").exists()
+    assert (a_run / "config.toml").read_bytes() == before
+
+
 @row(59)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])

@@ -257,6 +257,17 @@ def test_wide_characters_without_a_mark_are_not_guessed_but_told(refused: Refuse
     assert command("train", "a.txt", *TINY, "--encoding", encoding).code == 0
 
 
+@pytest.mark.parametrize("encoding", ["unicode_escape", "utf-7"])
+def test_half_of_a_surrogate_pair_is_told_whatever_encoding_says_it(refused: Refused, encoding: str):
+    write(Path("a.txt"), TEXT.encode("ascii", "ignore") + {"unicode_escape": b"\\ud83d", "utf-7": b"+2D0-"}[encoding])
+    assert refused(65, "train", "a.txt", *TINY, "--encoding", encoding)["where"] == "a.txt"
+
+
+def test_an_encoding_of_names_is_not_one_of_texts(refused: Refused):
+    write(Path("a.txt"), TEXT)
+    assert refused(78, "train", "a.txt", *TINY, "--encoding", "idna")["where"] == "--encoding"
+
+
 @row(19)
 def test_many_nul_characters_are_binary(refused: Refused):
     write(Path("a.txt"), "x" * 98 + "\0\0")

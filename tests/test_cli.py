@@ -250,6 +250,18 @@ def test_a_reader_that_leaves_ends_the_program_in_silence_as_a_signal_would(a_ru
         assert (speaker.wait(timeout=30), said) == (141, b"")
 
 
+@pytest.mark.parametrize("code_page", ["cp1252", "ascii"])
+def test_an_old_code_page_costs_no_result(a_run: Path, code_page: str):
+    """As Windows has it for output that goes into a file: a letter of Russian and the sign of a new line are not in it."""
+    explain = [sys.executable, "-m", "firstwords", "explain", "run", "Привет"]
+    named = subprocess.run(explain, capture_output=True, env={**os.environ, "PYTHONIOENCODING": code_page}, check=False)
+    assert (named.returncode, named.stderr) == (0, b"")
+    by_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    in_a_file = subprocess.run([*explain[:-1], "two\nlines"], capture_output=True, env=by_locale, check=False)
+    assert in_a_file.returncode == 0
+    assert "⏎" in in_a_file.stdout.decode("utf-8")
+
+
 # The program
 
 

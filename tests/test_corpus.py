@@ -18,6 +18,7 @@ from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.corpus import Corpus, Part
+from firstwords.text.sources import Document
 from firstwords.text.tokenizer import Tokenizer
 
 
@@ -45,6 +46,19 @@ def test_each_document_is_split_by_characters_and_its_end_held_out(tmp_path: Pat
     held_out = sum(len(text[cut:].encode()) for text, cut in zip(texts, cuts, strict=True))
     assert corpus.val.id_bytes[corpus.val.ids].sum() == held_out
     assert corpus.train.n_tokens == len(corpus.train.ids) - 3
+
+
+def test_the_share_that_is_done_never_falls_within_a_pass() -> None:
+    """A budget takes a fall for the next pass, and never sees how long this one takes."""
+    told: list[float | None] = []
+    texts = [
+        Document(str(i), lambda: iter(["a" * 95, "b" * 5])) for i in range(20)
+    ]  # the last piece lies in what is held out
+    slices = corpora._Slices(texts, [(0, 90)] * 20, 20 * 90, lambda _, share: told.append(share))
+    assert sum(len(piece) for text in slices for piece in text.pieces()) == 20 * 90
+    shares = [share for share in told if share is not None]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 20
 
 
 def test_a_tokenizer_without_a_size_gets_the_one_that_fits_the_training_text(tmp_path: Path) -> None:

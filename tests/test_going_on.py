@@ -12,7 +12,7 @@ import torch
 from command import TINY, Command, Refused, write
 from conftest import journal
 from firstwords import api
-from firstwords.config import ModelConfig
+from firstwords.config import ModelConfig, from_toml, run_config
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text.tokenizer import byte_tokenizer
@@ -89,6 +89,15 @@ def test_the_context_can_be_cut_or_stretched(context_length: int, learnt: Path, 
     else:  # the ends stay, and what lies between lies between its neighbours
         assert torch.allclose(positions.weight[[0, -1]], source.weight[[0, -1]])
         assert positions.weight.max() <= source.weight.max()
+
+
+def test_a_files_optimizer_is_taken_where_the_other_models_shape_stays(learnt: Path, command: Command) -> None:
+    write(Path("mine.toml"), "[optim]\npeak_lr = 1e-4\nweight_decay = 0.3\n")
+    assert command(*going_on("--config", "mine.toml", "--optim.weight-decay", "0.2")).code == 0
+    config = run_config(from_toml(Path("run/config.toml").read_text(), "config.toml"))
+    assert (config.optim.peak_lr, config.optim.weight_decay) == (1e-4, 0.2)
+    assert config.optim.kind == "adamw", "what goes on learns gently, but for what is named"
+    assert config.model.emb_dim == GPT2.emb_dim
 
 
 def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: Refused) -> None:

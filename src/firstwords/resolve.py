@@ -120,7 +120,7 @@ def new(
     Raises:
         FirstwordsError: An impossible configuration, no such text, a taken folder.
     """
-    layers = [] if config is None else [from_toml(read(Path(config)), str(config))]
+    layers: list[dict[str, Any]] = [] if config is None else [from_toml(read(Path(config)), str(config))]
     asked, tokenizer_json = run_config(*layers, given), b""
     if asked.from_ is not None:
         shape, tokenizer_json = describe(asked.from_)
@@ -128,16 +128,17 @@ def new(
         shape["model.vocab_size"] = max(shape["model.vocab_size"], enlarged.vocab_size)
         named = {key for layer in layers for key in layer}  # a run's own file says how the model was adapted
         shape = {key: value for key, value in shape.items() if key not in ADAPTABLE & named}
-        gently = {} if any("preset" in layer for layer in (*layers, given)) else GOING_ON
+        if not any("preset" in layer for layer in (*layers, given)):
+            layers = [GOING_ON, *layers]
         place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
-        given = {**gently, **shape, **given, "from_": place}
+        given = {**shape, **given, "from_": place}
         _require_shape(shape, given)
         asked = run_config(*layers, given)
     corpora.parse_tokenizer(asked.tokenizer)
     if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
         raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
-    _require_utf8([*asked.text, asked.val or "", asked.tokenizer, asked.sample_prompt])
+    _require_utf8(asked)
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     store.make_folder(run.path)
@@ -186,8 +187,9 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 where=flag(key),
                 do="leave it out, or begin a new run with another --out",
             )
-    more_time = given.get("for_s") is not None
-    return Asked(run, run_config(recorded, given), None, frozenset(key_types()), more_time=more_time)
+    more_time, asked = given.get("for_s") is not None, run_config(recorded, given)
+    _require_utf8(asked)
+    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time)
 
 
 def recorded_config(run: RunFolder) -> dict[str, Any]:
@@ -322,8 +324,6 @@ def settled(
     Raises:
         ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory.
     """
-    import torch
-
     from firstwords.planning import machine, plan, recipe
 
     started_s = time.perf_counter() if started_s is None else started_s
@@ -358,7 +358,7 @@ def settled(
         text_sha256=prepared.text_sha256,
         micro_batch_size=micro,
         eval_every=config.eval_every or (max(1, config.steps // EVALUATIONS) if config.steps else None),
-        threads=config.threads or torch.get_num_threads(),
+        threads=config.threads or machine.usable_threads(),
     )
     config, expected = _expected(config, tokens, here, found)
     if expected.memory_bytes is None:
@@ -535,9 +535,11 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     return dataclasses.replace(config, steps=steps, epochs=None)
 
 
-def _require_utf8(names: Sequence[str]) -> None:
+def _require_utf8(config: RunConfig) -> None:
     """Raise a DataError for a name or text that no configuration file can hold."""
-    for name in names:
+    named = [*config.text, *filter(None, (config.val, config.from_)), config.tokenizer]
+    folder = [str(Path.cwd())] if any(Path(name).exists() for name in named) else []  # of what is recorded of them
+    for name in (*named, *folder, config.sample_prompt, config.special_tokens):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             do = "rename the file, or send it to standard input: -"
             raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import os
 import re
 import sys
@@ -41,6 +42,9 @@ NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the comman
 
 def entry() -> NoReturn:
     """Run the program and leave with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a result is more than what an old code page can say
+        chosen = sys.stdout.isatty() or "PYTHONIOENCODING" in os.environ
+        sys.stdout.reconfigure(encoding=None if chosen else "utf-8", errors="backslashreplace")
     if "OMP_WAIT_POLICY" not in os.environ:  # read when PyTorch is loaded; the process is ours here
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     sys.exit(main(sys.argv[1:]))
@@ -386,6 +390,8 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     )
     if "" in options.stop:
         raise ConfigError("is empty", where="--stop", do="give a text")
+    for word in options.stop:
+        _require_text(word, "--stop")
     _require_within(count, 1, LARGEST_COUNT, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")

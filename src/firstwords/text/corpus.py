@@ -116,7 +116,7 @@ def survey(
         progress("reading the text", None)
         digest, length, name = hashlib.sha256(), 0, document.name
         for piece in document.pieces():
-            digest.update(piece.encode())
+            digest.update(_encoded(piece, document.name))
             length += len(piece)
             blank = blank and not piece.strip()
         whole.update(digest.digest())
@@ -127,6 +127,15 @@ def survey(
         what = "there is no text, only white space" if n_chars else "there is no text"
         raise DataError(what, where=name, why="there is nothing to learn from", do="name another text")
     return Survey(whole.hexdigest(), n_chars)
+
+
+def _encoded(piece: str, where: str) -> bytes:
+    """Return the bytes of a piece of text; some encodings can say what no text is."""
+    try:
+        return piece.encode()
+    except UnicodeEncodeError as error:
+        why, do = "half of a surrogate pair has no bytes in UTF-8", "name the text's own encoding with --encoding"
+        raise DataError("a lone surrogate", where=where, why=why, do=do) from error
 
 
 def prepare(
@@ -303,7 +312,7 @@ class _Slices:
     def _slice(self, pieces: Callable[[], Iterator[str]], start: int, end: int, done: int) -> Iterator[str]:
         at = 0
         for piece in pieces():
-            self.progress("tokenizing", min(1.0, (done + at) / max(1, self.total_chars)))
+            self.progress("tokenizing", min(1.0, (done + min(at, end)) / max(1, self.total_chars)))
             if at < end and at + len(piece) > start:
                 yield piece[max(0, start - at) : end - at]
             at += len(piece)

@@ -430,6 +430,7 @@ def _n_high(data: bytes) -> int:
 def _check_encoding(name: str) -> None:
     try:
         "a".encode(name)  # refuses codecs that are not of text, such as base64
+        b"a".decode(name, "replace")
         codecs.getincrementaldecoder(name)
     except (LookupError, ValueError):
         known = sorted({*encodings.aliases.aliases, *encodings.aliases.aliases.values()})
