@@ -352,8 +352,20 @@ def test_a_page_of_one_text_holds_what_explain_says(command: Command, a_run: Pat
     assert Path("page.html").stat().st_size < 1e6
 
 
+def test_a_letter_of_several_tokens_is_shown_whole_with_the_last_of_them(command: Command, a_run: Path) -> None:
+    text = "süß: 字, €"
+    found = command("explain", a_run, text, "--html", "page.html", "--json").json
+    assert "".join(token["completes"] for token in found["tokens"]) == text
+    assert [token["text"] for token in found["tokens"]][1:3] == ["\\xc3", "\\xbc"]
+    shown = page(Path("page.html")).text
+    assert "\ufffd" not in shown
+    assert "s·ü·ß:" in "".join(shown.split())
+    assert "··字" in "".join(shown.split())
+
+
 def test_a_token_and_a_name_may_be_anything() -> None:
-    tokens = (TokenExplained(0, HOSTILE), TokenExplained(1, HOSTILE, 0.5, -0.7, 0.0, 1, (Guess(1, HOSTILE, 0.5),)))
+    hostile = TokenExplained(1, HOSTILE, HOSTILE, 0.5, -0.7, 0.0, 1, (Guess(1, HOSTILE, 0.5),))
+    tokens = (TokenExplained(0, HOSTILE, HOSTILE), hostile)
     explanation = Explanation(tokens, Evaluation.of(0.7, 1, 9))
     found = Page(b"".join(explained(explanation, f"<!--<script>{HOSTILE}")).decode())
     assert "<" not in found.scripts[0]

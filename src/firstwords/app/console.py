@@ -382,12 +382,12 @@ def _scale_table(found: Scale) -> Table:
 
 def _surprise_map(explanation: Explanation, column: int) -> Text:
     """Return the text with each token coloured by -log p."""
-    from firstwords.insight.surprise import heat
+    from firstwords.insight.surprise import PART, heat
 
     shown = Text()
     for token in explanation.tokens:
         styles = [styles for least, styles in HEATS if heat(token.log_probability) >= least][-1]
-        shown.append(visible(token.text).replace("\n", "⏎\n"), styles[column])
+        shown.append(visible(token.completes or PART).replace("\n", "⏎\n"), styles[column])
     return shown
 
 

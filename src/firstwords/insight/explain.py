@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ class TokenExplained:
     """One token of the text. The first has no probability: nothing stands before it."""
 
     id: int
-    text: str
+    text: str  # of the token alone; of a part of a letter its bytes: \xd0
+    completes: str  # the letters that are whole with it: of all tokens together, the text
     probability: float | None = None
     log_probability: float | None = None
     logit: float | None = None  # softmax: e^logit / sum of e^logits = probability
@@ -65,29 +67,39 @@ def explain(lm: LanguageModel, text: str) -> Explanation:
     if len(ids) < 2:
         raise DataError("the text has fewer than two tokens", where="TEXT", why="the first token is not predicted")
     lm.model.eval()
-    tokens = [TokenExplained(ids[0], _show(lm.tokenizer, ids[0]))]
+    letters = _letters(lm.tokenizer, ids)
+    tokens = [TokenExplained(ids[0], _show(lm.tokenizer, ids[0]), letters[0])]
     for window in windows(np.array([0]), np.array([len(ids)]), lm.model.config.context_length):
-        tokens += _explain_window(lm, ids, window)
+        tokens += _explain_window(lm, ids, letters, window)
     nats = -sum(token.log_probability or 0.0 for token in tokens)
     n_bytes = sum(len(lm.tokenizer.token_bytes(token)) for token in ids[1:])
     return Explanation(tuple(tokens), Evaluation.of(nats, len(ids) - 1, n_bytes))
 
 
-def _explain_window(lm: LanguageModel, ids: list[int], window: Window) -> list[TokenExplained]:
+def _letters(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Return the letters that each token completes: of some writings a letter takes several tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(tokenizer.token_bytes(token)) for token in ids]
+
+
+def _explain_window(lm: LanguageModel, ids: list[int], letters: list[str], window: Window) -> list[TokenExplained]:
     inputs = torch.tensor([ids[window.start : window.start + window.length]], device=lm.model.tok_emb.weight.device)
     logits = lm.model(inputs)[0, window.skip :].float().cpu()  # (counted targets, V)
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    targets = ids[window.start + window.skip + 1 : window.start + window.length + 1]
-    rows = zip(targets, logits, log_probabilities, strict=True)
-    return [_explain_token(lm.tokenizer, target, float(row[target]), logs) for target, row, logs in rows]
+    predicted = slice(window.start + window.skip + 1, window.start + window.length + 1)
+    rows = zip(ids[predicted], letters[predicted], logits, log_probabilities, strict=True)
+    return [_explain_token(lm.tokenizer, id_, letter, float(row[id_]), logs) for id_, letter, row, logs in rows]
 
 
-def _explain_token(tokenizer: Tokenizer, target: int, logit: float, log_probabilities: torch.Tensor) -> TokenExplained:
+def _explain_token(
+    tokenizer: Tokenizer, target: int, completes: str, logit: float, log_probabilities: torch.Tensor
+) -> TokenExplained:
     own = log_probabilities[target]
     best = log_probabilities[: tokenizer.vocab_size].topk(min(TOP, tokenizer.vocab_size))
     return TokenExplained(
         target,
         _show(tokenizer, target),
+        completes,
         float(own.exp()),
         float(own),
         logit,
@@ -100,4 +112,4 @@ def _explain_token(tokenizer: Tokenizer, target: int, logit: float, log_probabil
 
 
 def _show(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.token_bytes(token).decode(errors="replace")
+    return tokenizer.token_bytes(token).decode(errors="backslashreplace")

@@ -18,7 +18,7 @@ from typing import Any
 from firstwords import __version__
 from firstwords.insight.explain import Explanation
 from firstwords.insight.record import Record, Table, number
-from firstwords.insight.surprise import heat
+from firstwords.insight.surprise import PART, heat
 
 Line = dict[str, Any]
 Cell = tuple[str, str]  # what it is, and its value
@@ -208,7 +208,7 @@ def figures(record: Record) -> list[Cell]:
 
 def _map(explanation: Explanation, title: str) -> str:
     """Return the passage with each token coloured, and the place where report.js shows the one that is chosen."""
-    tokens = "".join(_token(i, token.text, heat(token.log_probability)) for i, token in enumerate(explanation.tokens))
+    tokens = "".join(_token(i, token.completes, heat(token.log_probability)) for i, token in enumerate(explanation.tokens))
     steps = "".join(f'<i style="--heat:{level / 4}"></i>' for level in range(5))
     body = (
         '<p class="note">Each token is coloured by -log p: how surprised the model was to read it there. Choose one '
@@ -221,8 +221,8 @@ def _map(explanation: Explanation, title: str) -> str:
 
 
 def _token(index: int, text: str, heat_of_it: float) -> str:
-    """Return a token as it is chosen by a click. A line break is shown, and breaks the line."""
-    shown = escape(text).replace("\n", '<span class="break">⏎</span>\n')
+    """Return a token as it is chosen by a click. A line break is shown, and breaks the line; part of a letter is a dot."""
+    shown = escape(text or PART).replace("\n", '<span class="break">⏎</span>\n')
     focus = 0 if index == 1 else -1  # one stop for the tab key; the arrows go on from there
     place = f'role="button" tabindex="{focus}" data-i="{index}" style="--heat:{heat_of_it:.3f}"'
     return f'<span class="token" {place}>{shown}</span>'

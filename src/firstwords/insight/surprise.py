@@ -9,6 +9,7 @@ from firstwords.text.tokenizer import Tokenizer
 
 PASSAGE_BYTES = 700  # some 200 tokens of a BPE: half a page of text, explained in a moment
 MOST_IDS = 4096  # that are looked at for it
+PART = "·"  # stands where a token is only a part of a letter, which the last of its parts shows
 HOTTEST = 8.0  # nats from which a token is shown at full heat: one chance in 3,000
 
 
