@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from command import Command, Refused
-from firstwords.config import run_config
+from firstwords.config import RunConfig, run_config
 from firstwords.planning import machine, measure
 from firstwords.planning.speed import Speed, guessed, point
 from firstwords.text.batches import Batch
@@ -68,6 +68,23 @@ def test_what_is_too_slow_for_its_time_is_not_measured() -> None:
     config = run_config({"preset": "laptop-small", "model.vocab_size": 512})
     before = Speed(((config.model, 1.0),))  # a second for a token
     assert measure.point_now(config, before, most_s=1.0) is None
+
+
+@pytest.mark.parametrize(("micro_batch_size", "most"), [(2, 2), (None, 32)])
+def test_the_pace_is_measured_with_no_more_sequences_than_are_learnt_from_at_once(
+    micro_batch_size: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def step_s(config: RunConfig, n_rows: int, steps: int, most_s: float) -> float:
+        rows.append(n_rows)
+        return 1.0
+
+    monkeypatch.setattr(measure, "step_s", step_s)
+    config = run_config({"preset": "laptop", "model.vocab_size": 512, "device": "cpu", "batch_size": 4096})
+    config = dataclasses.replace(config, micro_batch_size=micro_batch_size)
+    assert measure.point_now(config, Speed(flops_per_s=1e18), most_s=10.0)
+    assert rows == [most]  # of 256 tokens: 8,192 at once are as good as more
 
 
 def test_where_memory_runs_out_while_speed_is_measured_fewer_sequences_tell(monkeypatch: pytest.MonkeyPatch) -> None:

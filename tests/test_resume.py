@@ -21,6 +21,7 @@ from firstwords import api, recorder, resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
+from firstwords.planning import budget
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -280,6 +281,17 @@ def test_time_that_a_run_was_given_once_more_is_not_lost_where_nothing_is_saved_
     longer = api.train(out=folder, resume=True)
     assert longer.steps > whole.steps + 5
     assert api.train(out=folder, resume=True).steps == longer.steps, "and then it is done"
+
+
+def test_more_time_has_room_for_what_it_has_room_for_by_itself(
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long look at its end is made where it is a small share of the time that is left, not of what the run had before."""
+    look_s = budget.REPORT_SHARE * (2 + whole.elapsed_s / 2)
+    monkeypatch.setattr(memorisation, "last_look_s", lambda n_bytes: look_s)
+    told: list[Told] = []
+    api.train(out=tmp_path / "whole", resume=True, for_s=2, listener=told.append)
+    assert any(isinstance(line, Notice) and "no time is left to look up" in line.text for line in told)
 
 
 def test_a_run_that_is_given_a_little_more_time_does_not_learn_at_the_full_rate_again(

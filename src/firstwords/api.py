@@ -381,7 +381,8 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
         due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
         if not (at_last or (due and meter.text.is_kept)):
             return None
-        if config.for_s is not None and not budget.has_room_for(last_look_s(corpus.train.n_bytes), config.for_s):
+        left = recorder.budget  # of the time that this process has
+        if left is not None and not budget.has_room_for(last_look_s(corpus.train.n_bytes), left.total_s):
             line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
             recorder.listener(Notice(line))
             return None

@@ -99,6 +99,8 @@ def point_now(config: RunConfig, before: Speed, most_s: float) -> Point | None:
     T, limit = config.model.context_length, config.batch_size or ROWS
     if machine.device(config.device).type == "cuda":
         limit = config.micro_batch_size or _gpu_rows(config, limit)
+    else:
+        limit = config.micro_batch_size or cost.micro_batch_size(config.model, limit)
     rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
     if not rows:
         return None
