@@ -39,9 +39,10 @@ def test_a_harder_text_is_predicted_worse() -> None:
 
 
 def test_more_of_a_text_that_repeats_itself_tells_more() -> None:
-    repeating, plain = ([bits(repeated=c, read_bytes=n) for n in (1e6, 4e6)] for c in (0.3, 0.0))
+    repeating, plain = ([bits(repeated=c, text_bytes=4e6, read_bytes=n) for n in (1e6, 4e6, 2e7)] for c in (0.3, 0.0))
     assert repeating[0] == pytest.approx(plain[0])  # of a megabyte; its difficulty says already how hard it is
     assert repeating[1] < plain[1]
+    assert repeating[2] / repeating[1] == pytest.approx(plain[2] / plain[1])  # read again, it tells no more of the rest
 
 
 def test_a_model_that_begins_with_induction_heads_is_foretold_to_be_better() -> None:

@@ -3,15 +3,15 @@
 The law has the form that is known of large models, a floor and two powers, one of what is learnt from, one of the size, of
 which the greater decides:
 
-    bits per byte = h'^g * (e + ((a d^-b)^(1/b) + (n (N / 10^6)^-m)^(1/b))^b) * d^(-r sqrt(c)) * exp(-i - t)
-    h' = h min(1, U / 2^21)^s,    d = D' / 10^6
+    bits per byte = h'^g * (e + ((a d^-b)^(1/b) + (n (N / 10^6)^-m)^(1/b))^b) * u^(-r sqrt(c)) * exp(-i - t)
+    h' = h min(1, U / 2^21)^s,    d = D' / 10^6,    u = min(D, U) / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
 h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen; what
 a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the more of
-such a text is read, the more of the rest is known; that term is our own, as is the last: i counts where a model begins with
-heads that copy (`model.induction`), t where its table begins with what stands beside each token (`model.neighbours`), and
-in the smaller presets louder. N parameters, D bytes of text learnt from, repetitions included, U bytes of the training
+such a text is read, the more of the rest is known, and no more where it is read again; that term is our own, as is the
+last: i counts where a model begins with heads that copy (`model.induction`), t where its table begins with what stands
+beside each token (`model.neighbours`), and in the smaller presets louder. N parameters, D bytes of text learnt from, repetitions included, U bytes of the training
 text: bytes, so that the law does not depend on how a tokenizer counts. The two powers: Kaplan et al. 2020
 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose plain sum of the powers
 promises a small model too much of a long run. That a text read again and again is worth ever less: Muennighoff et al. 2023
@@ -101,7 +101,8 @@ class Law:
         gap = sum(power ** (1 / self.b) for power in powers) ** self.b
         difficulty = at.difficulty * min(1.0, at.text_bytes / ENOUGH_BYTES) ** self.s
         begun = self.i * at.induction_heads + self.t * at.table_from_text
-        known = learnt ** (-self.r * math.sqrt(at.repeated)) * math.exp(-begun)
+        read = min(at.read_bytes, at.text_bytes) / MILLION
+        known = read ** (-self.r * math.sqrt(at.repeated)) * math.exp(-begun)
         return float(difficulty**self.g * (self.e + gap) * known)
 
     def predict(self, at: Situation, untried: tuple[str, ...] = ()) -> Prediction:
