@@ -7,16 +7,16 @@ which the greater decides:
     h' = h min(1, U / 2^21)^s,    d = D' / 10^6,    u = min(D, U) / 10^6
     D' = U + U R* (1 - exp(-(E - 1) / R*))    for E = D / U > 1 epochs, else D
 
-h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen; what
-a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the more of
-such a text is read, the more of the rest is known, and no more where it is read again; that term is our own, as is the
-last: i counts where a model begins with heads that copy (`model.induction`), t where its table begins with what stands
-beside each token (`model.neighbours`), and in the smaller presets louder. N parameters, D bytes of text learnt from, repetitions included, U bytes of the training
-text: bytes, so that the law does not depend on how a tokenizer counts. The two powers: Kaplan et al. 2020
-(arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose plain sum of the powers
-promises a small model too much of a long run. That a text read again and again is worth ever less: Muennighoff et al. 2023
-(arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes, fitted by benchmarks/prediction.py to runs
-of this program; `prediction.json` holds them, with their date.
+h is the text's own difficulty (`planning.difficulty`), which seems larger where less than two megabytes could be seen;
+what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
+more of such a text is read, the more of the rest is known, and no more where it is read again; that term is our own, as
+is the last: i counts where a model begins with heads that copy (`model.induction`), t where its table begins with what
+stands beside each token (`model.neighbours`), and in the smaller presets louder. N parameters, D bytes of text learnt
+from, repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer
+counts. The two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556,
+eq. 2), whose plain sum of the powers promises a small model too much of a long run. That a text read again and again is
+worth ever less: Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes,
+fitted by benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
 """
 
 from __future__ import annotations
