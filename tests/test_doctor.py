@@ -229,6 +229,26 @@ def test_the_limits_of_a_container_count(root: Path) -> None:
     assert (found.memory_bytes, found.available_bytes, found.core_quota) == (3000000, 3000000, 1.5)
 
 
+@pytest.mark.parametrize(
+    ("groups", "folder", "limit", "used", "kind"),
+    [
+        ("0::/user/me\n", "user", "memory.max", "memory.current", ""),
+        ("4:memory:/box\n", "memory/box", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_what_a_container_holds_of_files_is_left_to_it(
+    root: Path, groups: str, folder: str, limit: str, used: str, kind: str
+) -> None:
+    assert system.left_bytes(root) is None
+    write(root / "proc/self/cgroup", groups)
+    box = root / "sys/fs/cgroup" / folder
+    write(box / limit, "4000000\n")
+    write(box / used, "3900000\n")
+    assert system.left_bytes(root) == 100_000
+    write(box / "memory.stat", f"anon 900000\n{kind}inactive_file 2500000\n{kind}active_file 400000\n")
+    assert system.left_bytes(root) == 3_000_000
+
+
 def test_the_limits_of_a_container_of_the_first_kind_count(root: Path) -> None:
     write(root / "proc/self/cgroup", "4:memory:/box\n2:cpu,cpuacct:/box\n")
     write(root / "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")

@@ -29,7 +29,6 @@ GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD:
 PROBE_SIZE, PROBE_TIMES, RATE_TIMES = 512, 5, 15
 GPU_PROBE_SIZE = 4096  # a smaller product is done before the next one can be asked for
 RATE_S = 0.1  # is long enough for a precision: what has no instructions takes 0.2 s for one product, or longer
-CGROUP_FILES = ("memory.max", "memory.current")
 
 
 def device(name: str) -> torch.device:
@@ -218,7 +217,7 @@ def gpu_bytes(where: torch.device) -> int | None:
 
 def free_bytes() -> int | None:
     """Return the memory that a new process can have now, or None where the system does not tell."""
-    known = [count for count in (_available_bytes(), _allowed_bytes()) if count is not None]
+    known = [count for count in (_available_bytes(), system.left_bytes()) if count is not None]
     return min(known) if known else memory_bytes()
 
 
@@ -239,12 +238,3 @@ def _available_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _allowed_bytes() -> int | None:
-    """Return what is left of the limit that a container sets, where one does."""
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip() for name in CGROUP_FILES)
-    except OSError:
-        return None
-    return int(limit) - int(used) if limit.isdecimal() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -69,6 +70,19 @@ def look(root: Path = ROOT) -> System:
         available_bytes=_whole(_least([_kib(meminfo, "MemAvailable"), limit])),
         swap_used_bytes=None if "SwapTotal" not in meminfo else _kib(meminfo, "SwapTotal") - _kib(meminfo, "SwapFree"),
     )
+
+
+def left_bytes(root: Path = ROOT) -> int | None:
+    """Return the memory that the limits of a container leave this process, with what they hold of files; None: no limit."""
+    names = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
+    left = []
+    for folder, (most, now, whole) in itertools.product(_groups(root, "memory"), names):
+        limit, used = _text(folder / most), _text(folder / now)
+        if limit.isdigit() and used.isdigit():
+            stat = dict(line.partition(" ")[::2] for line in _text(folder / "memory.stat").splitlines())
+            files = sum(int(stat.get(f"{whole}{kind}_file", 0)) for kind in ("inactive", "active"))  # given up when needed
+            left.append(max(0, int(limit) - int(used) + files))
+    return min(left, default=None)
 
 
 def core_quota(root: Path = ROOT) -> float | None:

@@ -32,7 +32,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The whole held-out text was evaluated; `evaluation` is None where there is none."""
+    """The held-out text was evaluated, a spread of `eval_tokens` of it; `evaluation` is None where there is none."""
 
     step: int
     train_nats_per_token: float  # of the batches learnt last, without dropout
