@@ -299,7 +299,7 @@ def test_a_run_that_is_given_a_little_more_time_does_not_learn_at_the_full_rate_
 ) -> None:
     """Its first steps, before a plan is made of them, are as those of a run that was planned so long by its pace."""
     optim = {"decay": "linear", "peak_lr": 8e-3, "warmup_steps": 2}
-    began = train(tmp_path, "timed", steps=400, optim=optim, save_every_s=3600, eval_every=None)
+    began = train(tmp_path, "timed", steps=200, optim=optim, save_every_s=3600, eval_every=None)
     api.train(out=tmp_path / "timed", resume=True, for_s=1.5)
     rates = [line["lr"] for line in journal(tmp_path / "timed", "step") if line["step"] > began.steps]
     assert rates
