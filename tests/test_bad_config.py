@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,23 @@ def test_an_unknown_name_offers_known_ones(refused: Refused, text: Path, name: s
     assert do in error["do"]
 
 
+def test_a_name_that_no_system_takes_is_told_as_any_other(refused: Refused, here: Path):
+    assert refused(66, "train", "x" * 300, "--out", "new")["what"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="its names are text")
+def test_a_folder_whose_name_is_no_text_hinders_nothing_that_is_not_in_it(
+    a_run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    text, run = Path("text.txt").absolute(), a_run.absolute()
+    Path(NO_TEXT).mkdir()
+    monkeypatch.chdir(NO_TEXT)
+    assert command("train", text, "--out", run.with_name("new"), *TINY).code == 0
+    assert command("train", "--resume", "--out", run, "--steps", "3").code == 0
+    Path("here.txt").write_text(TEXT)
+    assert command("train", "here.txt", "--out", run.with_name("other"), *TINY).code == 65
+
+
 NO_TEXT = "caf\udce9"  # as Python has the byte 0xe9 of a command line that is UTF-8 elsewhere
 
 
@@ -193,12 +211,13 @@ NO_TEXT = "caf\udce9"  # as Python has the byte 0xe9 of a command line that is U
         ("train", "text.txt", "--out", "new", *TINY, "--special-tokens", NO_TEXT),
         ("train", "text.txt", "--out", "new", *TINY, "--sample-prompt", NO_TEXT),
         ("train", "--resume", "--out", "run", "--sample-prompt", NO_TEXT),
+        ("train", "text.txt", "--from", "run", "--steps", "1", "--out", NO_TEXT),
     ],
 )
 def test_what_is_no_text_is_told_before_anything_is_made(a_run: Path, refused: Refused, arguments: tuple[str, ...]):
     before = (a_run / "config.toml").read_bytes()
     assert "UTF-8" in refused(65, *arguments)["what"]
-    assert not Path("new").exists()
+    assert not any(Path(name).exists() for name in ("new", NO_TEXT))
     assert (a_run / "config.toml").read_bytes() == before
 
 

@@ -141,10 +141,12 @@ def new(
     _require_utf8(asked)
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
+    if tokenizer_json:
+        asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
+        _require_utf8(asked)
     store.make_folder(run.path)
     if tokenizer_json:
         store.write(run.tokenizer, tokenizer_json)
-        asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
     return Asked(run, asked, texts, frozenset(key for layer in (*layers, given) for key in layer))
 
 
@@ -538,8 +540,8 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
 def _require_utf8(config: RunConfig) -> None:
     """Raise a DataError for a name or text that no configuration file can hold."""
     named = [*config.text, *filter(None, (config.val, config.from_)), config.tokenizer]
-    folder = [str(Path.cwd())] if any(Path(name).exists() for name in named) else []  # of what is recorded of them
-    for name in (*named, *folder, config.sample_prompt, config.special_tokens):
+    recorded = _absolute([*config.text, *filter(None, (config.val,))])  # with the folder that they are in
+    for name in (*named, *recorded, config.sample_prompt, config.special_tokens):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             do = "rename the file, or send it to standard input: -"
             raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)

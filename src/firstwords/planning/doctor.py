@@ -231,6 +231,8 @@ def _place(what: str, path: Path) -> Place:
 def _torch() -> Torch:
     import torch
 
+    from firstwords.planning import machine as machines
+
     devices = {"cpu": system.processor()}
     devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     devices |= {"mps": "Apple GPU"} if torch.backends.mps.is_available() else {}
@@ -240,7 +242,7 @@ def _torch() -> Torch:
         version=str(torch.__version__),
         built_for=f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "cpu",
         capability=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
+        threads=machines.usable_threads(),
         devices=devices,
         sees_a_gpu=len(devices) > 1,
         has_onednn=bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]

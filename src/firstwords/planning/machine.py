@@ -66,7 +66,7 @@ def usable_threads() -> int:
     PyTorch does not know of such a limit; where `OMP_NUM_THREADS` says a number, it is that one.
     """
     count, quota = torch.get_num_threads(), system.core_quota()
-    return count if quota is None or "OMP_NUM_THREADS" in os.environ else max(1, min(count, int(quota)))
+    return count if quota is None or os.environ.get("OMP_NUM_THREADS") else max(1, min(count, int(quota)))
 
 
 @contextmanager
