@@ -10,10 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 WARM_STEPS = 2  # the first steps allocate memory and are left out
-PROBE_STEPS, PROBE_SHARE = (
-    10,
-    0.04,
-)  # the first plan comes after so many steps, or where others took this share of the budget
+PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or when they took this share of the budget
 LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
 MOST_LOOKS, FEWEST_LOOKS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more

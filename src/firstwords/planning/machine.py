@@ -217,8 +217,8 @@ def gpu_bytes(where: torch.device) -> int | None:
 
 def free_bytes() -> int | None:
     """Return the memory that a new process can have now, or None where the system does not tell."""
-    known = [count for count in (_available_bytes(), system.left_bytes()) if count is not None]
-    return min(known) if known else memory_bytes()
+    found = system.available_bytes()
+    return memory_bytes() if found is None else found
 
 
 def peak_bytes() -> int | None:
@@ -229,12 +229,3 @@ def peak_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
-
-
-def _available_bytes() -> int | None:
-    """Return what Linux has free, with what it would give up at once."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)

@@ -25,6 +25,7 @@ INSTRUCTIONS = (
     "i8mm",
 )
 ROOT = Path("/")
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # of a control group's memory, in both versions of Linux's
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def look(root: Path = ROOT) -> System:
         root: Where `proc` and `sys` are.
     """
     meminfo = _table(root / "proc/meminfo")
-    limit = _least(_limits(root, "memory", ("memory.max", "memory.limit_in_bytes")))
+    limit = _least(_limits(root, "memory", LIMITS))
     physical = _kib(meminfo, "MemTotal") or _physical_bytes()
     affinity = getattr(os, "sched_getaffinity", None)
     cores = os.cpu_count() or 1
@@ -67,9 +68,16 @@ def look(root: Path = ROOT) -> System:
         core_quota=core_quota(root),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         memory_bytes=_whole(_least([physical, limit])),
-        available_bytes=_whole(_least([_kib(meminfo, "MemAvailable"), limit])),
+        available_bytes=available_bytes(root),
         swap_used_bytes=None if "SwapTotal" not in meminfo else _kib(meminfo, "SwapTotal") - _kib(meminfo, "SwapFree"),
     )
+
+
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Return the memory that a new process can have now, or None where the system does not tell."""
+    free = _kib(_table(root / "proc/meminfo"), "MemAvailable") or None
+    known = [free, left_bytes(root), _whole(_least(_limits(root, "memory", LIMITS)))]
+    return min((count for count in known if count is not None), default=None)
 
 
 def left_bytes(root: Path = ROOT) -> int | None:
