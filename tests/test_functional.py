@@ -168,20 +168,24 @@ def test_layers_together_give_what_each_gives(
     torch.manual_seed(0)
     layers = [nn.Linear(6, width, bias=bias) for width in (4, 3, 5)]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    inputs = [drawn(2, rows // 2, 6, seed=seed) for seed in range(1 + (activation == "swiglu"))]
+    x = drawn(2, rows // 2, 12 if activation == "swiglu" else 6)
 
-    def each(*inputs: Tensor) -> Tensor:
-        act = {"none": lambda x: x, "gelu": lambda x: F.gelu(x, approximate="tanh"), "swiglu": lambda x, y: F.silu(x) * y}
-        activated = act[activation](*inputs)
+    def each(x: Tensor, *_: Tensor) -> Tensor:
+        act = {
+            "none": lambda x: x,
+            "gelu": lambda x: F.gelu(x, approximate="tanh"),
+            "swiglu": lambda x: F.silu(x[..., :6]) * x[..., 6:],
+        }
+        activated = act[activation](x)
         return torch.cat([layer(activated) for layer in layers], dim=-1)
 
-    def together(*_: Tensor) -> Tensor:
+    def together(x: Tensor, *_: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return torch.cat(list(linear(inputs, layers, activation)), dim=-1)
+            return linear(x, layers, activation)
 
-    everything = (*inputs, *parameters)
-    exact = with_gradients(lambda *x: each(*x[: len(inputs)]), everything)
-    for a, b in zip(with_gradients(lambda *_: together(), everything), exact, strict=True):
+    everything = (x, *parameters)
+    exact = with_gradients(each, everything)
+    for a, b in zip(with_gradients(together, everything), exact, strict=True):
         assert error(a, b) < (1e-6 if dtype == torch.float32 else 0.012)  # 8 bits in each of a few roundings
 
 
@@ -200,15 +204,16 @@ def test_gelu_in_pieces_equals_pytorch_s_and_so_does_its_gradient(
     exact_d_x = torch.autograd.grad(exact, exact_x, d_y.double())[0]
     with torch.no_grad():
         alone = functional.gelu(x)
-        y, (d_x,) = functional._gelu_again(x, d_y.clone())
+        y, d_x = functional._gelu_again(x, d_y.clone())
     assert torch.equal(y, alone)
     for a, b in ((y, exact), (d_x, exact_d_x)):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=2 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_kept_for_the_gradient_is_only_what_a_layer_was_given(dtype: torch.dtype) -> None:
+def test_what_is_kept_for_the_gradient_is_only_what_a_layer_was_given(dtype: torch.dtype, activation: Any) -> None:
     """No copy of the weights in low precision, and not what the activation gave."""
     layer, kept = nn.Linear(64, 64), set[int]()
 
@@ -216,10 +221,10 @@ def test_what_is_kept_for_the_gradient_is_only_what_a_layer_was_given(dtype: tor
         kept.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    x = drawn(128, 64).detach().to(dtype).requires_grad_()
+    x = drawn(128, 128 if activation == "swiglu" else 64).detach().to(dtype).requires_grad_()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        linear([x], [layer], "gelu")
+        linear(x, [layer], activation)
     assert kept == {tensor.untyped_storage().data_ptr() for tensor in (x, layer.weight, layer.bias)}
 
 
@@ -256,7 +261,7 @@ def test_few_rows_of_a_large_layer_come_to_the_same_in_parts(
     parts, whole = [], functional._in_parts
     monkeypatch.setattr(functional, "_in_parts", lambda *given: parts.append(given[2]) or whole(*given))
     with torch.no_grad(), machine.threads(2):
-        found = linear([x], [layer])[0]
+        found = linear(x, [layer])
         assert found.shape == (*lead, shape[0])
         torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)  # sums of some hundred numbers near 1, in float32
     assert parts == [1 << (shape[0] * shape[1] // functional.PART_NUMBERS).bit_length() - 1]
@@ -266,8 +271,8 @@ def test_one_core_and_a_gradient_have_the_whole_product(monkeypatch: pytest.Monk
     monkeypatch.setattr(functional, "_in_parts", lambda *_: pytest.fail("in parts"))
     layer, x = nn.Linear(1024, 512), torch.randn(1, 1024)
     with torch.no_grad(), machine.threads(1):
-        assert torch.equal(linear([x], [layer])[0], layer(x))
+        assert torch.equal(linear(x, [layer]), layer(x))
     with machine.threads(2):
-        linear([x], [layer])[0].sum().backward()
+        linear(x, [layer]).sum().backward()
         with torch.no_grad(), pytest.raises(pytest.fail.Exception):
-            linear([x], [layer])  # the negative control
+            linear(x, [layer])  # the negative control

@@ -238,35 +238,29 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def linear(inputs: Sequence[Tensor], layers: Sequence[nn.Module], activation: Activation = "none") -> Sequence[Tensor]:
-    """Return what each layer gives for the activation of the inputs, (..., C): one matrix product for all of them.
+def linear(x: Tensor, layers: Sequence[nn.Module], activation: Activation = "none") -> Tensor:
+    """Return what the layers give for the activation of x, side by side in (..., Σ C'): one matrix product for all of them.
 
-    In low precision on a processor it keeps for the gradient neither the weights in that precision nor what the activation
-    gives, and forms both again: a twenty-fifth more time for a step, a third less memory for what is kept. In float32 that
-    holds for gelu alone, which costs nothing to form again beside its gradient.
+    On a processor it keeps for the gradient neither what the activation gives nor, in low precision, the weights in it, and
+    forms both again: a twenty-fifth more time for a step, a third less memory for what is kept.
 
     Args:
-        inputs: (..., C) each: two for swiglu, otherwise one.
+        x: (..., C), for swiglu (..., 2 C).
         layers: At least one; all read the same channels. Layers of another kind are asked one by one.
-        activation: none; gelu, in its tanh form; or swiglu, silu(first) * second.
+        activation: none; gelu, in its tanh form; or swiglu, silu(first half) * second half.
     """
-    x = inputs[0]
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if x.numel() // x.shape[-1] < FEW_ROWS or len(plain) < len(layers):
-        activated = _activated(activation, inputs)
-        return [_applied(layer, activated) for layer in layers]
+        activated = _activated(activation, x)
+        return _joined([_applied(layer, activated) for layer in layers], dim=-1)
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
-    by_autograd = dtype == torch.float32 and activation != "gelu"
+    by_autograd = dtype == torch.float32 and activation == "none"
     if x.device.type != "cpu" or by_autograd or torch.compiler.is_compiling():
-        y = F.linear(_activated(activation, inputs), _joined(weights), _joined(biases) if biases else None)
-    else:
-        y = _Linear.apply(activation, dtype, len(inputs), len(layers), *inputs, *weights, *biases)  # type: ignore[no-untyped-call]
-    if len(weights) == 1:
-        return [y]  # the gradient of a split is a copy, of one part too
-    parts: Sequence[Tensor] = torch.split(y, [len(weight) for weight in weights], dim=-1)
-    return parts
+        return F.linear(_activated(activation, x), _joined(weights), _joined(biases) if biases else None)
+    y: Tensor = _Linear.apply(activation, dtype, len(layers), x, *weights, *biases)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _applied(layer: nn.Module, x: Tensor) -> Tensor:
@@ -298,72 +292,70 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: Activation, dtype: torch.dtype, n_inputs: int, n_layers: int, *given: Tensor
+        ctx: Any, activation: Activation, dtype: torch.dtype, n_layers: int, x: Tensor, *parameters: Tensor
     ) -> Tensor:
-        inputs, weights, biases = _groups(given, n_inputs, n_layers)
-        inputs = [x.to(dtype) for x in inputs]
-        ctx.activation, ctx.dtype, ctx.sizes, ctx.needs_x = activation, dtype, (n_inputs, n_layers), ctx.needs_input_grad[4]
-        ctx.dtypes = [x.dtype for x in given]
-        ctx.save_for_backward(*inputs, *weights, *biases)
+        ctx.activation, ctx.dtype, ctx.n_layers, ctx.needs_x = activation, dtype, n_layers, ctx.needs_input_grad[3]
+        ctx.dtypes = [given.dtype for given in (x, *parameters)]
+        x = x.to(dtype)
+        ctx.save_for_backward(x, *parameters)
+        weights, biases = parameters[:n_layers], parameters[n_layers:]
         bias = _stacked(biases, dtype) if biases else None
-        return F.linear(_activated(activation, inputs), _stacked(weights, dtype), bias)
+        return F.linear(_activated(activation, x), _stacked(weights, dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights, biases = _groups(ctx.saved_tensors, *ctx.sizes)
+        x, *parameters = ctx.saved_tensors
+        weights, biases = parameters[: ctx.n_layers], parameters[ctx.n_layers :]
         d_y, heights = upstream[0].flatten(0, -2), [len(w) for w in weights]
-        d_x: Sequence[Tensor | None] = [None] * len(inputs)
         if ctx.needs_x:
             d_a = (d_y @ _stacked(weights, ctx.dtype)).view(*upstream[0].shape[:-1], -1)
-            activated, d_x = _activated_again(ctx.activation, inputs, d_a)
+            activated, d_x = _activated_again(ctx.activation, x, d_a)
             del d_a
         else:
-            activated = _activated(ctx.activation, inputs)
+            activated, d_x = _activated(ctx.activation, x), None
         d_weights = torch.split(d_y.T @ activated.flatten(0, -2), heights)
         d_biases = torch.split(d_y.sum(0), heights) if biases else ()
-        gradients = [*d_x, *d_weights, *d_biases]
+        gradients = [d_x, *d_weights, *d_biases]
         cast = [None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return None, None, None, None, *cast
+        return None, None, None, *cast
 
 
 def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return _joined([tensor.to(dtype) for tensor in tensors])
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
-def _groups(given: Sequence[Tensor], n_inputs: int, n_layers: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    end = n_inputs + n_layers
-    return list(given[:n_inputs]), list(given[n_inputs:end]), list(given[end:])
-
-
-def _activated(activation: Activation, inputs: Sequence[Tensor]) -> Tensor:
+def _activated(activation: Activation, x: Tensor) -> Tensor:
     match activation:
         case "none":
-            return inputs[0]
+            return x
         case "gelu":
-            return gelu(inputs[0])
+            return gelu(x)
         case "swiglu":
-            return F.silu(inputs[0]) * inputs[1]
+            gate, up = x.chunk(2, dim=-1)
+            return F.silu(gate) * up
         case _ as never:
             assert_never(never)
 
 
-def _activated_again(activation: Activation, inputs: Sequence[Tensor], d_a: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return what `_activated` does, and the gradient of each input, where its own is `d_a`, which may be written over."""
+def _activated_again(activation: Activation, x: Tensor, d_a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_activated` does, and the gradient of x, where its own is `d_a`, which may be written over."""
     match activation:
         case "none":
-            return inputs[0], [d_a]
+            return x, d_a
         case "gelu":
-            return _gelu_again(inputs[0], d_a)
+            return _gelu_again(x, d_a)
         case "swiglu":
-            gate, up = inputs
+            d_x = torch.empty_like(x)
+            (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), d_x.chunk(2, dim=-1)
             opened = F.silu(gate)
-            activated, d_up = opened * up, opened.mul_(d_a)
-            return activated, [torch.ops.aten.silu_backward(d_a.mul_(up), gate), d_up]
+            torch.mul(opened, d_a, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_a.mul_(up), gate, grad_input=d_gate)
+            return opened.mul_(up), d_x
         case _ as never:
             assert_never(never)
 
@@ -383,10 +375,11 @@ def gelu(x: Tensor) -> Tensor:
     return y
 
 
-def _gelu_again(x: Tensor, d_y: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _gelu_again(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     """Return y = `gelu`(x), and d x = d y (σ + (3 z - 2 a x) σ (1 - σ)), a = 2 sqrt(2/π), which takes the place of `d_y`."""
     if x.numel() < PIECE_NUMBERS:
-        return gelu(x), [torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")]
+        d_x: Tensor = torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")
+        return gelu(x), d_x
     y, d_x = torch.empty_like(x, memory_format=torch.contiguous_format), d_y.contiguous()
     for of_x, of_y, of_d_x in zip(_pieces(x), _pieces(y), _pieces(d_x), strict=True):
         wide = of_x.to(_wide(x))
@@ -396,7 +389,7 @@ def _gelu_again(x: Tensor, d_y: Tensor) -> tuple[Tensor, list[Tensor]]:
         torch.ops.aten.sigmoid_backward.grad_input(z, share, grad_input=z)
         _put_product(torch.add(share, z, alpha=3, out=z), of_d_x.to(_wide(x)), of_d_x)
         _put_product(share, wide, of_y)
-    return y, [d_x]
+    return y, d_x
 
 
 def _gelu_logits(x: Tensor) -> Tensor:

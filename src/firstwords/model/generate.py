@@ -151,7 +151,7 @@ def generate_batch(
         tokens = [([0] * (width - len(row)) + row[-width:])[-new:] for row in rows]
         with _cores(model):
             features = model.features(torch.tensor(tokens, device=device), cache, padding if padding.any() else None)
-            logits = linear([features[:, -1]], [model.out_head])[0].float().cpu()  # (B, V)
+            logits = linear(features[:, -1], [model.out_head]).float().cpu()  # (B, V)
             drawn = [
                 _drawn(*each, sampling) for each in zip(logits, (row[-limit:] for row in rows), generators, strict=True)
             ]

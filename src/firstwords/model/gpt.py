@@ -128,7 +128,7 @@ class FeedForward(nn.Module):
         if act.exact or act.cubic != GELU_CUBIC:
             y: Tensor = self.layers(x)
             return y
-        return linear(linear([x], [widen]), [narrow], "gelu")[0]
+        return linear(linear(x, [widen]), [narrow], "gelu")
 
 
 class SwiGLU(nn.Module):
@@ -142,7 +142,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) for (..., C)."""
-        return linear(linear([x], [self.gate, self.up]), [self.down], "swiglu")[0]
+        return linear(linear(x, [self.gate, self.up]), [self.down], "swiglu")
 
 
 def rotary_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (
             y.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # (B, H, T, D)
-            for y in linear([x], [self.W_query, self.W_key, self.W_value])
+            for y in linear(x, [self.W_query, self.W_key, self.W_value]).chunk(3, dim=-1)
         )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -187,7 +187,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = causal_attention(q, k, v, self.dropout.p if self.training else 0.0, mask)
-        return linear([y.transpose(1, 2).reshape(B, T, C)], [self.out_proj])[0]
+        return linear(y.transpose(1, 2).reshape(B, T, C), [self.out_proj])
 
 
 class TransformerBlock(nn.Module):
