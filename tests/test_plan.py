@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from command import TEXT, Command, Refused, write
 from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
-from firstwords import api, resolve
+from firstwords import api, judging, resolve
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost
@@ -21,8 +22,9 @@ from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import WORDS, Prediction
 from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDE, Point, Speed
+from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
-from firstwords.training.events import ignore
+from firstwords.training.events import Event, Saved, ignore
 
 GIB = 1 << 30
 FAST = Speed(flops_per_s=1e12)
@@ -404,6 +406,29 @@ def test_what_was_predicted_is_kept_by_a_resume_and_dropped_with_another_length(
     assert same.predicted == first.predicted
     longer = api.train(out=tmp_path / "run", resume=True, steps=6)
     assert longer.predicted is None
+
+
+@pytest.mark.parametrize("longer", [{"for_s": 60.0}, {"steps": 400}], ids=str)
+def test_a_longer_run_that_is_killed_is_not_held_against_what_was_predicted_of_the_shorter(
+    tmp_path: Path, longer: dict[str, Any]
+) -> None:
+    story = write(tmp_path / "story.txt", STORY)
+    short = {"steps": 4} if "steps" in longer else {"for_s": 4.0}
+    assert api.train(story, out=tmp_path / "run", **short, **TINY).predicted is not None
+
+    class KilledError(Exception):
+        """Stands for a signal that no process outlives."""
+
+    def killed_after_a_save(event: Event) -> None:
+        if isinstance(event, Saved):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        api.train(out=tmp_path / "run", resume=True, listener=killed_after_a_save, save_every_s=0.1, **longer)
+    assert judging._predicted(RunFolder(tmp_path / "run")) is None
+    soon = time.perf_counter() - 58.0  # this process began so long ago: it has two seconds of a minute left
+    end = {"steps": journal(tmp_path / "run", "save")[-1]["step"] + 2} if "steps" in longer else {}
+    assert api.train(out=tmp_path / "run", resume=True, started_s=soon, **end).predicted is None
 
 
 def test_nothing_is_predicted_of_a_model_that_learnt_elsewhere(tmp_path: Path) -> None:

@@ -363,7 +363,8 @@ def report(
 
 def _predicted(run: RunFolder) -> dict[str, Any] | None:
     """Return what was expected of a run before its first step; None where it went on to another length since."""
-    lines = [line for line in run.metrics.lines() if line["event"] in ("start", "stop") and "predicted" in line]
+    events = ("start", "resume", "stop")
+    lines = [line for line in run.metrics.lines() if line["event"] in events and "predicted" in line]
     return lines[-1]["predicted"] if lines else None
 
 

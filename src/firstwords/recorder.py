@@ -117,7 +117,7 @@ class Recorder:
         fresh = predicted is not None
         self.predicted = predicted or self.predicted
         line = {"step": self.state.step, "total_steps": self.state.total_steps, "checks": self.checks}
-        self.note("start" if fresh else "resume", {**line, "predicted": predicted} if fresh else line)
+        self.note("start" if fresh else "resume", {**line, "predicted": self.predicted})
         self.listener(Started(self.run.path, self.config, self.corpus, self.state.step, self.predicted))
 
     def take(self, event: Event) -> None:
@@ -353,10 +353,10 @@ class Recorder:
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
         saved = self._load(found)
-        self._extend(saved, more_time=more_time)
-        starts = [line for line in self.run.metrics.lines() if line["event"] == "start"]
-        if starts and not more_time:
-            self.predicted = self._still_true(starts[-1].get("predicted"))
+        has_more_time = self._extend(saved, more_time=more_time)
+        told = [line for line in self.run.metrics.lines() if line["event"] in ("start", "resume") and "predicted" in line]
+        if told and not has_more_time:
+            self.predicted = self._still_true(told[-1]["predicted"])
         self.stopped = self.best_is_behind() or ""
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
@@ -411,22 +411,26 @@ class Recorder:
             self.note("plan", {"step": state.step, "total_steps": plan[0], "eval_every": plan[1]})
         self.listener(told)
 
-    def _extend(self, saved: store.Json, *, more_time: bool) -> None:
-        """Take over a new length, given now or since `saved`: the learning rate goes on as if it had been planned so."""
+    def _extend(self, saved: store.Json, *, more_time: bool) -> bool:
+        """Take over a new length, given now or since `saved`: the learning rate goes on as if it had been planned so.
+
+        Returns whether there is more time than there was.
+        """
         state, for_s = self.state, self.config.for_s
-        more_since = for_s != saved.get("for_s", for_s)  # states from before this key do not say
+        longer = more_time or for_s != saved.get("for_s", for_s)  # states from before this key do not say
         if more_time and for_s is not None:  # recorded as what all of the run has, wherever it stops again
             for_s = for_s + state.elapsed_s
             self.config = dataclasses.replace(self.config, for_s=for_s)
-        if for_s is not None and (more_time or more_since):  # as fast as before, until its first steps say more
+        if for_s is not None and longer:  # as fast as before, until its first steps say more
             pace = state.step / state.elapsed_s if state.elapsed_s else 0.0
             state.total_steps = max(state.step + 2 * PROBE_STEPS, round(pace * for_s)) if pace else None
         if self.config.steps is None:
-            return
+            return longer
         if self.config.steps < state.step:
             what = f"the run has {state.step} steps already"
             raise ConfigError(what, where="--steps", do=f"give more than {state.step}, or begin a new run")
         state.total_steps, state.eval_every = self.config.steps, self.config.eval_every
+        return longer
 
     def _still_true(self, predicted: Any) -> dict[str, Any] | None:
         """Return what was predicted, unless another number of steps is wanted by now."""
