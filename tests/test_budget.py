@@ -135,6 +135,17 @@ def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: P
     assert rates[-1] < 0.05 * max(rates)
 
 
+def test_there_is_time_for_what_is_said_at_the_end_without_a_report_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    made, given = budget.Budget, list[float]()
+    monkeypatch.setattr(budget, "Budget", lambda *args, **kwargs: given.append(kwargs["end_s"]) or made(*args, **kwargs))
+    for report in (True, False):
+        api.train(tmp_path / "story.txt", out=tmp_path / str(report), for_s=3, **{**TINY, "report": report})
+    assert given[0] == given[1] > 0
+
+
 def test_a_run_whose_plan_was_changed_on_the_way_replays_exactly(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     run = tmp_path / "run"

@@ -222,9 +222,9 @@ def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
     """Return how long what follows the last evaluation of a time budget takes, about."""
     from firstwords.insight.memorisation import last_look_s
 
-    report_s = budget.report_s(for_s, cost.checkpoint_bytes(config.model)) if config.report else 0.0
     look_s = last_look_s(prepared.train.n_bytes) if config.meter else 0.0
-    return report_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
+    end_s = budget.end_s(for_s, cost.checkpoint_bytes(config.model))
+    return end_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
 
 
 def _trusted(

@@ -19,8 +19,8 @@ DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is m
 # What is not a step becomes slower with the steps, but not by more: with every core taken by others, steps took eight times
 # as long, for a step goes on when its last thread is done, and what followed the last of them two to five times.
 MOST_SLOWED = 4.0
-# The report at the end, and what the model says then: fixed, the best weights read, and the most of a budget.
-REPORT_S, READ_BYTES_PER_S, REPORT_SHARE = 1.2, 4e8, 0.1
+# What the model says at the end, and a report: fixed, the best weights read, and the most of a budget.
+END_S, READ_BYTES_PER_S, END_SHARE = 1.2, 4e8, 0.1
 LATE_SHARE = 0.02  # of the budget that a whole report may be late; what would be later is left out of it
 PREPARING_SHARE = 0.75  # of the budget, at most, may pass until the text is prepared
 SURE_S, SURE_SHARE = 3.0, 0.01  # of a pass over a text, from when on its speed tells when it ends
@@ -28,12 +28,12 @@ SURE_S, SURE_SHARE = 3.0, 0.01  # of a pass over a text, from when on its speed 
 
 def has_room_for(look_s: float, total_s: float) -> bool:
     """Return whether a budget of `total_s` has room for one more look of so many seconds at its end."""
-    return look_s <= REPORT_SHARE * total_s
+    return look_s <= END_SHARE * total_s
 
 
-def report_s(total_s: float, checkpoint_bytes: int) -> float:
+def end_s(total_s: float, checkpoint_bytes: int) -> float:
     """Return how long what follows the last evaluation may take, of a budget of `total_s`."""
-    return min(REPORT_S + checkpoint_bytes / READ_BYTES_PER_S, REPORT_SHARE * total_s)
+    return min(END_S + checkpoint_bytes / READ_BYTES_PER_S, END_SHARE * total_s)
 
 
 @dataclass

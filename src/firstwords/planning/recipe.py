@@ -64,7 +64,7 @@ def expected_tokens(for_s: float, tokens_per_s: float, beside: Beside) -> float:
 
 def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
     """Return how long a run on so many tokens takes, all in, about: the inverse of `expected_tokens`."""
-    least_s = beside.start_s + budget.REPORT_S + tokens / tokens_per_s
+    least_s = beside.start_s + budget.END_S + tokens / tokens_per_s
     rest_s = last_look_s(beside.text_bytes) + 4 * (SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / tokens_per_s)
     low_s, high_s = least_s, 2 * least_s + rest_s
     while high_s - low_s > NEAR_SHARE * high_s:
@@ -78,7 +78,7 @@ def _learning_s(for_s: float, tokens_per_s: float, beside: Beside) -> float:
     """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
     each_s, last_s = look_s(for_s, tokens_per_s, beside.held_out_tokens), last_look_s(beside.text_bytes)
     first_s = SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
-    end_s = budget.REPORT_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
+    end_s = budget.END_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
     return for_s - beside.start_s - first_s - end_s - budget.looks(for_s, each_s) * each_s
 
 
