@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,23 @@ def test_a_long_run_is_shown_by_means(tmp_path: Path) -> None:
     assert found.steps["step"][:2] == [3, 6]
     assert found.steps["nats_per_token"][:2] == [2.0, 5.0]
     assert found.steps["step"][-1] == n
+
+
+def test_the_record_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+    run, n = trained(tmp_path), 20_000
+    line = {"event": "step", "nats_per_token": 1.5, "lr": 1e-3, "grad_norm": 2.5, "tokens_per_s": 1e4, "took_s": 0.1}
+    lines = [json.dumps({**line, "step": i, "tokens": i * 2048, "elapsed_s": i / 10}) + "\n" for i in range(n)]
+    write(run / "metrics.jsonl", "".join(lines))
+    tracemalloc.start()
+    found = read(RunFolder(run), None)
+    peak = tracemalloc.get_traced_memory()[1]
+    kept = list(RunFolder(run).metrics.lines())  # the negative control: what they take as lines
+    whole = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept) == n
+    assert found.steps["step"][-1] == n - 1
+    assert peak < n * 100 + (2 << 20)  # eight numbers of eight bytes, with room to grow; and what is shown
+    assert whole > n * 500
 
 
 def test_a_journal_of_strange_values_is_shown_without_them(command: Command, tmp_path: Path) -> None:

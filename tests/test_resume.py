@@ -287,7 +287,7 @@ def test_more_time_has_room_for_what_it_has_room_for_by_itself(
     tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long look at its end is made where it is a small share of the time that is left, not of what the run had before."""
-    look_s = budget.REPORT_SHARE * (2 + whole.elapsed_s / 2)
+    look_s = budget.END_SHARE * (2 + whole.elapsed_s / 2)
     monkeypatch.setattr(memorisation, "last_look_s", lambda n_bytes: look_s)
     told: list[Told] = []
     api.train(out=tmp_path / "whole", resume=True, for_s=2, listener=told.append)

@@ -6,7 +6,8 @@ Nothing in a journal is believed to be of a certain kind: what is no number wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ Table = dict[str, list[Any]]  # columns of one length, by name
 MOST_POINTS = 2000  # of a curve; a longer one is made of means
 AXES = ("step", "epochs", "tokens", "elapsed_s")
 STEP = ("nats_per_token", "lr", "grad_norm", "tokens_per_s")
+COUNTS = ("step", "tokens")  # whole numbers
 EVALUATION = ("train_nats_per_token", "nats_per_token", "bits_per_byte", "perplexity", "memory_bytes")
 MEMORISATION = (
     "longest_copy_chars",
@@ -48,6 +50,49 @@ class TextSize:
     tokens: int
     bytes: int
     held_out_tokens: int
+
+
+class Steps:
+    """The numbers of all steps, eight bytes each: those of a million would be 1.5 GB as lines."""
+
+    def __init__(self) -> None:
+        self._columns = {name: array("d") for name in (*COUNTS, "elapsed_s", *STEP)}
+
+    def __len__(self) -> int:
+        return len(self._columns["step"])
+
+    def add(self, line: Line) -> None:
+        """Take the numbers of a journal's line."""
+        for name, column in self._columns.items():
+            value = number(line.get(name))
+            column.append(math.nan if value is None else value)
+
+    def table(self, every: int, text: TextSize | None) -> Table:
+        """Return the mean of `every` steps, at the place of the last of them, for each."""
+        ends = [min(start + every, len(self)) for start in range(0, len(self), every)]
+        places = [self._place(end - 1, text) for end in ends]
+        table: Table = {axis: [place[axis] for place in places] for axis in AXES}
+        for name in STEP:
+            column = self._columns[name]
+            rows = (column[start:end] for start, end in zip([0, *ends], ends, strict=False))
+            table[name] = [_mean([value for value in row if not math.isnan(value)]) for row in rows]
+        return _filled(table)
+
+    def places(self, steps: Collection[float | None], text: TextSize | None) -> Mapping[Any, Line]:
+        """Return by step where it stands on each axis, of those that are named; step 0 is where all of them begin."""
+        beginning = dict.fromkeys(AXES, 0)
+        found: dict[Any, Line] = {0: beginning if text else {**beginning, "epochs": None}}
+        return found | {step: self._place(i, text) for i, step in enumerate(self._columns["step"]) if step in steps}
+
+    def _place(self, i: int, text: TextSize | None) -> Line:
+        at = {name: None if math.isnan(column[i]) else column[i] for name, column in self._columns.items()}
+        step, tokens = (None if (count := at[name]) is None else int(count) for name in COUNTS)
+        epochs = None if text is None or tokens is None else round(tokens / text.ids, 4)
+        return {"step": step, "epochs": epochs, "tokens": tokens, "elapsed_s": at["elapsed_s"]}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -93,21 +138,27 @@ def read(
         ConfigError: The configuration is not one.
     """
     text = None if corpus is None else _text_size(corpus)
-    events = list(run.metrics.lines())
-    steps = [line for line in events if line["event"] == "step"]
+    steps, events, ended = Steps(), list[Line](), None
+    for line in run.metrics.lines():
+        if line["event"] == "step":
+            steps.add(line)
+            ended = None
+        else:
+            events.append(line)
+            ended = line if line["event"] == "stop" else ended
     evaluations = [line for line in events if line["event"] == "evaluation"]
     looks = [line for line in events if line["event"] == "memorisation"]
-    places = _places(steps, text)
+    places = steps.places({number(line.get("step")) for line in (*evaluations, *looks)}, text)
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
     config = from_toml(reading.read_bytes(run.config).decode(errors="replace"), str(run.config))
     environment, checksums = _checkpoints(run)
     return Record(
         name=run.path.name or str(run.path),
-        steps=_thinned(_table(steps, STEP, places), every),
+        steps=steps.table(every, text),
         evaluations=_with_training_bits(_table(evaluations, EVALUATION, places), text),
         memorisation=_table(looks, MEMORISATION, places),
         every=every,
-        best=_best(evaluations, began=bool(steps)),
+        best=_best(evaluations, began=len(steps) > 0),
         longest_copy=_longest_copy(looks[-1]) if looks else ("", ""),
         samples=tuple(
             (line["step"], line["text"])
@@ -115,7 +166,7 @@ def read(
             if isinstance(line.get("step"), int) and isinstance(line.get("text"), str)
         ),
         plans=tuple(line for line in events if line["event"] == "plan"),
-        ended=_ended(events),
+        ended=ended,
         config=config,
         n_parameters=cost.parameters(run_config(config).model),
         text=text,
@@ -139,12 +190,6 @@ def _best(evaluations: Sequence[Line], *, began: bool) -> Line | None:
     return next((line for line in reversed(evaluations) if line.get("best") is True), None)
 
 
-def _ended(events: Sequence[Line]) -> Line | None:
-    """Return how the run ended: its last `stop`, if no step came after it."""
-    found = next((line for line in reversed(events) if line["event"] in ("stop", "step")), None)
-    return found if found is not None and found["event"] == "stop" else None
-
-
 def _longest_copy(look: Line) -> tuple[str, str]:
     match look:
         case {"longest_copy": str() as copied, "place": {"document": int() as document, "character": int() as character}}:
@@ -158,43 +203,15 @@ def _text_size(corpus: Corpus) -> TextSize:
     return TextSize(len(corpus.train.ids), corpus.train.n_tokens, counts["bytes"], corpus.val.n_tokens)
 
 
-def _places(steps: Iterable[Line], text: TextSize | None) -> dict[Any, Line]:
-    """Return by step where it stands on each axis; step 0 is where all of them begin."""
-    beginning = dict.fromkeys(AXES, 0)
-    found: dict[Any, Line] = {0: beginning if text else {**beginning, "epochs": None}}
-    for line in steps:
-        tokens = number(line.get("tokens"))
-        found[number(line.get("step"))] = {
-            "step": number(line.get("step")),
-            "epochs": None if text is None or tokens is None else round(tokens / text.ids, 4),
-            "tokens": tokens,
-            "elapsed_s": number(line.get("elapsed_s")),
-        }
-    return found
-
-
 def _table(lines: Sequence[Line], names: Iterable[str], places: Mapping[Any, Line]) -> Table:
     """Return the named numbers of some lines as columns, with those of the axes; a column without a number is left out."""
     at = [places.get(number(line.get("step")), {"step": number(line.get("step"))}) for line in lines]
     table: Table = {axis: [place.get(axis) for place in at] for axis in AXES}
-    table |= {name: [number(line.get(name)) for line in lines] for name in names}
+    return _filled(table | {name: [number(line.get(name)) for line in lines] for name in names})
+
+
+def _filled(table: Table) -> Table:
     return {name: column for name, column in table.items() if any(value is not None for value in column)}
-
-
-def _thinned(table: Table, every: int) -> Table:
-    """Return a table with the mean of `every` rows, at the place of the last of them, for each."""
-    if every == 1:
-        return table
-    return {
-        name: [_of_rows(name, column[i : i + every]) for i in range(0, len(column), every)] for name, column in table.items()
-    }
-
-
-def _of_rows(name: str, values: list[Any]) -> Any:
-    there = [value for value in values if value is not None]
-    if name in AXES or not there:
-        return values[-1]
-    return sum(there) / len(there)
 
 
 def _with_training_bits(table: Table, text: TextSize | None) -> Table:
