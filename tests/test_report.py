@@ -406,13 +406,17 @@ def test_pictures_are_of_one_run(refused: Refused, a_run: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
-def test_pictures_are_drawn(command: Command, a_run: Path, kind: str, magic: bytes) -> None:
+def test_pictures_are_drawn(command: Command, refused: Refused, a_run: Path, kind: str, magic: bytes) -> None:
     pytest.importorskip("matplotlib")
     done = command("report", a_run, f"--{kind}", "figures", "--json")
     names = sorted(Path("figures").iterdir())
     assert done.json["pictures"] == [str(name) for name in names]
     assert [name.name for name in names] == [f"loss-plot.{kind}", f"temperature-plot.{kind}"]
     assert all(name.read_bytes().startswith(magic) for name in names)
+    assert command("report", a_run, f"--{kind}", "figures").code == 0  # one of ours is replaced
+    write(names[1], "precious")
+    assert refused(73, "report", a_run, f"--{kind}", "figures")["where"] == str(names[1])
+    assert names[1].read_text() == "precious"
 
 
 def test_the_temperature_plot_shows_the_softmax_of_the_likeliest_tokens(a_run: Path) -> None:

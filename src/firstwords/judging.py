@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 QUICK_IDS, QUICK_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
-REPORT_MARK, REPORT_HEAD_BYTES = b'name="generator" content="firstwords"', 2000  # how a report of ours is known
+REPORT_MARK = b'name="generator" content="firstwords"', 2000  # how one of ours is known: this in so many first bytes
 PROMPT_TOKENS = 4  # that a model is given to go on from
 EVALUATED_SAMPLES, EVALUATED_TOKENS = 8, 200  # of a model that nobody trains
 
@@ -329,7 +330,7 @@ def report(
     Raises:
         NoInputError: There is no such run.
         ConfigError: Pictures of several runs, or without matplotlib.
-        CannotCreateError: Another file stands where the report is to be.
+        CannotCreateError: Another file stands where the report or a picture is to be.
     """
     folders, pictures = [run_folder.existing(Path(name)) for name in named_texts(runs)], pictures or {}
     _require_free(out, "--out")
@@ -345,6 +346,8 @@ def report(
 
     if pictures:
         drawing.require_matplotlib(f"--{min(pictures)}")
+    for kind, name in itertools.product(pictures, (drawing.LOSS_PLOT, drawing.TEMPERATURE_PLOT)):
+        _require_free(Path(pictures[kind]) / f"{name}.{kind}", f"--{kind}", drawing.MARK)
     listener(Preparing("reading the run", None))
     texts = [_or_notice(functools.partial(prepared_text, run, listener), listener) for run in folders]
     lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
@@ -374,10 +377,10 @@ def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str 
 
     figures, files = {}, []
     if pictures:
-        figures["loss-plot"] = drawing.loss_plot(record)
+        figures[drawing.LOSS_PLOT] = drawing.loss_plot(record)
     if pictures and lm is not None:
         prompt = str(record.config.get("sample_prompt") or KNOWN_PROMPT)
-        figures["temperature-plot"] = drawing.temperature_plot(lm, prompt)
+        figures[drawing.TEMPERATURE_PLOT] = drawing.temperature_plot(lm, prompt)
     for kind, folder in pictures.items():
         store.make_folder(Path(folder))
         for name, figure in figures.items():
@@ -386,15 +389,16 @@ def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str 
     return files
 
 
-def _require_free(place: str | Path | None, where: str) -> None:
-    """Raise a CannotCreateError where something stands that is no report of ours, which a new one would replace."""
+def _require_free(place: str | Path | None, where: str, mark: tuple[bytes, int] = REPORT_MARK) -> None:
+    """Raise a CannotCreateError where something stands that is not ours, by its mark, which a new file would replace."""
     if place is None or not Path(place).exists():
         return
     if Path(place).is_file():
         with reading.regular(Path(place)) as (file, _):
-            if REPORT_MARK in file.read(REPORT_HEAD_BYTES):
+            if mark[0] in file.read(mark[1]):
                 return
-    raise CannotCreateError("is there already, and is no report", where=str(place), do=f"give another {where}")
+    kind = "report" if mark == REPORT_MARK else "picture of a run"
+    raise CannotCreateError(f"is there already, and is no {kind}", where=str(place), do=f"give another {where}")
 
 
 def passage_explained(lm: LanguageModel, corpus: Corpus) -> Explanation | None:
