@@ -450,8 +450,8 @@ def test_a_preset_s_batch_is_the_recipe_s() -> None:
     model = run_config({"model.vocab_size": TOKENS.vocab_size}).model
     usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.beside)
     assert one.batch_size == recipe.batch_size(256, usual, TOKENS.training)
-    assert recipe.drop_rate(one.epochs)
-    dropping = dataclasses.replace(model, drop_rate=recipe.drop_rate(one.epochs))
+    assert recipe.drop_rate(one.epochs, model.emb_dim)
+    dropping = dataclasses.replace(model, drop_rate=recipe.drop_rate(one.epochs, model.emb_dim))
     learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.beside)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
 

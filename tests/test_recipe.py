@@ -81,10 +81,15 @@ def test_the_time_that_tokens_take_is_the_inverse_of_the_tokens_that_a_time_give
 
 
 def test_a_text_that_is_read_often_is_learnt_with_more_dropout() -> None:
-    rates = [recipe.drop_rate(epochs) for epochs in (0.1, 1, 5, 10, 100, 10_000)]
+    rates = [recipe.drop_rate(epochs, 192) for epochs in (0.1, 1, 5, 10, 100, 10_000)]
     assert rates == sorted(rates)
     assert (rates[0], rates[1]) == (0, 0)
-    assert rates[-1] > rates[2]
+    assert rates[-1] == recipe.MOST_DROPPED > rates[3] > rates[2]
+
+
+def test_a_narrow_model_drops_less() -> None:
+    rates = [recipe.drop_rate(20, channels) for channels in (64, 96, 128, 192, 256)]
+    assert rates[0] < rates[1] < rates[2] < rates[3] == rates[4]
 
 
 def test_dropout_follows_the_epochs_where_nobody_named_it(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_dropout_follows_the_epochs_where_nobody_named_it(tmp_path: Path) -> Non
     found = {
         path.parent.name: tomllib.loads(path.read_text())["model"]["drop_rate"] for path in tmp_path.glob("*/config.toml")
     }
-    assert found == {"once": 0.0, "often": recipe.drop_rate(40), "named": 0.05}
+    assert found == {"once": 0.0, "often": recipe.drop_rate(40, 16), "named": 0.05}
 
 
 def test_a_text_that_is_read_very_often_is_learnt_more_slowly(tmp_path: Path) -> None:

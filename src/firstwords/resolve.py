@@ -530,7 +530,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
         learnt = steps * batch_size * context_length
     if learnt is not None and config.preset.startswith("laptop"):
         if "model.drop_rate" not in given:
-            config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring))
+            config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring, config.model.emb_dim))
         if "optim.peak_lr" not in given:
             peak_lr = recipe.peak_lr_share(learnt / ring) * config.optim.peak_lr
             config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=peak_lr))

@@ -110,7 +110,7 @@ def of_preset(tokens: Tokens, preset: str, for_s: float, machine: Machine) -> Ca
 
 def _dropping(model: ModelConfig, preset: str, epochs: float) -> ModelConfig:
     """Return the model that a run of a preset has which reads its text so often."""
-    return replace(model, drop_rate=recipe.drop_rate(epochs)) if preset in PRESETS else model
+    return replace(model, drop_rate=recipe.drop_rate(epochs, model.emb_dim)) if preset in PRESETS else model
 
 
 def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:

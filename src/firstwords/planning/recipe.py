@@ -17,7 +17,9 @@ NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is l
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
 FRESH_EPOCHS = 5.0  # what there is to learn from a text is worth no more readings of it; see the law's R*
-DROP_RATES = ((7, 0.1), (12, 0.2), (20, 0.3), (30, 0.4))  # dropout from so many epochs on
+UNDROPPED_EPOCHS = 7  # below, nothing is dropped
+DROP_RATE, DROP_EPOCHS, DROP_CHANNELS = 0.1, 8, 192  # of so many epochs and channels
+DROP_GROWTH, NARROW_POWER, MOST_DROPPED = 0.2, 0.75, 0.4  # for each e-fold of epochs; of the share of channels; at most
 FAST_EPOCHS = 14  # as many are learnt at the full learning rate
 
 
@@ -97,9 +99,19 @@ def batch_size(context_length: int, run_tokens: float | None, text_tokens: float
     return 1 << max(0, round(math.log2(max(FEWEST_TOKENS, tokens) / context_length)))
 
 
-def drop_rate(epochs: float) -> float:
-    """Return the dropout for a run that reads its text so often: a text that is read often is learnt by heart."""
-    return max((rate for least, rate in DROP_RATES if epochs >= least), default=0.0)
+def drop_rate(epochs: float, channels: int) -> float:
+    """Return the dropout for a run that reads its text so often: a text that is read often is learnt by heart.
+
+    It grows with the logarithm of the epochs. A narrow model learns less by heart, and has fewer channels to spare.
+
+    Args:
+        epochs: Readings of the text in all.
+        channels: Of the model.
+    """
+    if epochs < UNDROPPED_EPOCHS:
+        return 0.0
+    narrow = math.pow(min(1.0, channels / DROP_CHANNELS), NARROW_POWER)
+    return round(min(MOST_DROPPED, narrow * (DROP_RATE + DROP_GROWTH * math.log(epochs / DROP_EPOCHS))), 2)
 
 
 def peak_lr_share(epochs: float) -> float:
