@@ -18,8 +18,8 @@ BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of 
 FEWEST_TOKENS = 1024  # an update
 FRESH_EPOCHS = 5.0  # what there is to learn from a text is worth no more readings of it; see the law's R*
 UNDROPPED_EPOCHS = 7  # below, nothing is dropped
-DROP_RATE, DROP_EPOCHS, DROP_CHANNELS = 0.1, 8, 192  # of so many epochs and channels
-DROP_GROWTH, NARROW_POWER, MOST_DROPPED = 0.2, 0.75, 0.4  # for each e-fold of epochs; of the share of channels; at most
+DROP_RATE, DROP_EPOCHS, DROP_CHANNELS = 0.1, 8, 128  # of so many epochs, from so many channels on
+DROP_GROWTH, MOST_DROPPED = 0.2, 0.4  # for each e-fold of epochs; at most
 FAST_EPOCHS = 14  # as many are learnt at the full learning rate
 
 
@@ -102,7 +102,8 @@ def batch_size(context_length: int, run_tokens: float | None, text_tokens: float
 def drop_rate(epochs: float, channels: int) -> float:
     """Return the dropout for a run that reads its text so often: a text that is read often is learnt by heart.
 
-    It grows with the logarithm of the epochs. A narrow model learns less by heart, and has fewer channels to spare.
+    It grows with the logarithm of the epochs, and with the channels of a narrow model: such a one learns less by heart,
+    and has few to spare.
 
     Args:
         epochs: Readings of the text in all.
@@ -110,8 +111,8 @@ def drop_rate(epochs: float, channels: int) -> float:
     """
     if epochs < UNDROPPED_EPOCHS:
         return 0.0
-    narrow = math.pow(min(1.0, channels / DROP_CHANNELS), NARROW_POWER)
-    return round(min(MOST_DROPPED, narrow * (DROP_RATE + DROP_GROWTH * math.log(epochs / DROP_EPOCHS))), 2)
+    share = min(1.0, channels / DROP_CHANNELS)
+    return round(min(MOST_DROPPED, share * (DROP_RATE + DROP_GROWTH * math.log(epochs / DROP_EPOCHS))), 2)
 
 
 def peak_lr_share(epochs: float) -> float:
