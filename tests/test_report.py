@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,11 +20,14 @@ from command import TINY as FLAGS
 from command import Command, Refused, write
 from conftest import OTHER, STORY, TINY, journal
 from firstwords import api
+from firstwords.insight import surprise
 from firstwords.insight.explain import Explanation, Guess, TokenExplained
 from firstwords.insight.record import MOST_POINTS, read
 from firstwords.insight.report import _plotly, explained
 from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
+from firstwords.text.corpus import Part
+from firstwords.text.tokenizer import byte_tokenizer
 from firstwords.training import evaluate
 from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import Notice, Told, Trained
@@ -183,6 +187,19 @@ def test_a_run_without_held_out_text_is_reported_without_a_map(tmp_path: Path) -
     assert found.data["explanation"] is None
     assert [line["column"] for line in found.data["charts"][0]["lines"]] == ["nats_per_token", "train_nats_per_token"]
     assert "nothing to map" in found.text
+
+
+def test_the_map_is_of_a_document_that_is_long_enough_or_of_the_longest() -> None:
+    tokenizer = byte_tokenizer()
+    end, long = tokenizer.end_of_text, b"So it goes on. " * 60
+
+    def of(*documents: bytes) -> str | None:
+        ids = np.array([token for document in documents for token in (end, *document)])
+        return surprise.passage(Part(ids, np.ones(257, dtype=np.int64), len(documents)), tokenizer)
+
+    assert of(b"ok", b" yes.", long, long[::-1]) == of(long)
+    assert of(b"no", b"A short one.", b"ok") == "short one."
+    assert of(b"", b"") is None
 
 
 def test_a_run_of_one_step_is_reported(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from firstwords.text.corpus import Part
@@ -16,12 +17,13 @@ HOTTEST = 8.0  # nats from which a token is shown at full heat: one chance in 3,
 def passage(part: Part, tokenizer: Tokenizer) -> str | None:
     """Return the beginning of a held-out text, from its first whole line or else word on; None where there is too little.
 
-    The same part gives the same passage. It ends where its document does.
+    The same part gives the same passage. It is of the first document that is long enough, or of the longest.
     """
-    ids = [int(token) for token in part.ids[1:MOST_IDS]]
-    if tokenizer.end_of_text in ids:
-        ids = ids[: ids.index(tokenizer.end_of_text)]
-    text = b"".join(map(tokenizer.token_bytes, ids))[: 2 * PASSAGE_BYTES].decode(errors="ignore")
+    ids = (int(token) for token in part.ids[1:MOST_IDS])
+    documents = (list(run) for ends, run in itertools.groupby(ids, tokenizer.end_of_text.__eq__) if not ends)
+    texts = [b"".join(map(tokenizer.token_bytes, document))[: 2 * PASSAGE_BYTES] for document in documents]
+    longest = max(texts, key=len, default=b"")
+    text = next((text for text in texts if len(text) >= PASSAGE_BYTES), longest).decode(errors="ignore")
     for mark in ("\n", " "):
         before, found, after = text.partition(mark)
         if found and len(before.encode()) < PASSAGE_BYTES // 2 and after.strip():
