@@ -21,7 +21,7 @@ from firstwords import api, recorder, resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
-from firstwords.planning import budget
+from firstwords.planning import budget, system
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -245,6 +245,21 @@ def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_p
     told: list[Told] = []
     train(tmp_path, "killed", resume=True, threads=2, listener=told.append)
     assert Notice("not bit-exact because: threads 1 -> 2") in told
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_on_another_processor_it_is_not_exact_and_says_what_may_not_suit_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, elsewhere: bool
+) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
+    if elsewhere:
+        monkeypatch.setattr(system, "processor", lambda *_: "another")
+    told: list[Told] = []
+    train(tmp_path, "killed", resume=True, listener=told.append)
+    said = [line.text for line in told if isinstance(line, Notice)]
+    assert any(line == "bit-exact resume" for line in said) is not elsewhere
+    assert any("1 threads in float32, as it began" in line for line in said) is elsewhere
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, whole: TrainResult) -> None:

@@ -352,21 +352,27 @@ class Recorder:
                 store.cut(journal.path, 0)
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
-        saved = self._load(found)
+        saved, predicted = self._load(found)
         has_more_time = self._extend(saved, more_time=more_time)
-        told = [line for line in self.run.metrics.lines() if line["event"] in ("start", "resume") and "predicted" in line]
-        if told and not has_more_time:
-            self.predicted = self._still_true(told[-1]["predicted"])
+        if not has_more_time:
+            self.predicted = self._still_true(predicted)
         self.stopped = self.best_is_behind() or ""
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         same = "bit-exact resume" if self.config.on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
         self._notice(f"not bit-exact because: {changed}" if changed else same)
+        if "processor" in changed:
+            threads, precision = self.config.threads, self.config.precision
+            what = f"this is another processor, and the run goes on with {threads} threads in {precision}"
+            self._notice(f"{what}, as it began; --threads and --precision auto choose anew")
 
-    def _load(self, found: Checkpoint) -> store.Json:
-        """Make a checkpoint the state of the run, cut the journals back to it, and return its `state.json`."""
-        saved, lines = found.json(checkpoint.STATE), list[tuple[int, float | None]]()
+    def _load(self, found: Checkpoint) -> tuple[store.Json, Any]:
+        """Make a checkpoint the state of the run and cut the journals back to it.
+
+        Returns its `state.json`, and what was last predicted of the run.
+        """
+        saved, predicted, history = found.json(checkpoint.STATE), None, list[tuple[int, float]]()
         match saved:
             case {"fingerprint": dict(), "journal_bytes": {"metrics.jsonl": int(metrics), "samples.jsonl": int(samples)}}:
                 pass
@@ -380,10 +386,11 @@ class Recorder:
         for line in self.run.metrics.lines():
             if line["event"] == "evaluation":
                 self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
-                lines.append((line["step"], line["nats_per_token"]))
-        self.history = [(step, nats) for step, nats in lines if nats is not None]
-        self.newest, self.copy = found, None
-        return saved
+                history += [] if self.last_held_out is None else [(line["step"], self.last_held_out)]
+            if line["event"] in ("start", "resume"):
+                predicted = line.get("predicted", predicted)
+        self.history, self.newest, self.copy = history, found, None
+        return saved, predicted
 
     def roll_back(self, error: DivergedError) -> None:
         """Go back to the newest checkpoint and leave out the batches from there to the one that was next.

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from firstwords.config import Precision
@@ -176,13 +177,15 @@ def _product_s(a: torch.Tensor) -> float:
 
 def key(where: torch.device) -> dict[str, Any]:
     """Return all that what was measured depends on."""
-    return {**fingerprint(where, "", ""), "machine": platform.machine(), "processor": system.processor()}
+    return {**fingerprint(where, "", ""), "machine": platform.machine()}
 
 
 def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:
     """Return all that the bits of a run depend on beside its configuration and text."""
     return {
         "torch": str(torch.__version__),
+        "numpy": np.__version__,  # which orders the text
+        "processor": system.processor(),  # products are other code on each
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -192,8 +195,11 @@ def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return what differs between two fingerprints, for a person: `threads 2 -> 8`; empty where nothing does."""
-    keys = sorted(before.keys() | now.keys())
+    """Return what differs between two fingerprints, for a person: `threads 2 -> 8`; empty where nothing does.
+
+    What an older version did not note is not known to differ.
+    """
+    keys = sorted(before.keys() & now.keys())
     return ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k))
 
 
