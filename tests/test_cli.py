@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickletools
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -17,8 +18,10 @@ import pytest
 
 import firstwords
 from command import TEXT, TINY, Command, Ended
+from firstwords import api, errors, store
 from firstwords.app.cli import main
 from firstwords.runs.journal import Journal
+from firstwords.training.events import Preparing, Told
 
 FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
 TRAIN_KEYS = {
@@ -294,6 +297,45 @@ def test_a_run_is_named_after_its_text_and_numbered_if_taken(command: Command):
         "runs/text-2",
         "runs/text-3",
     ]
+
+
+def test_a_folder_in_which_another_process_begins_is_taken(command: Command):
+    store.make_folder(Path("runs/text"))
+    with store.lock(Path("runs/text/run.lock")):
+        assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text-2"
+    assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text"  # the negative control
+
+
+def test_a_run_has_its_folder_to_itself_from_before_its_text_is_prepared(here: Path):
+    held = list[bool]()
+
+    def look(told: Told) -> None:
+        if isinstance(told, Preparing):
+            held.append(store.is_locked(Path("run/run.lock")))
+
+    api.train("text.txt", out="run", listener=look, steps=1, batch_size=1, preset="laptop-tiny", report=False)
+    assert len(held) > 1
+    assert all(held)
+    assert not store.is_locked(Path("run/run.lock"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="NOT RUN: there is no disk that is always full")
+@pytest.mark.parametrize(("named", "code"), [("text.txt", 0), ("missing.txt", 66)])
+def test_what_cannot_be_told_neither_ends_a_run_nor_changes_its_exit_code(here: Path, named: str, code: int):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "firstwords", "train", named, "--out", "run", *TINY]
+        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=False)
+    assert ended.returncode == code
+    assert bool(list(Path().glob("run/checkpoints/step-*2"))) is (code == 0)
+
+
+def test_a_command_to_repeat_is_quoted_as_this_system_s_shell_takes_it(monkeypatch: pytest.MonkeyPatch):
+    words = ("firstwords", "train", "my notes", "runs\\notes")
+    assert shlex.split(errors.quoted(*words)) == list(words)
+    monkeypatch.setattr(errors.os, "name", "nt")
+    windows = errors.quoted(*words)
+    monkeypatch.undo()
+    assert windows == 'firstwords train "my notes" runs\\notes'
 
 
 @pytest.mark.parametrize(("texts", "name"), [(["-"], "stdin"), (["notes"], "notes"), (["text.txt", "notes"], "text")])

@@ -16,6 +16,7 @@ from firstwords.config import ModelConfig, from_toml, run_config
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text.tokenizer import byte_tokenizer
+from firstwords.training import state as states
 from firstwords.weights import export
 
 GPT2 = ModelConfig(257, 32, 32, 2, 1, 0.0, qkv_bias=True, tied_head=True, init_std=0.1)
@@ -57,6 +58,21 @@ def test_it_is_resumed_as_any_run_also_before_its_first_checkpoint(learnt: Path,
     assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
     shutil.rmtree(learnt)  # what it began with is in its checkpoints
     assert command("train", "--resume", "--out", "run", "--steps", "24").code == 0
+
+
+def test_it_begins_anew_where_only_weights_were_saved(
+    learnt: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk had room for the weights that were the best so far, not for the save that they belong to."""
+    assert command(*going_on()).code == 0
+    wanted = api.info("run")["weights_sha256"]
+    shutil.rmtree("run/checkpoints")
+    monkeypatch.setattr(states, "optimizer_tensors", lambda _: None)
+    assert command("train", "--resume", "--out", "run").code == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(learnt.parent)
+    assert command("train", "--resume", "--out", "run").code == 0
+    assert api.info("run")["weights_sha256"] == wanted
 
 
 def test_its_own_configuration_repeats_it_adapted_as_it_was(learnt: Path, command: Command) -> None:

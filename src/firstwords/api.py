@@ -93,35 +93,36 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
-    prepared = resolve.prepare(asked, listener, started_s)
-    listener(Preparing("starting PyTorch", None))
-    with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
-        looked_at = beside.submit(_looked_at, prepared)
+    with asked.run.writing():
+        prepared = resolve.prepare(asked, listener, started_s)
+        listener(Preparing("starting PyTorch", None))
+        with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
+            looked_at = beside.submit(_looked_at, prepared)
 
-        from firstwords.planning import machine
-        from firstwords.training import loop
-        from firstwords.training.state import taken
+            from firstwords.planning import machine
+            from firstwords.training import loop
+            from firstwords.training.state import taken
 
-    settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
-    with machine.threads(settled.threads), asked.run.writing(), signals.stop_requests() as stop:
-        recorder = _begin(asked, settled, prepared, listener, started_s, expected)
-        evaluate, sample = _looks(recorder)
-        fit = functools.partial(
-            loop.fit,
-            recorder.state,
-            taken(resolve.batches(settled, prepared), recorder.state),
-            evaluate=evaluate,
-            sample=sample,
-            should_stop=lambda: stop() or recorder.best_is_behind(),
-        )
-        with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
-            while not recorder.stopped:
-                try:
-                    for event in fit(resolve.fit_config(recorder.config)):
-                        recorder.take(event)
-                except DivergedError as error:
-                    recorder.roll_back(error)
-        return _finished(recorder)
+        settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
+        with machine.threads(settled.threads), signals.stop_requests() as stop:
+            recorder = _begin(asked, settled, prepared, listener, started_s, expected)
+            evaluate, sample = _looks(recorder)
+            fit = functools.partial(
+                loop.fit,
+                recorder.state,
+                taken(resolve.batches(settled, prepared), recorder.state),
+                evaluate=evaluate,
+                sample=sample,
+                should_stop=lambda: stop() or recorder.best_is_behind(),
+            )
+            with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
+                while not recorder.stopped:
+                    try:
+                        for event in fit(resolve.fit_config(recorder.config)):
+                            recorder.take(event)
+                    except DivergedError as error:
+                        recorder.roll_back(error)
+            return _finished(recorder)
 
 
 def _finished(recorder: Recorder) -> TrainResult:
@@ -317,7 +318,7 @@ def _directions(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor |
     from firstwords.model import neighbours
     from firstwords.runs import checkpoint
 
-    if not config.model.table_from_text or config.from_ is not None or checkpoint.existing(run.checkpoints):
+    if not config.model.table_from_text or config.from_ is not None or checkpoint.has_begun(run.checkpoints):
         return None
     return neighbours.directions(prepared.train.ids, config.model, config.seed)
 
@@ -330,7 +331,7 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
     """
     from firstwords.runs import checkpoint
 
-    if config.from_ is None or checkpoint.existing(run.checkpoints):
+    if config.from_ is None or checkpoint.has_begun(run.checkpoints):
         return None
 
     import torch

@@ -5,6 +5,9 @@ An error says what is wrong, where, why, and what to do. A wrong call from Pytho
 
 from __future__ import annotations
 
+import os
+import shlex
+
 
 class FirstwordsError(Exception):
     """Base of all errors of the user's world.
@@ -53,6 +56,16 @@ class StoppedError(FirstwordsError):
     """The person stopped the program at once, by a second Ctrl-C or outside training."""
 
     exit_code = 130
+
+
+def quoted(*words: str) -> str:
+    """Return words of a command as the shell of this system takes them, for a person to repeat."""
+    if os.name != "nt":
+        return shlex.join(words)
+
+    import subprocess  # which takes its time
+
+    return subprocess.list2cmdline(words)
 
 
 class DivergedError(FirstwordsError):

@@ -318,6 +318,18 @@ def lock(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock file `path` now."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:  # there is none, or none of ours
+        return False
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         import fcntl

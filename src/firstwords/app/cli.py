@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -115,7 +116,8 @@ def _failed(error: FirstwordsError, *, as_json: bool, debug: bool) -> int:
 
     if debug:
         traceback.print_exc()
-    Console(as_json=as_json).error(error)
+    with suppress(OSError):  # where nobody can be told, the exit code still says it
+        Console(as_json=as_json).error(error)
     return error.exit_code
 
 

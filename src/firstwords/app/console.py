@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from firstwords import api
 from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
-from firstwords.errors import FirstwordsError
+from firstwords.errors import FirstwordsError, quoted
 from firstwords.model.sampling import Sampling
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Told, Trained
@@ -112,7 +111,7 @@ class Console:
         if self.as_json:
             self._json(vars(result))
             return
-        run = visible(shlex.quote(result.run))
+        run = visible(quoted(result.run))
         if result.bits_per_byte is not None and result.perplexity is not None:
             self.out.print(
                 f"\nheld-out  {result.bits_per_byte:.3f} bits per byte; unsure among {result.perplexity:.1f} tokens"
@@ -164,7 +163,7 @@ class Console:
             self.out.print(f"* a wide guess: {', '.join(beyond)}")
         self.out.print(f"\ntake      {plans.taken(found)}\nbecause   {found.why}")
         if found.recommended is not None:
-            self.out.print(f"train     {visible(shlex.join(plans.command(found, found.recommended, text, encoding)))}")
+            self.out.print(f"train     {visible(quoted(*plans.command(found, found.recommended, text, encoding)))}")
         if found.hint:
             self.out.print(f"hint      {found.hint}")
 
@@ -272,7 +271,7 @@ class Console:
         if self.as_json:
             self._json(vars(found))
             return
-        run = visible(shlex.quote(found.run))
+        run = visible(quoted(found.run))
         self.out.print(f"imported  {found.parameters:,} parameters into {run}")
         self.out.print(f"it says   {visible(found.prompt)}{one_line(found.greedy)}")
         self.out.print(

@@ -81,8 +81,8 @@ class PlainDisplay:
                 self.line(Text.assemble("             ", (f"{one_line(text)}", "italic")))
 
     def line(self, text: Text) -> None:
-        """Show one line for good; a reader who has left must not end a run."""
-        with suppress(BrokenPipeError):
+        """Show one line for good; a reader who has left, or a full disk below it, must not end a run."""
+        with suppress(OSError):
             self.console.print(text)
 
     def preparing(self, what: str, share: float | None) -> None:
@@ -165,7 +165,8 @@ class LiveDisplay(PlainDisplay):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
     def tell(self, told: Told) -> None:
         """Show one thing that happened; what the model says takes the place of what it said before."""
@@ -182,7 +183,8 @@ class LiveDisplay(PlainDisplay):
 
     def line(self, text: Text) -> None:
         """Show one line for good, above the live one."""
-        self.bar.console.print(text)
+        with suppress(OSError):
+            self.bar.console.print(text)
 
     def preparing(self, what: str, share: float | None) -> None:
         """Show what is done before training."""

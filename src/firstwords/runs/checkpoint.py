@@ -131,6 +131,17 @@ def existing(parent: Path) -> list[Path]:
     return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdecimal()), key=step_of)
 
 
+def has_begun(parent: Path) -> bool:
+    """Return whether a run has a checkpoint to go on from, by their manifests; one that cannot be read counts as one."""
+    for folder in existing(parent):
+        try:
+            if Checkpoint(folder, store.read_manifest(folder)).continuable:
+                return True
+        except (FirstwordsError, KeyError, TypeError):
+            return True
+    return False
+
+
 def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] | None = None) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,10 @@ def new(out: Path | None, name: str) -> RunFolder:
         if not _is_free(out):
             raise CannotCreateError("is not empty and holds no run", where=str(out), do="give another --out")
         return run
-    number = 1
-    while not _is_free(path := Path("runs") / (name if number == 1 else f"{name}-{number}")):
-        number += 1
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if _is_free(path) and not store.is_locked(path / LOCK):  # by another process, whose run begins there
+            break
     return RunFolder(path)
 
 

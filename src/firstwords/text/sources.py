@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import stat
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from firstwords import reading
-from firstwords.errors import ConfigError, DataError, NoInputError, PermissionDeniedError, StorageError
+from firstwords.errors import ConfigError, DataError, NoInputError, PermissionDeniedError, StorageError, quoted
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -243,7 +242,7 @@ def _file(path: Path, encoding: str | None) -> _Source:
     with _errors_of(_shown(path)):
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a pipe could wait for ever, and /dev/zero has no end
-        why, do = "it is a pipe, socket or device", f"send it to standard input: - < {shlex.quote(_shown(path))}"
+        why, do = "it is a pipe, socket or device", f"send it to standard input: - < {quoted(_shown(path))}"
         raise NoInputError("not a regular file", where=_shown(path), why=why, do=do)
     absolute = path.absolute()
     name = path.name.lower()
@@ -366,7 +365,7 @@ def _check_head(source: _Source, notice: Notice) -> bool:
         return False
     for mark, kind, advice in _NOT_TEXT:
         if re.match(mark, head):
-            do = advice.format(path=shlex.quote(source.name))
+            do = advice.format(path=quoted(source.name))
             raise DataError(f"this is {kind}, not text", where=source.name, why="its first bytes are the mark of one", do=do)
     text = head[bom_bytes:].decode(encoding, "replace")
     if text.count("\0") * 100 > len(text):
@@ -457,7 +456,7 @@ def _errors_of(name: str) -> Iterator[None]:
             case errno.ELOOP | errno.ENAMETOOLONG:
                 raise NoInputError("leads to no file", where=where, why=why, do="name the file itself") from error
             case errno.EACCES | errno.EPERM:
-                do = f"ask its owner, or try: chmod u+r {shlex.quote(where)}"
+                do = f"ask its owner, or try: chmod u+r {quoted(where)}"
                 raise PermissionDeniedError("may not be read", where=where, why=why, do=do) from error
         raise StorageError("reading failed", where=where, why=why, do="check the disk, then try again") from error
 
