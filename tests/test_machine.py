@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from command import Command, write
-from firstwords import resolve
+from conftest import STORY, TINY
+from firstwords import api, resolve
 from firstwords.config import run_config
 from firstwords.model import loss
 from firstwords.planning import known, machine, measure, system
@@ -62,6 +63,18 @@ def test_no_more_threads_compute_than_a_container_has_the_time_of(
             assert torch.get_num_threads() == 4
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         assert machine.usable_threads() == 3
+
+
+def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "story.txt").write_text(STORY)
+    api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **TINY)
+    with machine.threads(3):
+        api.load(tmp_path / "run")
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(system, "core_quota", lambda: 2.5)
+        api.load(tmp_path / "run")
+        assert torch.get_num_threads() == 2
 
 
 def test_tiny_numbers_count_as_zero_inside_only() -> None:

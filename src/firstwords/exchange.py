@@ -156,12 +156,14 @@ def _figures(source: Path) -> dict[str, Any]:
     run = RunFolder(source)
     if not run.exists:
         return {}
-    found = [line for line in run.metrics.lines() if line["event"] == "evaluation" and line["best"]]
-    steps = [line for line in run.metrics.lines() if line["event"] == "step"]
+    found = step = None  # the last ones: a journal may be long
+    for line in run.metrics.lines():
+        found = line if line["event"] == "evaluation" and line["best"] else found
+        step = line if line["event"] == "step" else step
     text = run_config(from_toml(resolve.read(run.config), str(run.config))).text
     figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
-    if found and found[-1]["bits_per_byte"] is not None:
-        figures["held-out bits per byte"] = f"{found[-1]['bits_per_byte']:.3f} (step {found[-1]['step']})"
-    if steps:
-        figures["learnt from"] = f"{steps[-1]['tokens']:,} tokens in {steps[-1]['elapsed_s']:.0f} s"
+    if found is not None and found["bits_per_byte"] is not None:
+        figures["held-out bits per byte"] = f"{found['bits_per_byte']:.3f} (step {found['step']})"
+    if step is not None:
+        figures["learnt from"] = f"{step['tokens']:,} tokens in {step['elapsed_s']:.0f} s"
     return figures

@@ -28,14 +28,19 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
         DataError: It is damaged.
     """
     source = located(source, notice)
-    if is_foreign(source):
-        from firstwords.weights import reader
+    found = None if is_foreign(source) else checkpoint_of(source, notice)
 
-        return reader.read(source, notice=notice)
-    found = checkpoint_of(source, notice)
+    import torch
 
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning import machine
+
+    torch.set_num_threads(machine.usable_threads())  # PyTorch does not know of a container's limit
+    if found is None:
+        from firstwords.weights import reader
+
+        return reader.read(source, notice=notice)
+
     from firstwords.runs import checkpoint
     from firstwords.text import tokenizer as tokenizers
     from firstwords.training.state import restored_model

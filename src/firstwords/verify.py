@@ -106,8 +106,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     Equal means equal to the last bit, which holds on the machine and with the threads of the run.
     """
     config = run_config(resolve.recorded_config(run))
-    lines = list(run.metrics.lines())
-    last = max((line["step"] for line in lines if line["event"] == "step"), default=0)
+    last = max((line["step"] for line in run.metrics.lines() if line["event"] == "step"), default=0)
     whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
@@ -116,7 +115,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     machine.device(config.device)
     with machine.threads(config.threads):
         state = _state_at(starts[-1], config)
-        return _compare(state, config, run, lines, state.step + n_steps)
+        return _compare(state, config, run, state.step + n_steps)
 
 
 def _is_a_start(folder: Path) -> bool:
@@ -132,8 +131,10 @@ def _state_at(folder: Path, config: RunConfig) -> TrainState:
     return state
 
 
-def _compare(state: TrainState, config: RunConfig, run: RunFolder, lines: list[dict[str, Any]], end: int) -> Replay:
+def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> Replay:
     """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
+    replayed = range(state.step + 1, end + 1)
+    lines = [line for line in run.metrics.lines() if line["event"] != "step" or line["step"] in replayed]
     recorded = {line["step"]: line for line in lines if line["event"] == "step"}
     plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
     rollbacks = {line["step"]: [line["first_batch"], line["last_batch"]] for line in lines if line["event"] == "rollback"}
