@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command import Command, write
 from conftest import STORY, TINY
 from firstwords import api
 from firstwords.errors import ConfigError
@@ -162,6 +164,16 @@ def test_a_run_whose_plan_was_changed_on_the_way_replays_exactly(tmp_path: Path)
     other = api.verify(run, replay=steps).replay  # the negative control: the rates follow the plans
     assert other is not None
     assert not other.ok
+
+
+def test_a_model_too_large_for_a_budget_is_refused_before_it_takes_any_of_it(command: Command) -> None:
+    write(Path("text.txt"), "".join(f"Line {n} of a text, and {n * n} more.\n" for n in range(2000)))
+    given = ("train", "text.txt", "--for", "4s", "--device", "cpu", "--precision", "float32", "--preset")
+    ended = command(*given, "gpt2-124m")
+    assert ended.code == 78
+    assert "no time is left to learn" in ended.err
+    assert re.search(r"give --for [1-9]\d*m or more", ended.err)
+    assert command(*given, "laptop-tiny").code == 0  # the negative control
 
 
 @pytest.mark.parametrize(("pass_s", "total_s", "too_long"), [(200, 180, True), (200, 240, True), (200, 600, False)])

@@ -324,7 +324,8 @@ def settled(
         started_s: When the process began, on `time.perf_counter()`; by default now.
 
     Raises:
-        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory.
+        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory, or
+            beyond the time budget of a new run.
     """
     from firstwords.planning import machine, plan, recipe
 
@@ -348,6 +349,8 @@ def settled(
     corpora.require_context(prepared.train, config.model.context_length)
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
+    if asked.texts is not None:
+        _require_time(config, here, tokens)
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device), precision)
     if device.type == "cpu":
@@ -535,6 +538,24 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
             peak_lr = recipe.peak_lr_share(learnt / ring) * config.optim.peak_lr
             config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=peak_lr))
     return dataclasses.replace(config, steps=steps, epochs=None)
+
+
+def _require_time(config: RunConfig, here: Machine, tokens: Tokens) -> None:
+    """Raise a ConfigError for a model that is too large to learn anything within the time budget on this machine."""
+    from firstwords.planning import recipe
+
+    if config.for_s is None or config.batch_size is None:
+        return
+    step_tokens = config.batch_size * config.model.context_length
+    rate = here.speed.tokens_per_s(config.model, step_tokens)
+    least_s = recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)
+    if least_s > config.for_s:
+        raise ConfigError(
+            "no time is left to learn",
+            where=flag("for_s"),
+            why=f"the first steps of this model take {least_s:.0f} s here, and the run has {config.for_s:.0f} s",
+            do=f"give --for {math.ceil(4 * least_s / 60)}m or more, or a smaller --preset",
+        )
 
 
 def _require_utf8(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_
 START_S = 4.0  # pass before the first look at the model, about, but for preparing the text
 BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
 SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
-EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 8192  # of a run's time for one evaluation, and its held-out tokens at least
+EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 2048  # of a run's time for one evaluation, and its held-out tokens at least
 NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is looked for
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
@@ -76,10 +76,20 @@ def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
     return high_s
 
 
+def least_s(for_s: float, tokens_per_s: float, step_tokens: int, beside: Beside) -> float:
+    """Return how long such a run takes at least, once it has started: its steps to a plan, and a look on either side."""
+    steps_s = (budget.WARM_STEPS + 1) * step_tokens / tokens_per_s
+    return _first_look_s(tokens_per_s, beside) + steps_s + look_s(for_s, tokens_per_s, beside.held_out_tokens)
+
+
+def _first_look_s(tokens_per_s: float, beside: Beside) -> float:
+    return SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
+
+
 def _learning_s(for_s: float, tokens_per_s: float, beside: Beside) -> float:
     """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
     each_s, last_s = look_s(for_s, tokens_per_s, beside.held_out_tokens), last_look_s(beside.text_bytes)
-    first_s = SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
+    first_s = _first_look_s(tokens_per_s, beside)
     end_s = budget.END_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
     return for_s - beside.start_s - first_s - end_s - budget.looks(for_s, each_s) * each_s
 
