@@ -34,8 +34,8 @@ LIMITS = """\
 
 - SIGKILL leaves what the system had taken over for writing. Only R4 speaks of power loss, and it is a model: disks that
   honour `fsync`, and a file system that may lose or reorder everything that was not synced.
-- Bit-exact resume holds for one machine: the same PyTorch, processor, threads, precision and device. A resume says which of
-  them changed.
+- Bit-exact resume holds for one machine: the same PyTorch, NumPy, processor, threads, precision and device. A resume says
+  which of them changed.
 - A manifest's SHA-256 finds accidents, not an attacker who writes a new manifest.
 - The guarded child lowers the risk of a pickled file from a stranger; safetensors have none of it.
 - Network file systems rename and lock by other rules; Windows and macOS were not tried.

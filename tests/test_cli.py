@@ -330,12 +330,12 @@ def test_what_cannot_be_told_neither_ends_a_run_nor_changes_its_exit_code(here: 
 
 
 def test_a_command_to_repeat_is_quoted_as_this_system_s_shell_takes_it(monkeypatch: pytest.MonkeyPatch):
-    words = ("firstwords", "train", "my notes", "runs\\notes")
+    words = ("firstwords", "train", "my notes", "runs\\notes", "R&D")
     assert shlex.split(errors.quoted(*words)) == list(words)
     monkeypatch.setattr(errors.os, "name", "nt")
     windows = errors.quoted(*words)
     monkeypatch.undo()
-    assert windows == 'firstwords train "my notes" runs\\notes'
+    assert windows == 'firstwords train "my notes" runs\\notes "R&D"'
 
 
 @pytest.mark.parametrize(("texts", "name"), [(["-"], "stdin"), (["notes"], "notes"), (["text.txt", "notes"], "text")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 
 from command import TINY, Command, Refused, write
 from conftest import journal
-from firstwords import api
+from firstwords import api, store
 from firstwords.config import ModelConfig, from_toml, run_config
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
+from firstwords.planning import system
 from firstwords.text.tokenizer import byte_tokenizer
 from firstwords.training import state as states
 from firstwords.weights import export
@@ -73,6 +75,24 @@ def test_it_begins_anew_where_only_weights_were_saved(
     monkeypatch.chdir(learnt.parent)
     assert command("train", "--resume", "--out", "run").code == 0
     assert api.info("run")["weights_sha256"] == wanted
+
+
+def test_a_start_that_is_refused_leaves_the_tokenizer_of_a_run_that_begins(learnt: Path, refused: Refused) -> None:
+    store.make_folder(Path("run"))
+    store.write(Path("run/tokenizer.json"), b"another run's, which is being prepared")
+    with store.lock(Path("run/run.lock")):
+        assert "in use" in refused(73, *going_on())["what"]
+    assert Path("run/tokenizer.json").read_bytes() == b"another run's, which is being prepared"
+
+
+def test_a_number_of_threads_that_is_named_is_that_number_in_a_container_too(
+    learnt: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(system, "core_quota", lambda *_: 1.0)
+    assert command(*going_on("--steps", "1", "--threads", "2")).code == 0
+    state = json.loads(Path("run/checkpoints/step-00000001/state.json").read_text())
+    assert state["fingerprint"]["threads"] == 2
 
 
 def test_its_own_configuration_repeats_it_adapted_as_it_was(learnt: Path, command: Command) -> None:

@@ -54,7 +54,7 @@ def test_no_more_threads_compute_than_a_container_has_the_time_of(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(system, "core_quota", lambda: quota)
+    monkeypatch.setattr(system, "core_quota", lambda *_: quota)
     with machine.threads(3):
         assert machine.usable_threads() == expected
         with machine.threads(None):
@@ -69,10 +69,11 @@ def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Pat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "story.txt").write_text(STORY)
     api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **TINY)
+    monkeypatch.setattr(system, "core_quota", lambda *_: None)
     with machine.threads(3):
         api.load(tmp_path / "run")
         assert torch.get_num_threads() == 3
-        monkeypatch.setattr(system, "core_quota", lambda: 2.5)
+        monkeypatch.setattr(system, "core_quota", lambda *_: 2.5)
         api.load(tmp_path / "run")
         assert torch.get_num_threads() == 2
 

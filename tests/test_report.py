@@ -307,7 +307,7 @@ def test_the_record_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(kept) == n
     assert found.steps["step"][-1] == n - 1
-    assert peak < n * 100 + (2 << 20)  # eight numbers of eight bytes, with room to grow; and what is shown
+    assert peak < n * 100 + (2 << 20)  # seven numbers of eight bytes, with room to grow; and what is shown
     assert whole > n * 500
 
 

@@ -259,7 +259,7 @@ def test_on_another_processor_it_is_not_exact_and_says_what_may_not_suit_it(
     train(tmp_path, "killed", resume=True, listener=told.append)
     said = [line.text for line in told if isinstance(line, Notice)]
     assert any(line == "bit-exact resume" for line in said) is not elsewhere
-    assert any("1 threads in float32, as it began" in line for line in said) is elsewhere
+    assert any("as it began: --threads 1 --precision float32" in line for line in said) is elsewhere
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, whole: TrainResult) -> None:

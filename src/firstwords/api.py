@@ -31,7 +31,7 @@ from firstwords.judging import memorisation as memorisation
 from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
 from firstwords.judging import report as report
 from firstwords.judging import scale as scale
-from firstwords.loading import checkpoint_of, is_foreign, located, named_texts
+from firstwords.loading import checkpoint_of, is_foreign, located, named_texts, read_model
 from firstwords.loading import load as load
 from firstwords.model import cost
 from firstwords.planning import budget, facts
@@ -147,7 +147,7 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     run, corpus = recorder.run, recorder.corpus
     is_best = best_step == recorder.state.step
     dtype = machine.DTYPES[recorder.config.precision]
-    lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else load(run.path)
+    lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else read_model(run.path)
     recorder.listener(Trained(lm))
     scale = _scale_of(recorder, lm, recorder.last_tokens if is_best else None)
     found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
@@ -183,8 +183,6 @@ def _begin(
     from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
     run, resume = asked.run, asked.texts is None
-    if not resume:
-        run_folder.require_new(run)  # another process may have begun here meanwhile
     store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
@@ -337,7 +335,7 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
     import torch
     import torch.nn.functional as F
 
-    lm = load(config.from_, notice=resolve.noticed(listener))
+    lm = read_model(config.from_, resolve.noticed(listener))
     tensors = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
     positions, wanted = tensors.get("pos_emb.weight"), config.model.context_length
     if positions is not None and len(positions) < wanted:

@@ -58,6 +58,9 @@ class StoppedError(FirstwordsError):
     exit_code = 130
 
 
+SPECIAL = set("&|<>^()")  # to cmd.exe, outside of quotes
+
+
 def quoted(*words: str) -> str:
     """Return words of a command as the shell of this system takes them, for a person to repeat."""
     if os.name != "nt":
@@ -65,7 +68,8 @@ def quoted(*words: str) -> str:
 
     import subprocess  # which takes its time
 
-    return subprocess.list2cmdline(words)
+    as_arguments = (subprocess.list2cmdline([word]) for word in words)
+    return " ".join(f'"{word}"' if set(word) & SPECIAL and word[0] != '"' else word for word in as_arguments)
 
 
 class DivergedError(FirstwordsError):

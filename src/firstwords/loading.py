@@ -23,24 +23,33 @@ if TYPE_CHECKING:
 def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
+    From then on this process computes with no more threads than a container has the time of, which PyTorch does not know.
+
     Raises:
         NoInputError: None of them is there.
         DataError: It is damaged.
     """
-    source = located(source, notice)
-    found = None if is_foreign(source) else checkpoint_of(source, notice)
+    lm = read_model(source, notice)
 
     import torch
 
-    from firstwords.model.language_model import LanguageModel
     from firstwords.planning import machine
 
-    torch.set_num_threads(machine.usable_threads())  # PyTorch does not know of a container's limit
-    if found is None:
+    torch.set_num_threads(machine.usable_threads())
+    return lm
+
+
+def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
+    """Return what `load` does, and leave the number of threads to the run that goes on."""
+    source = located(source, notice)
+    if is_foreign(source):
         from firstwords.weights import reader
 
         return reader.read(source, notice=notice)
+    found = checkpoint_of(source, notice)
 
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.planning import machine
     from firstwords.runs import checkpoint
     from firstwords.text import tokenizer as tokenizers
     from firstwords.training.state import restored_model

@@ -362,10 +362,11 @@ class Recorder:
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         same = "bit-exact resume" if self.config.on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
         self._notice(f"not bit-exact because: {changed}" if changed else same)
-        if "processor" in changed:
-            threads, precision = self.config.threads, self.config.precision
-            what = f"this is another processor, and the run goes on with {threads} threads in {precision}"
-            self._notice(f"{what}, as it began; --threads and --precision auto choose anew")
+        before, ways = saved["fingerprint"], ("threads", "precision")
+        elsewhere = before.get("processor", self.fingerprint["processor"]) != self.fingerprint["processor"]
+        if elsewhere and self.config.on_cpu and all(before.get(way) == self.fingerprint[way] for way in ways):
+            what = f"this is another processor, and the run goes on as it began: --threads {self.config.threads}"
+            self._notice(f"{what} --precision {self.config.precision}; given anew, they may suit it better")
 
     def _load(self, found: Checkpoint) -> tuple[store.Json, Any]:
         """Make a checkpoint the state of the run and cut the journals back to it.

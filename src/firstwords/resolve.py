@@ -99,6 +99,7 @@ class Asked:
     texts: Texts | None  # None: what a resumed run recorded
     given: frozenset[str]  # the keys that were named; nothing is decided for them
     more_time: bool = False  # a resumed run is given a new time budget
+    tokenizer_json: bytes = b""  # of the model that a new run goes on from
 
 
 def new(
@@ -108,7 +109,7 @@ def new(
     describe: Callable[[str], tuple[dict[str, Any], bytes]],
     listener: Listener,
 ) -> Asked:
-    """Return what is asked of a new run; its folder is made, with nothing in it but the tokenizer of a model to go on from.
+    """Return what is asked of a new run; its folder is made, with nothing in it.
 
     Args:
         out: The run folder, or None for one by the text's name.
@@ -145,9 +146,8 @@ def new(
         asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
         _require_utf8(asked)
     store.make_folder(run.path)
-    if tokenizer_json:
-        store.write(run.tokenizer, tokenizer_json)
-    return Asked(run, asked, texts, frozenset(key for layer in (*layers, given) for key in layer))
+    every_key = frozenset(key for layer in (*layers, given) for key in layer)
+    return Asked(run, asked, texts, every_key, tokenizer_json=tokenizer_json)
 
 
 def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ def recorded_config(run: RunFolder) -> dict[str, Any]:
 
 
 def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:
-    """Return the prepared text of a run.
+    """Return the prepared text of a run; the caller holds its lock.
 
     Args:
         asked: What the caller wants.
@@ -213,6 +213,9 @@ def prepare(asked: Asked, listener: Listener, started_s: float | None = None) ->
     """
     config = asked.config
     if asked.texts:
+        run_folder.require_new(asked.run)  # another process may have begun here meanwhile
+        if asked.tokenizer_json:
+            store.write(asked.run.tokenizer, asked.tokenizer_json)
         within = _within(config, listener, time.perf_counter() if started_s is None else started_s)
         prepared = _prepare_anew(config, asked.texts, within)
     else:
@@ -553,7 +556,7 @@ def _require_time(config: RunConfig, here: Machine, tokens: Tokens) -> None:
         raise ConfigError(
             "no time is left to learn",
             where=flag("for_s"),
-            why=f"the first steps of this model take {least_s:.0f} s here, and the run has {config.for_s:.0f} s",
+            why=f"first steps and evaluations of this model take {least_s:.1f} s here, the run has {config.for_s:.1f} s",
             do=f"give --for {math.ceil(4 * least_s / 60)}m or more, or a smaller --preset",
         )
 

@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
 PROBE = "probe"
+PROBED_S = 0.05  # is longer than another process holds a lock to see whether it is held
 READ_BYTES = 4 << 20
 PART_BYTES = 32 << 20
 CAN_UNCACHE = hasattr(os, "posix_fadvise")  # neither macOS nor Windows
@@ -304,6 +306,9 @@ def lock(path: Path) -> Iterator[None]:
     try:
         with _speaking_of(path):
             locked = _try_lock(descriptor)
+            if not locked:
+                time.sleep(PROBED_S)
+                locked = _try_lock(descriptor)
         if not locked:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             raise CannotCreateError(
@@ -326,6 +331,8 @@ def is_locked(path: Path) -> bool:
         return False
     try:
         return not _try_lock(descriptor)
+    except OSError:  # there are no locks on this file system
+        return False
     finally:
         os.close(descriptor)
 

@@ -114,9 +114,9 @@ def _no_torch(error: ImportError) -> ConfigError:
 def _failed(error: FirstwordsError, *, as_json: bool, debug: bool) -> int:
     from firstwords.app.console import Console
 
-    if debug:
-        traceback.print_exc()
     with suppress(OSError):  # where nobody can be told, the exit code still says it
+        if debug:
+            traceback.print_exc()
         Console(as_json=as_json).error(error)
     return error.exit_code
 

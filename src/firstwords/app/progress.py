@@ -161,7 +161,8 @@ class LiveDisplay(PlainDisplay):
         self._task: TaskID | None = None
 
     def __enter__(self) -> LiveDisplay:
-        self.bar.start()
+        with suppress(OSError):
+            self.bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -211,10 +212,11 @@ class LiveDisplay(PlainDisplay):
         return tuple(Text.assemble(*line, no_wrap=True, overflow="ellipsis") for line in lines)
 
     def _show(self, description: str, completed: float | None, total: float | None) -> None:
-        if self._task is None:
-            self._task = self.bar.add_task(description, total=total)
-        total = None if completed is None else total
-        self.bar.update(self._task, description=description, completed=completed or 0, total=total)
+        with suppress(OSError):
+            if self._task is None:
+                self._task = self.bar.add_task(description, total=total)
+            total = None if completed is None else total
+            self.bar.update(self._task, description=description, completed=completed or 0, total=total)
 
 
 def _introduction(told: Started) -> list[str]:

@@ -53,7 +53,7 @@ class TextSize:
 
 
 class Steps:
-    """The numbers of all steps, eight bytes each: those of a million would be 1.5 GB as lines."""
+    """The numbers of all steps, eight bytes each: those of a million steps would be 1.5 GB as lines."""
 
     def __init__(self) -> None:
         self._columns = {name: array("d") for name in (*COUNTS, "elapsed_s", *STEP)}

@@ -241,8 +241,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def linear(x: Tensor, layers: Sequence[nn.Module], activation: Activation = "none") -> Tensor:
     """Return what the layers give for the activation of x, side by side in (..., Σ C'): one matrix product for all of them.
 
-    On a processor it keeps for the gradient neither what the activation gives nor, in low precision, the weights in it, and
-    forms both again: a twenty-fifth more time for a step, a third less memory for what is kept.
+    On a processor it keeps for the gradient neither what the activation gives nor, in low precision, the weights as
+    converted to it, and forms both again: a twenty-fifth more time for a step, a third less memory for what is kept.
 
     Args:
         x: (..., C), for swiglu (..., 2 C).

@@ -177,7 +177,8 @@ def _product_s(a: torch.Tensor) -> float:
 
 def key(where: torch.device) -> dict[str, Any]:
     """Return all that what was measured depends on."""
-    return {**fingerprint(where, "", ""), "machine": platform.machine()}
+    known = {name: value for name, value in fingerprint(where, "", "").items() if name != "numpy"}
+    return {**known, "machine": platform.machine()}
 
 
 def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:

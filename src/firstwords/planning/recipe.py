@@ -78,18 +78,14 @@ def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
 
 def least_s(for_s: float, tokens_per_s: float, step_tokens: int, beside: Beside) -> float:
     """Return how long such a run takes at least, once it has started: its steps to a plan, and a look on either side."""
-    steps_s = (budget.WARM_STEPS + 1) * step_tokens / tokens_per_s
-    return _first_look_s(tokens_per_s, beside) + steps_s + look_s(for_s, tokens_per_s, beside.held_out_tokens)
-
-
-def _first_look_s(tokens_per_s: float, beside: Beside) -> float:
-    return SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
+    judged = (min(beside.held_out_tokens, most) for most in (FIRST_TOKENS, eval_tokens(for_s, tokens_per_s)))
+    return ((budget.WARM_STEPS + 1) * step_tokens + sum(map(cost_in_tokens, judged))) / tokens_per_s
 
 
 def _learning_s(for_s: float, tokens_per_s: float, beside: Beside) -> float:
     """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
     each_s, last_s = look_s(for_s, tokens_per_s, beside.held_out_tokens), last_look_s(beside.text_bytes)
-    first_s = _first_look_s(tokens_per_s, beside)
+    first_s = SPOKEN_S + cost_in_tokens(min(beside.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
     end_s = budget.END_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
     return for_s - beside.start_s - first_s - end_s - budget.looks(for_s, each_s) * each_s
 
