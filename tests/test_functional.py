@@ -57,7 +57,7 @@ def test_the_gradient_of_attention_by_products_is_that_of_its_formula(
     queries_at_once: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(functional, "QUERIES_AT_ONCE", queries_at_once)
-    inputs = tuple(drawn(B, H, T, D, dtype=torch.float64, seed=seed) for seed in range(3))
+    inputs = tuple(drawn(1, 2, T, 4, dtype=torch.float64, seed=seed) for seed in range(3))  # each number is moved by itself
 
     def seeded_attention(*x: Tensor) -> Tensor:
         torch.manual_seed(0)  # so that the same is dropped each time

@@ -76,7 +76,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(
     farm: ProcessPoolExecutor, tmp_path: Path, proved: Proved, threads: int, full: bool
 ) -> None:
     pace = farm.submit(kill_farm.reference, tmp_path, threads).result()
-    kills = killed(farm, 25 if full else 10, 1, tmp_path, pace)
+    kills = killed(farm, 25 if full else 7, 1, tmp_path, pace)
     proved(len(kills), told(kills, threads, "of forks"))
 
 
@@ -89,7 +89,7 @@ def test_a_real_process_killed_at_random_moments_ends_as_one_that_never_stopped(
         folder = tmp_path / str(threads)
         pace = farm.submit(kill_farm.reference, folder, threads).result()
         with capfd.disabled() if full else nullcontext():
-            kills = killed(farm, 250 if full else 5, 2 if full else 1, folder, pace, real=True)
+            kills = killed(farm, 250 if full else 4, 2 if full else 1, folder, pace, real=True)
         done, said = done + len(kills), [*said, told(kills, threads, "of real processes")]
     proved(done, "; ".join(said))
 
