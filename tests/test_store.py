@@ -147,3 +147,18 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     kept = published(tmp_path)
     store.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_who_only_looks_whether_a_lock_is_held_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    looking = os.open(tmp_path / "run.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+    with (
+        pytest.raises(CannotCreateError, match="in use"),
+        store.lock(tmp_path / "run.lock"),
+    ):
+        pass  # the negative control: it stays held
+    monkeypatch.setattr(store.time, "sleep", lambda _: os.close(looking))
+    with store.lock(tmp_path / "run.lock"):
+        assert store.is_locked(tmp_path / "run.lock")
+    assert not store.is_locked(tmp_path / "run.lock")
