@@ -552,11 +552,11 @@ def _require_time(config: RunConfig, here: Machine, tokens: Tokens) -> None:
     step_tokens = config.batch_size * config.model.context_length
     rate = here.speed.tokens_per_s(config.model, step_tokens)
     least_s = recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)
-    if least_s > config.for_s:
+    if least_s > recipe.UNSURE * config.for_s:
         raise ConfigError(
             "no time is left to learn",
             where=flag("for_s"),
-            why=f"first steps and evaluations of this model take {least_s:.1f} s here, the run has {config.for_s:.1f} s",
+            why=f"first steps and evaluations take about {least_s:.0f} s with this model, the run has {config.for_s:.0f} s",
             do=f"give --for {math.ceil(4 * least_s / 60)}m or more, or a smaller --preset",
         )
 

@@ -13,6 +13,7 @@ START_S = 4.0  # pass before the first look at the model, about, but for prepari
 BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
 SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
 EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 2048  # of a run's time for one evaluation, and its held-out tokens at least
+UNSURE = 2.0  # times as slow as it is, a machine may be guessed to be for a model of which no step fits into a measurement
 NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is looked for
 BATCH_TOKENS, RUN_TOKENS = 4096, 2.5e6  # an update of the first suits a run of the second
 FEWEST_TOKENS = 1024  # an update
