@@ -235,6 +235,41 @@ def test_a_qwen3_that_ours_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
         shapes.from_hf({**config, **wrong}, "here")
 
 
+@pytest.mark.parametrize(
+    ("config", "changed", "ours"),
+    [
+        (QWEN3, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_base": 1e6}),
+        (QWEN3, {"max_position_embeddings": 7}, {"context_length": 7}),
+        (GPT2, {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}, {"gelu_exact": True, "norm_eps": 1e-3}),
+    ],
+    ids=str,
+)
+def test_what_another_tool_changed_counts_and_not_our_own_words_of_before(
+    config: ModelConfig, changed: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    written = shapes.to_hf(config, 256)
+    assert shapes.from_hf(written, "here")[0] == config
+    read = shapes.from_hf({**written, **changed}, "here")[0]
+    assert {key: getattr(read, key) for key in ours} == ours
+    assert shapes.from_hf({**written, "eos_token_id": 3, "dtype": "bfloat16"}, "here")[0] == config  # no logit of these
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (QWEN3, {"rope_parameters": {"rope_theta": [1]}}),
+        (QWEN3, {"rope_parameters": None, "rope_scaling": "x"}),
+        (QWEN3, {"num_attention_heads": "2"}),
+        (GPT2, {"activation_function": ["gelu"]}),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_kind_is_bad_data(config: ModelConfig, wrong: dict[str, Any]) -> None:
+    written = shapes.to_hf(config, 256)
+    with pytest.raises(DataError, match=r"another kind|does not say|has"):
+        shapes.from_hf({**written, **wrong}, "here")
+
+
 def test_what_does_not_give_our_logits_is_not_called_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = names.to_theirs
 

@@ -13,6 +13,9 @@ from firstwords.model.functional import GELU_CUBIC
 from firstwords.weights.names import HEAD, Dialect
 
 OWN = "firstwords"  # the key in config.json under which our own configuration travels
+DROPOUTS = frozenset(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"))
+# In a config.json, what changes no logit: with anything else changed, our own configuration there is out of date.
+NO_SHAPE = frozenset((OWN, "architectures", "dtype", "bos_token_id", "eos_token_id", "initializer_range")) | DROPOUTS
 KNOWN_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # of GPT-2's releases (Radford et al. 2019)
 GELUS = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}  # their names; whether it is the exact one
 QWEN_ROPE_BASE = 10_000.0  # transformers' default
@@ -29,13 +32,21 @@ def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, Dialect
     if kind not in ("gpt2", "qwen3"):
         raise DataError(f"is a model of type {str(kind)[:80]!r}", where=where, why="gpt2 and qwen3 can be read")
     dialect: Dialect = "gpt2" if kind == "gpt2" else "qwen3"
-    if OWN in config:
-        return model_config(config[OWN], where), dialect
+    if OWN in config and not _is_changed(own := model_config(config[OWN], where), config):
+        return own, dialect
     try:
         saved = _gpt2(config, where) if kind == "gpt2" else _qwen3(config, where)
     except KeyError as error:
         raise DataError(f"does not say {error}", where=where) from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError("has a setting of another kind than it should be", where=where, why=str(error)) from error
     return model_config({**dataclasses.asdict(ModelConfig()), **saved}, where), dialect
+
+
+def _is_changed(own: ModelConfig, config: Mapping[str, Any]) -> bool:
+    """Whether another tool has changed the model since its own configuration was put into a `config.json`."""
+    written = to_hf(own, own.vocab_size - 1)
+    return any(config.get(key, value) != value for key, value in written.items() if key not in NO_SHAPE)
 
 
 def _gpt2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], n_heads: int | None, *, 
     try:
         vocab_size, emb_dim = shapes["tok_emb.weight"]
         context_length, ff_dim = shapes["pos_emb.weight"][0], shapes["trf_blocks.0.ff.layers.0.weight"][0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise DataError(f"is no model of the chapter's: {error}", where=where) from error
     layers = [int(found[1]) for name in shapes if (found := re.match(r"trf_blocks\.(\d{1,6})\.", name))]
     heads = n_heads or KNOWN_HEADS.get(emb_dim)
