@@ -174,6 +174,13 @@ def test_a_special_token_that_a_long_text_might_be_cut_in_is_refused(text: str) 
         byte_tokenizer().with_special([text])
 
 
+@pytest.mark.parametrize("texts", [["#"], ["¶"], ["<a>", "<a>b"], ["<|endoftext|>s"]])
+def test_a_special_token_that_files_or_tools_could_take_for_another_is_refused(texts: list[str]) -> None:
+    with pytest.raises(ConfigError, match="special-tokens"):
+        byte_tokenizer().with_special(texts)
+    assert byte_tokenizer().with_special(["<a>", "<b>"]).vocab_size == 259  # the negative control
+
+
 def test_a_special_token_of_two_ids_is_refused() -> None:
     value = json.loads(byte_tokenizer().with_special(["<|user|>"]).json)
     value["added_tokens"][1]["id"] = 258

@@ -69,13 +69,24 @@ class Tokenizer:
         """Return this tokenizer with more special tokens; all other ids stay.
 
         Raises:
-            ConfigError: White space in one of them, where a long text might be cut, or nothing in it.
+            ConfigError: White space in one of them, where a long text might be cut, or nothing in it; the spelling of a
+                word, which files could not tell from it; or one begins another, of which tools choose differently.
         """
         new = [text for text in dict.fromkeys(texts) if text not in (END_OF_TEXT, *self.special)]
+        words = {_spell(word, _byte_letters()) for word in self.ranks} if new else set[str]()
+        special = (END_OF_TEXT, *self.special, *new)
         for text in new:
+            begins = [one for one in special if one != text and (one.startswith(text) or text.startswith(one))]
             if not text or regex.search(r"\s", text):
-                do = "give texts such as <|user|>, separated by commas"
-                raise ConfigError(f"{text!r} cannot be a token of its own", where="--special-tokens", do=do)
+                why = "it is empty, or has white space in it"
+            elif text in words:
+                why = "it is how one of the vocabulary's own words is written"
+            elif begins:
+                why = f"one of {text!r} and {begins[0]!r} begins the other"
+            else:
+                continue
+            do = "give texts such as <|user|>, separated by commas"
+            raise ConfigError(f"{text!r} cannot be a token of its own", where="--special-tokens", why=why, do=do)
         return Tokenizer(self.name, self.ranks, (*self.special, *new)) if new else self
 
     def encode(self, text: str) -> list[int]:
