@@ -101,14 +101,15 @@ def _packed(documents: Iterable[bytes]) -> Iterator[Array]:
 
 def _symbols(documents: Iterable[bytes]) -> Iterator[Array]:
     """Yield the symbols of documents, uint16, about `AT_ONCE` together."""
-    waiting: list[Array] = []
+    waiting, n_waiting = list[Array](), 0
     for document in documents:
         waiting.append(np.array([BEGIN], np.uint16))
         for start in range(0, len(document), AT_ONCE):
             waiting.append(np.frombuffer(document, np.uint8, min(AT_ONCE, len(document) - start), start).astype(np.uint16))
-            if sum(map(len, waiting)) >= AT_ONCE:
+            n_waiting += len(waiting[-1])
+            if n_waiting >= AT_ONCE:
                 yield np.concatenate(waiting)
-                waiting = []
+                waiting, n_waiting = [], 0
     if waiting:
         yield np.concatenate(waiting)
 
