@@ -44,7 +44,7 @@ def main() -> None:
     rows = []
     for text in given.texts:
         plan = firstwords("plan", str(text), "--for", given.budget)
-        fitting = [candidate for candidate in plan["candidates"] if candidate["fits"]]
+        fitting = [candidate for candidate in plan["candidates"] if candidate["fits"] and candidate["has_time"]]
         came = [trained(text, candidate, given.budget) for candidate in fitting]
         for candidate, bits in zip(fitting, came, strict=True):
             name = f"{candidate['tokenizer']}, {candidate['preset']}"

@@ -15,6 +15,7 @@ from command import TEXT, Command, Refused, write
 from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
 from firstwords import api, judging, resolve
+from firstwords.app import plans
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost
@@ -29,7 +30,8 @@ from firstwords.training.events import Event, Saved, ignore
 GIB = 1 << 30
 FAST = Speed(flops_per_s=1e12)
 TOKENS = Tokens("bpe", 2048, training=350_000, training_bytes=1e6, held_out=40_000, difficulty=2.6)
-KEYS = {"tokenizer", "preset", "batch_size", "fits", "memory_bytes", "tokens_per_s", "steps", "epochs", "elapsed_s"}
+KEYS = {"tokenizer", "preset", "batch_size", "fits", "has_time", "memory_bytes", "tokens_per_s"}
+KEYS |= {"steps", "epochs", "elapsed_s"}
 
 
 def here(speed: Speed = FAST, free_bytes: int | None = 64 * GIB) -> Machine:
@@ -81,6 +83,25 @@ def test_what_does_not_fit_into_free_memory_says_so_and_is_not_recommended(found
     assert "memory" in nothing.why
     unknown = plan.plan(found, here(free_bytes=None), for_s=180)
     assert all(one.fits for one in unknown.candidates)
+
+
+def test_what_has_no_time_for_its_first_steps_says_so_and_is_not_recommended(found: facts.TextFacts) -> None:
+    made = plan.plan(found, here(Speed(flops_per_s=2e9)), for_s=20)
+    has_time = {one.preset: one.has_time for one in made.candidates}
+    assert has_time["laptop-tiny"]
+    assert not has_time["laptop-large"]
+    assert not has_time["gpt2-124m"]
+    assert made.recommended is not None
+    assert made.recommended.has_time
+    assert "fit into memory and time" in made.why  # laptop does not: what is taken is not held against it
+    for one in made.candidates:
+        cells = plans.row(one, with_time=False)
+        assert ("none" in cells) is not one.has_time
+        assert any("-" in cell for cell in cells[1:]) is one.has_time  # a range of bits per byte
+    nothing = plan.plan(found, here(Speed(flops_per_s=1e6)), for_s=20)
+    assert nothing.recommended is None
+    assert "time" in nothing.why
+    assert all(one.has_time for one in plan.plan(found, here(), for_s=180).candidates if one.preset != "gpt2-124m")
 
 
 @pytest.mark.parametrize("seconds", [60, 600])
@@ -259,6 +280,7 @@ def test_plan_says_all_that_it_promises(command: Command, here: Path) -> None:
     shown = command("plan", "story.txt", "--for", "1m").out
     assert "firstwords train story.txt --for 1m" in shown
     assert "because" in shown
+    assert "train refuses it" in command("plan", "story.txt", "--for", "2s").out  # GPT-2's size in two seconds
 
 
 @pytest.mark.usefixtures("measured")

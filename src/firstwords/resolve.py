@@ -344,7 +344,9 @@ def settled(
         here = plan.Machine(speed(device, precision, config, found), precision, on_gpu=device.type != "cpu")
         tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
-        if device.type == "cuda" or (device.type == "cpu" and config.compile != "on" and _time_budget(config) is not None):
+        is_timed = device.type == "cpu" and config.compile != "on" and _time_budget(config) is not None
+        if device.type == "cuda" or (is_timed and asked.texts is not None):  # all of a resumed run is decided
+            _require_memory(fitted(tokens, here))  # before a step of it is tried
             here = _at_this_moment(here, functools.partial(fitted, tokens))
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
@@ -352,12 +354,9 @@ def settled(
     corpora.require_context(prepared.train, config.model.context_length)
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
-    if asked.texts is not None:
-        _require_time(config, here, tokens)
     of_file = asked.texts is not None and corpora.parse_tokenizer(config.tokenizer)[0] == "file"
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device), precision)
-    if device.type == "cpu":
-        _require_memory(cost.training_bytes(model, micro, precision), machine.memory_bytes())
+    _require_memory(config)
     config = dataclasses.replace(
         config,
         text=_absolute(config.text),
@@ -369,6 +368,8 @@ def settled(
         threads=config.threads or machine.usable_threads(),
     )
     config, expected = _expected(config, tokens, here, found)
+    if asked.texts is not None:
+        _require_time(expected)
     if expected.memory_bytes is None:
         return config, expected
     had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
@@ -396,8 +397,13 @@ def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
     return config
 
 
-def _require_memory(needed: int, there: int | None) -> None:
-    if there is not None and needed > there:
+def _require_memory(config: RunConfig) -> None:
+    """Raise a ConfigError for what a processor's memory does not hold; that of a GPU is found out on the way."""
+    from firstwords.planning import machine
+
+    micro = config.micro_batch_size or cost.micro_batch_size(config.model, config.batch_size or 1)
+    needed, there = cost.training_bytes(config.model, micro, config.precision), machine.memory_bytes()
+    if config.on_cpu and there is not None and needed > there:
         raise ConfigError(
             f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
             where="--model.emb-dim",
@@ -543,20 +549,14 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     return dataclasses.replace(config, steps=steps, epochs=None)
 
 
-def _require_time(config: RunConfig, here: Machine, tokens: Tokens) -> None:
+def _require_time(expected: Candidate) -> None:
     """Raise a ConfigError for a model that is too large to learn anything within the time budget on this machine."""
-    from firstwords.planning import recipe
-
-    if config.for_s is None or config.batch_size is None:
-        return
-    step_tokens = config.batch_size * config.model.context_length
-    rate = here.speed.tokens_per_s(config.model, step_tokens)
-    least_s = recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)
-    if least_s > recipe.UNSURE * config.for_s:
+    if not expected.has_time:
+        least_s, for_s = expected.least_s, expected.elapsed_s
         raise ConfigError(
             "no time is left to learn",
             where=flag("for_s"),
-            why=f"first steps and evaluations take about {least_s:.0f} s with this model, the run has {config.for_s:.0f} s",
+            why=f"first steps and evaluations take about {least_s:.0f} s with this model, the run has {for_s:.0f} s",
             do=f"give --for {math.ceil(4 * least_s / 60)}m or more, or a smaller --preset",
         )
 

@@ -159,6 +159,8 @@ class Console:
         beyond = dict.fromkeys(word for one in found.candidates if one.expected for word in one.expected.beyond)
         if not all(one.fits for one in found.candidates):
             self.out.print("! more memory than is free")
+        if not all(one.has_time for one in found.candidates):
+            self.out.print("none: no time for more than its first steps, so train refuses it")
         if beyond:
             self.out.print(f"* a wide guess: {', '.join(beyond)}")
         self.out.print(f"\ntake      {plans.taken(found)}\nbecause   {found.why}")

@@ -32,16 +32,16 @@ def text_lines(found: Plan) -> list[str]:
 def row(candidate: Candidate, *, with_time: bool) -> tuple[str, ...]:
     """Return a candidate's cells: its speed, or with a target its time."""
     memory = "" if candidate.memory_bytes is None else f"{candidate.memory_bytes / 1e9:.1f} GB"
-    expected = candidate.expected
+    expected = candidate.expected if candidate.has_time else None
     return (
         f"{candidate.preset} {candidate.tokenizer}",
         str(candidate.batch_size),
         memory + ("" if candidate.fits else " !"),
         duration(candidate.elapsed_s) if with_time else f"{candidate.tokens_per_s:,.0f}",
-        f"{candidate.steps:,}",
-        f"{candidate.epochs:.1f}",
+        f"{candidate.steps:,}" if candidate.has_time else "none",
+        f"{candidate.epochs:.1f}" if candidate.has_time else "",
         "" if expected is None else f"{expected.low:.2f}-{expected.high:.2f}" + ("*" if expected.beyond else " "),
-        RISKS[candidate.by_heart],
+        RISKS[candidate.by_heart] if candidate.has_time else "",
     )
 
 

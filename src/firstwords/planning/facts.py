@@ -18,7 +18,6 @@ from firstwords.text.sources import Document, Texts
 from firstwords.text.tokenizer import Tokenizer
 
 PASSAGE_BYTES = 64  # repeated to the letter, they are no chance
-FINGERPRINTS = 64  # one passage of so many is remembered
 FINGERPRINT_BYTES = 64 << 20  # of a text are searched for repeated passages
 IDS_AT_ONCE = 1 << 17
 HASHED_BYTES = 1 << 18  # at once: each takes up to 40 bytes of memory meanwhile

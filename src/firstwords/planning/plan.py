@@ -80,15 +80,22 @@ class Candidate:
     steps: int
     epochs: float
     elapsed_s: float
+    least_s: float  # that first steps and looks at it take of a time budget; 0 without one
     expected: Prediction | None  # None: the law does not know a model that has learnt elsewhere
     by_heart: Risk
+
+    @property
+    def has_time(self) -> bool:
+        """Whether it learns anything within its time budget, as far as can be guessed: a run that would not is refused."""
+        return self.least_s <= recipe.UNSURE * self.elapsed_s
 
     def as_dict(self) -> dict[str, Any]:
         """Return the candidate as JSON has it."""
         expected, values = self.expected, dict(vars(self))
-        del values["expected"]
+        del values["expected"], values["least_s"]
         return {
             **values,
+            "has_time": self.has_time,
             "tokens_per_s": round(self.tokens_per_s, 1),
             "epochs": round(self.epochs, 3),
             "elapsed_s": round(self.elapsed_s, 1),
@@ -135,6 +142,8 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.beside)
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
+    step_tokens = batch_size * model.context_length
+    least_s = 0.0 if config.for_s is None else recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)
     memory = cost.training_bytes(model, micro, config.precision)
     mapped = cost.mapped_bytes(model.vocab_size, tokens.training, learnt / model.context_length)
     return Candidate(
@@ -148,6 +157,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         steps=steps,
         epochs=epochs,
         elapsed_s=elapsed_s,
+        least_s=least_s,
         expected=_expected(config, tokens, learnt),
         by_heart=by_heart(epochs, cost.parameters(model), tokens),
     )
@@ -215,9 +225,9 @@ def can_learn(preset: str, n_tokens: float) -> bool:
 def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
     """Return the candidate to take: `laptop` with a vocabulary of the text's own, unless another is clearly better.
 
-    Only what fits into memory, and whose recipe was tried, is recommended; and instead of `laptop` only what lies beyond
-    nothing that was tried which `laptop` does not lie beyond too, such as by its text, or in a shorter run: the less a run
-    learns from, the smaller is what it learns best.
+    Only what fits into memory and time, and whose recipe was tried, is recommended; and instead of `laptop` only what lies
+    beyond nothing that was tried which `laptop` does not lie beyond too, such as by its text, or in a shorter run: the less
+    a run learns from, the smaller is what it learns best.
     """
     known = _eligible(candidates)
     usual = next((one for one in known if one.preset == "laptop"), None)
@@ -337,7 +347,7 @@ def soonest(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def _eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return what fits and whose recipe was tried, with a vocabulary of the text's own; where none has one, with another."""
-    known = [one for one in candidates if one.fits and one.preset in PRESETS]
+    known = [one for one in candidates if one.fits and one.has_time and one.preset in PRESETS]
     return [one for one in known if one.tokenizer.startswith("bpe")] or known
 
 
@@ -345,6 +355,8 @@ def why(best: Candidate | None, candidates: Sequence[Candidate], target: float |
     """Return in words why a candidate is recommended, or why none is."""
     if best is None and target is not None:
         return f"no candidate that fits is expected to reach {target} bits per byte on this text, however long it learns"
+    if best is None and any(one.fits for one in candidates):
+        return "no candidate that fits into the free memory has the time for its first steps"
     if best is None:
         return "none of the candidates fits into the free memory"
     if target is not None:
@@ -354,6 +366,8 @@ def why(best: Candidate | None, candidates: Sequence[Candidate], target: float |
     usual = next((one for one in candidates if (one.tokenizer, one.preset) == ("bpe", "laptop")), None)
     if usual is None:
         return "it is expected to be the best of those that can learn from so short a text"
+    if not (usual.fits and usual.has_time):
+        return "it is expected to be the best of those that fit into memory and time"
     return f"it is expected to be better than laptop by {1 - _bits(best) / _bits(usual):.0%}"
 
 
