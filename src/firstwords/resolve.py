@@ -244,7 +244,8 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        prepared = _prepare_anew(asked.config, texts, listener)
+        n_ids = asked.config.model.vocab_size - len(_special(asked.config))  # as the rule for them was then
+        prepared = _prepare_anew(asked.config, texts, listener, n_ids)
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if recorded is None or not recorded.is_dir():
             raise
@@ -282,7 +283,7 @@ def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener
     return heard
 
 
-def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus:
+def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, n_ids: int | None = None) -> Corpus:
     notice = noticed(listener)
     val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
@@ -291,6 +292,7 @@ def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener) -> Corpus
         cache=cache_folder(),
         held_out=config.val_fraction if val is None else val,
         special=_special(config),
+        n_ids=n_ids,
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )

@@ -145,6 +145,7 @@ def prepare(
     cache: Path,
     held_out: float | Texts = 0.1,
     special: tuple[str, ...] = (),
+    n_ids: int | None = None,
     notice: Notice = lambda _: None,
     progress: Progress = silent,
 ) -> Corpus:
@@ -157,6 +158,7 @@ def prepare(
         cache: Folder of prepared corpora, named by content hash.
         held_out: The share of each document's end that is held out, in characters; or texts that are held out as a whole.
         special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
+        n_ids: Of a `bpe` whose size nobody named; None: `fitting_vocab_size`.
         notice: Told what a person should know.
         progress: Told how far it is.
 
@@ -189,7 +191,7 @@ def prepare(
         validation = _Slices(val, [(0, n) for n in found_val.n_chars], found_val.total_chars, progress)
     else:
         validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
-    made = make_tokenizer(tokenizer, training, sum(cuts)).with_special(special)
+    made = make_tokenizer(tokenizer, training, sum(cuts), n_ids).with_special(special)
     try:
         _publish(folder, training, validation, made, found.sha256)
     except CannotCreateError:  # another process was faster with the same text
@@ -265,14 +267,16 @@ def parse_tokenizer(name: str) -> tuple[str, int]:
 
 
 def fitting_vocab_size(n_chars: int) -> int:
-    """Return how many ids a tokenizer trained on so many characters should have: the power of two next to 2 √characters.
+    """Return how many ids a tokenizer trained on so many characters should have: a power of two.
 
-    Source: docs/recipe.md.
+    It is the one next to 2 √characters, or to 17 ∛characters where that is less. Source: docs/recipe.md.
     """
-    return min(LARGEST_FITTING, max(SMALLEST_FITTING, 1 << round(math.log2(2 * math.sqrt(max(1, n_chars))))))
+    n_chars = max(1, n_chars)
+    wanted = math.log2(min(2 * math.sqrt(n_chars), 17 * math.cbrt(n_chars)))
+    return min(LARGEST_FITTING, max(SMALLEST_FITTING, 1 << round(wanted)))
 
 
-def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars: int) -> Tokenizer:
+def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars: int, n_ids: int | None = None) -> Tokenizer:
     """Return the tokenizer of that name; a `bpe` is trained on the training part only, which has `n_chars` characters.
 
     Of a large text it learns from pieces at even distances: from half of 12 MB, it needs 0.5 % more ids than from all.
@@ -288,7 +292,7 @@ def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars:
         case "bpe":
             pieces = tokenizers.safe_pieces(piece for document in training for piece in document.pieces())
             spread = islice(pieces, 0, None, max(1, math.ceil(n_chars / BPE_CHARS)))
-            return tokenizers.train_bpe(spread, size or fitting_vocab_size(n_chars))
+            return tokenizers.train_bpe(spread, size or n_ids or fitting_vocab_size(n_chars))
         case _:
             return tokenizers.read(Path(name))
 
