@@ -12,10 +12,11 @@ from rich.text import Text
 from command import ESC, Command
 from conftest import STORY, TINY
 from firstwords import api
+from firstwords.app.console import Console
 from firstwords.app.progress import WIDTH, Curve, LiveDisplay, PlainDisplay
 from firstwords.app.words import BLOCKS, sparkline
 from firstwords.insight.surprise import HOTTEST, heat
-from firstwords.training.events import Sampled, StepDone
+from firstwords.training.events import Preparing, Sampled, StepDone
 
 
 def step(number: int, nats: float = 1.0) -> StepDone:
@@ -24,6 +25,16 @@ def step(number: int, nats: float = 1.0) -> StepDone:
 
 def live(width: int = 100) -> LiveDisplay:
     return LiveDisplay(RichConsole(file=io.StringIO(), force_terminal=True, width=width))
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, lines in (("dumb", True), ("xterm", False)):
+        monkeypatch.setenv("TERM", kind)
+        shown, console = io.StringIO(), Console()
+        console.err = RichConsole(file=shown, force_terminal=True, width=100)  # type: ignore[assignment]
+        with console.progress() as tell:
+            tell(Preparing("reading", 0.5))
+            assert ("reading: 50%\n" in shown.getvalue()) is lines
 
 
 def below(display: LiveDisplay) -> list[str]:

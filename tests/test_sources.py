@@ -130,6 +130,19 @@ def test_a_folder_is_searched_in_sorted_order_without_hidden_and_other_files(tmp
     assert contents(texts) == ["a.TXT", "json", "a/z.md", "b.txt", "é.md.gz"]
 
 
+def test_what_a_folder_holds_that_is_not_read_is_said(tmp_path: Path):
+    for name in ("a.py", "b.py", "c.org", "Makefile", ".hidden", "README.md"):
+        write(tmp_path / name, "some text")
+    told: list[str] = []
+    assert len(list(read([tmp_path], notice=told.append))) == 1
+    (line,) = told
+    assert "other files are not read, 4 of .py, " in line
+    assert ".org" in line
+    for name in ("a.py", "b.py", "c.org", "Makefile"):
+        (tmp_path / name).unlink()
+    read([tmp_path], notice=pytest.fail)  # the negative control
+
+
 def test_a_run_in_the_text_s_folder_is_no_text(tmp_path: Path):
     write(tmp_path / "a.txt", "a")
     for run in (tmp_path / "runs/b", tmp_path / "c"):
@@ -141,8 +154,8 @@ def test_a_run_in_the_text_s_folder_is_no_text(tmp_path: Path):
     write(tmp_path / "d/d.txt", "d")
     told: list[str] = []
     assert contents(read([tmp_path], notice=told.append)) == ["a", "d"]
-    assert len(told) == 2
-    assert all("it is a run" in line for line in told)
+    assert ["it is a run" in line for line in told] == [True, True, False]
+    assert ".toml" in told[2]
     error_of(NoInputError, tmp_path / "c")
 
 

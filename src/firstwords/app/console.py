@@ -79,7 +79,7 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[Listener]:
         """Yield a listener that shows what it is told while inside."""
-        live = self.err.is_terminal and not self.err.is_jupyter
+        live = self.err.is_terminal and not (self.err.is_jupyter or self.err.is_dumb_terminal)
         display = LiveDisplay(self.err) if live else PlainDisplay(self.err)
 
         def tell(told: Told) -> None:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]  # told one line that a person should read
 
 SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, each also with .gz
+SHOWN_KINDS = 3  # of the files in a folder that are not read
 RUN_PARTS = ("config.toml", "checkpoints")  # of a run folder, whose journals are no text
 PIECE_BYTES = 2**20
 HEAD_BYTES = 2**16  # looked at before anything is read in full
@@ -252,7 +254,7 @@ def _file(path: Path, encoding: str | None) -> _Source:
 
 
 def _text_files(folder: Path, notice: Notice) -> list[Path]:
-    found = []
+    found, left = list[Path](), Counter[str]()
     with _errors_of(_shown(folder)):
         for parent, folders, files in os.walk(folder, onerror=_raise):
             if set(RUN_PARTS) <= {*folders, *files}:
@@ -262,11 +264,17 @@ def _text_files(folder: Path, notice: Notice) -> list[Path]:
             folders[:] = [name for name in folders if not name.startswith(".")]
             for link in filter(Path.is_symlink, (Path(parent, name) for name in folders)):
                 notice(f"{_shown(link)}: skipped, it is a link to a folder")
-            visible = (name for name in files if not name.startswith("."))
-            found += [Path(parent, name) for name in visible if name.lower().removesuffix(".gz").endswith(SUFFIXES)]
+            for name in (name for name in files if not name.startswith(".")):
+                if name.lower().removesuffix(".gz").endswith(SUFFIXES):
+                    found.append(Path(parent, name))
+                else:
+                    left[Path(name).suffix or name] += 1
     if not found:
         why, do = f"it holds no {', '.join(SUFFIXES)}, also not with .gz", "name files of other kinds one by one"
         raise NoInputError("no text in this folder", where=_shown(folder), why=why, do=do)
+    if left:
+        kinds = ", ".join(kind for kind, _ in left.most_common(SHOWN_KINDS))
+        notice(f"{_shown(folder)}: other files are not read, {left.total()} of {kinds}; name those that are text one by one")
     return sorted(found, key=Path.as_posix)
 
 
