@@ -437,6 +437,8 @@ def peak_bytes(*arguments: str) -> int:
     ids=["one line", "lines of one character", "one character"],
 )
 def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, full_size: int, full_tokenizer: str):
+    if not full and len(piece) < 3:
+        pytest.skip("NOT RUN: bytes as tokens take the way of one line; make reliability cuts these into words")
     size, tokenizer = (full_size, full_tokenizer) if full else (128 * MB, "bytes")
     many = piece * (MB // len(piece))
     for name, wanted in (("small.txt", 4 * MB), ("large.txt", size)):

@@ -242,13 +242,13 @@ def test_a_disk_that_cannot_be_looked_at_for_a_moment_does_not_end_a_run(
 ) -> None:
     system, cases = FailingLooks(1 << 30, number), 0
     Tried(ram / "counted", system).check(expected, for_ever=False)
-    for n in range(1, system.count + 1, 7 if full else 31):
+    for n in range(1, system.count + 1, 7 if full else 61):
         for for_ever in (False, True):
             tried = Tried(ram / "home", FailingLooks(n, number, for_ever=for_ever))
             tried.check(expected, for_ever=for_ever)
             shutil.rmtree(ram / "home")
             cases += 1
-    assert cases > (50 if full else 12)
+    assert cases > (50 if full else 6)
     proved(cases)
 
 

@@ -29,7 +29,7 @@ from firstwords.training.events import Sampled, Told
 from kill_farm import Kill, Pace
 
 SEED = 20_000
-EVERY = 23  # a process is killed at one place of so many where not all are tried
+EVERY = 37  # a process is killed at one place of so many where not all are tried
 MEMORY = "/dev/shm"
 Proved = Callable[..., None]
 pytestmark = pytest.mark.system
@@ -76,7 +76,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(
     farm: ProcessPoolExecutor, tmp_path: Path, proved: Proved, threads: int, full: bool
 ) -> None:
     pace = farm.submit(kill_farm.reference, tmp_path, threads).result()
-    kills = killed(farm, 25 if full else 7, 1, tmp_path, pace)
+    kills = killed(farm, 25 if full else 5, 1, tmp_path, pace)
     proved(len(kills), told(kills, threads, "of forks"))
 
 
