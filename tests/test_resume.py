@@ -13,18 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, recorder, resolve, store
+from firstwords import api, exchange, recorder, resolve, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
-from firstwords.planning import budget, system
+from firstwords.planning import budget, machine, measure, system
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus
 from firstwords.text.tokenizer import train_bpe
 from firstwords.training import loop
 from firstwords.training import state as states
@@ -455,6 +457,150 @@ def test_a_journal_that_cannot_be_written_does_not_end_the_run(
     run = api.train(text, out=tmp_path / "mute", listener=told.append, optim=optim, **options)
     assert run.last["weights_sha256"] == whole.last["weights_sha256"]
     assert len([t for t in told if isinstance(t, Notice) and "without its journal" in t.text]) == 1
+
+
+def test_best_weights_that_made_room_for_a_checkpoint_which_found_none_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk holds the weights of the last step, which are the best, but not what the optimizers keep beside them."""
+    monkeypatch.setattr(recorder, "RETRY_S", 0.0)
+    real = store.publish
+
+    def publish(folder: Path, files: Any, describe: Any) -> Any:
+        if folder.name == "step-00000005" and checkpoint.OPTIMIZER in files:
+            raise StorageError("the disk is full", where=str(folder))
+        return real(folder, files, describe)
+
+    monkeypatch.setattr(store, "publish", publish)
+    with pytest.raises(StorageError):
+        train(tmp_path, "full", steps=5)
+    assert api.load(tmp_path / "full").step == 5
+    monkeypatch.setattr(store, "publish", real)
+    assert train(tmp_path, "full", resume=True).best_step == 5  # and it goes on from the one before
+
+
+def test_weights_alone_are_kept_where_what_came_after_them_is_damaged(tmp_path: Path) -> None:
+    ours, told = {"config_sha256": "ours"}, list[str]()
+    first, _, last = (
+        checkpoint.save(tmp_path, step, {}, optimizer, {}, b"", ours) for step, optimizer in ((1, {}), (2, None), (3, {}))
+    )
+    (last.folder / checkpoint.TOKENIZER).write_bytes(b"damaged")
+    (first.folder / checkpoint.TOKENIZER).rename(tmp_path / "away")
+    with pytest.raises(DataError, match="every checkpoint is damaged"):
+        checkpoint.newest(tmp_path, told.append, ours)
+    assert [checkpoint.step_of(path) for path in checkpoint.existing(tmp_path)] == [1, 2, 3]  # as it was
+    (tmp_path / "away").rename(first.folder / checkpoint.TOKENIZER)
+    found = checkpoint.newest(tmp_path, told.append, ours)
+    assert found is not None
+    assert found.step == 1
+    assert checkpoint.existing(tmp_path) == [first.folder]
+    (kept,) = tmp_path.glob("damaged-step-00000002-*")
+    assert any(kept.name in line for line in told)
+    checkpoint.save(tmp_path, 2, {}, None, {}, b"", ours)
+    checkpoint.newest(tmp_path, pytest.fail, ours)  # the negative control: what a kill left goes, and nothing is said
+    assert checkpoint.existing(tmp_path) == [first.folder]
+    assert list(tmp_path.glob("damaged-step-00000002-*")) == [kept]
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    run, before = RunFolder(tmp_path / "whole"), outcome(tmp_path / "whole")
+    lines = run.metrics.path.read_bytes()
+    with pytest.raises(ConfigError, match="steps already"):
+        train(tmp_path, "whole", resume=True, steps=STEPS - 1)
+    assert run.metrics.path.read_bytes() == lines
+    assert outcome(run.path) == before
+
+
+def test_another_micro_batch_is_not_said_to_be_bit_exact(tmp_path: Path) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 3))
+    told: list[Told] = []
+    api.train(out=tmp_path / "run", resume=True, micro_batch_size=2, listener=told.append)
+    assert Notice("not bit-exact because: micro_batch_size 4 -> 2") in told
+
+
+def test_a_run_that_was_stopped_before_it_was_judged_is_not_said_to_be_as_good_as_it_began(tmp_path: Path) -> None:
+    stopped = train(tmp_path, "run", stop_by=(StepDone, 3))
+    assert (stopped.best_step, stopped.bits_per_byte) == (3, None)
+    assert api.info(tmp_path / "run")["best_step"] == 3
+    figures = exchange._figures(tmp_path / "run", 3)
+    assert "held-out bits per byte" not in figures
+    assert figures["learnt from"].startswith(f"{stopped.tokens:,} tokens")
+    assert exchange._figures(tmp_path / "run", 0)["held-out bits per byte"].endswith("(step 0)")  # the negative control
+
+
+def test_a_run_that_was_stopped_is_not_kept_waiting_for_a_scale(tmp_path: Path) -> None:
+    told: list[Told] = []
+
+    def listener(event: Told) -> None:
+        told.append(event)
+        stopping((StepDone, 7))(event)
+
+    run = train(tmp_path, "run", report=True, listener=listener)
+    assert (run.stopped, run.best_step) == ("SIGTERM", 5)
+    lines = [event.text for event in told if isinstance(event, Notice)]
+    assert any("to set its best weights on a scale" in line for line in lines)
+    assert RunFolder(tmp_path / "run").report.is_file()
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_run_whose_checkpoints_are_gone_is_not_whole(tmp_path: Path) -> None:
+    assert api.verify(tmp_path / "whole").ok  # the negative control
+    shutil.rmtree(RunFolder(tmp_path / "whole").checkpoints)
+    found = api.verify(tmp_path / "whole")
+    assert not found.ok
+    assert "none of its checkpoints" in found.checkpoints[0].problem
+
+
+def test_a_run_goes_on_with_as_many_words_as_it_began_with_whatever_rule_there_is_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = train(tmp_path, "run", tokenizer="bpe", special_tokens="<|a|>,<|b|>", stop_by=(StepDone, 3))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(corpus, "fitting_vocab_size", lambda n_chars: 300)
+    assert train(tmp_path, "run", resume=True).tokens > began.tokens
+    other = train(tmp_path, "other", tokenizer="bpe", stop_by=(StepDone, 1))  # the negative control
+    assert api.info(other.run)["config"]["vocab_size"] == 300
+
+
+def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 3))
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"text": "story.txt", "out": "run", "resume": True}
+    assert api.train(val="other.txt", **given).steps == STEPS
+    with pytest.raises(ConfigError, match="--val"):
+        api.train(val="story.txt", **given)  # the negative control
+
+
+def test_a_time_budget_that_goes_on_measures_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = {**TINY, "for_s": 20.0, "listener": stopping((StepDone, 3))}
+    (tmp_path / "story.txt").write_text(STORY)
+    api.train(tmp_path / "story.txt", out=tmp_path / "run", **timed)
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(measure, "point_now", refuse)
+    api.train(out=tmp_path / "run", resume=True, listener=stopping((StepDone, 6)))
+    with pytest.raises(AssertionError):
+        api.train(tmp_path / "story.txt", out=tmp_path / "new", **timed)  # the negative control
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match="this machine has"):  # and what has no room is refused before it is tried
+        api.train(tmp_path / "story.txt", out=tmp_path / "large", **timed)
+
+
+def test_the_file_of_a_run_serves_for_another_text(tmp_path: Path) -> None:
+    options = {"tokenizer": "bpe", "stop_by": (StepDone, 1)}
+    small = train(tmp_path, "small", **options)
+    letters = np.random.default_rng(0).integers(97, 123, (80_000, 5))
+    (tmp_path / "large.txt").write_text(" ".join("".join(map(chr, word)) for word in letters))
+    made = api.train(
+        tmp_path / "large.txt", config=tmp_path / "small/config.toml", out=tmp_path / "large", steps=1, val=None
+    )
+    words = [api.info(run.run)["config"]["vocab_size"] for run in (small, made)]
+    assert words[0] < words[1]
 
 
 def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
 
     run, corpus = recorder.run, recorder.corpus
     is_best = best_step == recorder.state.step
+    recorder.listener(Preparing("writing the report", None))
     dtype = machine.DTYPES[recorder.config.precision]
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else read_model(run.path)
     recorder.listener(Trained(lm))
@@ -159,7 +160,8 @@ def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: EvaluatedTokens | N
     if not quick_tokens(recorder.corpus, recorder.config.eval_tokens):
         return None
     plans = recorder.budget
-    if tokens is None and plans is not None and not plans.has_time_for_scale(time.perf_counter()):
+    late = plans is not None and not plans.has_time_for_scale(time.perf_counter())
+    if tokens is None and (late or recorder.stopped in signals.NAMES):
         line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
         recorder.listener(Notice(line))
         return None
@@ -191,6 +193,7 @@ def _begin(
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
+    fingerprint["micro_batch_size"] = config.micro_batch_size  # sums of other parts differ in their last bits
     recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
     if resume:
         recorder.restore(more_time=asked.more_time)
@@ -430,7 +433,7 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
         "run": str(source),
         "parameters": cost.parameters(model),
         "steps": steps,
-        "best_step": found.step if state.get("best_step") is None else state["best_step"],
+        "best_step": found.step if run.exists or state.get("best_step") is None else state["best_step"],
         "checkpoint": str(found.folder),
         "weights_sha256": found.weights_sha256,
         "precision": config.get("precision"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from firstwords import resolve, store
 from firstwords.config import did_you_mean, from_toml, run_config
@@ -17,9 +17,6 @@ from firstwords.loading import load, located
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Preparing, ignore
-
-if TYPE_CHECKING:
-    pass
 
 EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"  # the chapter's
@@ -146,20 +143,21 @@ def export(
         difference = exporting.to_gguf(lm, Path(out), kind or "f32")
     else:
         shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
-        card = exporting.model_card(str(source), {**shape, **_figures(Path(source))})
+        card = exporting.model_card(str(source), {**shape, **_figures(Path(source), lm.step)})
         difference = exporting.to_hf(lm, Path(out), card)
     return Exported(str(out), exporting.reads_back(to), difference)
 
 
-def _figures(source: Path) -> dict[str, Any]:
-    """Return what a run knows of its model, for its card: how good it was held to be."""
+def _figures(source: Path, at_step: int) -> dict[str, Any]:
+    """Return what a run knows of its model at a step, for its card: how good it was held to be."""
     run = RunFolder(source)
     if not run.exists:
         return {}
-    found = step = None  # the last ones: a journal may be long
-    for line in run.metrics.lines():
-        found = line if line["event"] == "evaluation" and line["best"] else found
-        step = line if line["event"] == "step" else step
+    last: dict[str, Any] = {}
+    for line in run.metrics.lines():  # one at a time: a journal may be long
+        if line["event"] in ("evaluation", "step") and line["step"] == at_step:
+            last[line["event"]] = line
+    found, step = last.get("evaluation"), last.get("step")
     text = run_config(from_toml(resolve.read(run.config), str(run.config))).text
     figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
     if found is not None and found["bits_per_byte"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,12 @@ class Recorder:
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
         try:
-            if self.copy is not None and self.copy.step == self.state.best_step:
-                self._publish(self.copy.step, self.copy.scalars, self.copy.weights, None)
+            self._publish_best()
             weights, optimizer = states.model_tensors(self.state.model), states.optimizer_tensors(self.state)
             saved = self._publish(self.state.step, self._scalars(), weights, optimizer)
         except FirstwordsError as error:
+            with suppress(FirstwordsError):
+                self._publish_best()  # which may have made room for the whole checkpoint of its step
             self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
@@ -223,6 +224,11 @@ class Recorder:
         except FirstwordsError as error:
             self._notice(f"{error}; an old checkpoint stays until the next save")
         self.listener(Saved(saved.step, saved.folder))
+
+    def _publish_best(self) -> None:
+        """Publish the best weights, where they are those of another step or could not be saved with all else."""
+        if self.copy is not None and self.copy.step == self.state.best_step:
+            self._publish(self.copy.step, self.copy.scalars, self.copy.weights, None)
 
     def _copy(self) -> None:
         weights = states.model_tensors(self.state.model)
@@ -253,6 +259,7 @@ class Recorder:
     def _cut(self, event: MicroBatchCut) -> None:
         """Take over a smaller micro-batch, for a resumed run too; where that cannot be written, it finds it again."""
         self.config = dataclasses.replace(self.config, micro_batch_size=event.micro_batch_size)
+        self.fingerprint = {**self.fingerprint, "micro_batch_size": event.micro_batch_size}
         self.note("memory", dataclasses.asdict(event))
         self._notice(f"the device's memory ran out; going on with micro-batches of {event.micro_batch_size}")
         try:
@@ -352,6 +359,9 @@ class Recorder:
                 store.cut(journal.path, 0)
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
+        if self.config.steps is not None and self.config.steps < found.step:  # before the journals are cut
+            what = f"the run has {found.step} steps already"
+            raise ConfigError(what, where="--steps", do=f"give more than {found.step}, or begin a new run")
         saved, predicted = self._load(found)
         has_more_time = self._extend(saved, more_time=more_time)
         if not has_more_time:
@@ -432,12 +442,8 @@ class Recorder:
         if for_s is not None and longer:  # as fast as before, until its first steps say more
             pace = state.step / state.elapsed_s if state.elapsed_s else 0.0
             state.total_steps = max(state.step + 2 * PROBE_STEPS, round(pace * for_s)) if pace else None
-        if self.config.steps is None:
-            return longer
-        if self.config.steps < state.step:
-            what = f"the run has {state.step} steps already"
-            raise ConfigError(what, where="--steps", do=f"give more than {state.step}, or begin a new run")
-        state.total_steps, state.eval_every = self.config.steps, self.config.eval_every
+        if self.config.steps is not None:
+            state.total_steps, state.eval_every = self.config.steps, self.config.eval_every
         return longer
 
     def _still_true(self, predicted: Any) -> dict[str, Any] | None:

@@ -67,6 +67,7 @@ RESUMABLE = frozenset(
     )
 )
 # What of a model may change when training goes on from it.
+PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
 ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
 # How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
 GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
@@ -123,6 +124,9 @@ def new(
     """
     layers: list[dict[str, Any]] = [] if config is None else [from_toml(read(Path(config)), str(config))]
     asked, tokenizer_json = run_config(*layers, given), b""
+    if asked.tokenizer == "bpe" and "text" in given:  # which another text than a run's own fills with other words
+        layers = [{key: value for key, value in layer.items() if key != "model.vocab_size"} for layer in layers]
+        asked = run_config(*layers, given)
     if asked.from_ is not None:
         shape, tokenizer_json = describe(asked.from_)
         enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(_special(asked))
@@ -177,6 +181,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     recorded = recorded_config(run)
     if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
         given = {key: value for key, value in given.items() if not key.startswith("text")}
+    given = {key: value for key, value in given.items() if not (key in PLACES and _is_place(value, recorded.get(key)))}
     for key, value in given.items():
         if (
             key != "text_sha256"
@@ -192,6 +197,11 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     more_time, asked = given.get("for_s") is not None, run_config(recorded, given)
     _require_utf8(asked)
     return Asked(run, asked, None, frozenset(key_types()), more_time=more_time)
+
+
+def _is_place(named: Any, recorded: Any) -> bool:
+    """Whether a file is named that a run recorded, with all the folders that it is in."""
+    return isinstance(named, str) and _absolute((named,))[0] == recorded
 
 
 def recorded_config(run: RunFolder) -> dict[str, Any]:

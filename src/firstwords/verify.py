@@ -72,6 +72,9 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
         DataError: The run's configuration, journal or prepared text cannot be read for the replay.
     """
     checkpoints = tuple(_checkpoint(folder) for folder in checkpoint.existing(run.checkpoints))
+    if not checkpoints and any(line["event"] == "save" for line in run.metrics.lines()):
+        problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
+        checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
     found = Verdict(checkpoints, _corpus(run))
     if replay_steps is None:
         return found

@@ -149,13 +149,14 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
         parent: The run's folder of checkpoints.
         notice: Told of each one that is passed over.
         run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run and
-            damaged ones are set aside, and newer ones of weights only removed. None: any one's weights will do, and
-            nothing is touched.
+            damaged ones are set aside, and newer ones of weights only removed, or set aside too where a damaged one was
+            passed over. None: any one's weights will do, and nothing is touched.
 
     Raises:
-        DataError: There are checkpoints, and none is whole and of this run.
+        DataError: There are checkpoints, and none is whole and of this run; nothing is touched.
     """
     refused: dict[Path, DataError] = {}
+    weights_only = list[Path]()
     for folder in reversed(existing(parent)):
         try:
             found = _of_run(folder, run)
@@ -163,16 +164,32 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
             refused[folder] = error
             continue
         if run is not None and not found.continuable:
-            store.remove_folder(folder)  # a kill came between it and the save that it belongs to; it will be made again
+            weights_only.append(folder)
             continue
         for damaged, reason in refused.items():
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
+        _clear(weights_only, notice, are_last=bool(refused))
         return found
     if refused:
         why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
         do = newest_refused.do or "begin a new run with another --out"
         raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
+    _clear(weights_only, notice, are_last=False)
     return None
+
+
+def _clear(weights_only: list[Path], notice: Callable[[str], None], *, are_last: bool) -> None:
+    """Make room for what a run that goes on from before these checkpoints of weights only will save.
+
+    A kill came between each and the save that it belongs to, and it will be made again; unless `are_last`, where what came
+    after it is damaged: that may be the best that is left of hours.
+    """
+    for folder in weights_only:
+        if are_last:
+            kept = store.set_aside(folder).name
+            notice(f"{folder.name} has weights alone, from after where the run goes on: kept as {kept}")
+        else:
+            store.remove_folder(folder)
 
 
 def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
