@@ -83,6 +83,20 @@ def test_a_part_that_is_too_long_is_judged_by_an_even_spread_of_it(small: ModelC
     assert evaluate(model, part, most_tokens=10**6) == whole
 
 
+@pytest.mark.parametrize("context", [1, 2, 5, 16, 100])
+@pytest.mark.parametrize("most_tokens", [1, 50, 500])
+def test_the_windows_of_a_spread_are_evenly_chosen_of_all_there_are(context: int, most_tokens: int) -> None:
+    part = part_of(np.random.default_rng(context).integers(0, 40, 200).tolist())
+    starts = np.flatnonzero(part.ids == 60)
+    whole = list(windows(starts, np.append(starts[1:], len(part.ids)), context))
+    some = evaluation._plan(part, context, most_tokens)
+    places = sorted(whole.index(window) for window in some)  # each is one of them
+    assert len(set(places)) == len(places)
+    wanted = len(whole) * most_tokens / part.n_tokens
+    assert len(places) == max(1, int(wanted))
+    assert all(abs(step - len(whole) / wanted) <= 1 for step in np.diff(places))
+
+
 @pytest.mark.parametrize("lengths", [[4000], [40, 3], [9] * 9])
 def test_at_least_one_window_is_judged_however_few_tokens_are_wanted(small: ModelConfig, lengths: list[int]) -> None:
     some = evaluate(GPTModel(small), part_of(lengths), most_tokens=1)

@@ -73,14 +73,28 @@ def windows(starts: np.ndarray, ends: np.ndarray, context_length: int) -> Iterat
     The first window of a document counts all its targets; each later one starts half a context further and counts those
     that no earlier one did.
     """
-    stride = max(1, context_length // 2)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        n_targets, done, at = end - start - 1, 0, 0
-        while done < n_targets:
-            length = min(context_length, n_targets - at)
-            yield Window(start + at, length, done - at)
-            done = at + length
-            at += stride
+    n_targets = ends - starts - 1
+    counts = _counts_of_windows(n_targets, context_length)
+    for start, count, n_windows in zip(starts.tolist(), n_targets.tolist(), counts.tolist(), strict=True):
+        for place in range(n_windows):
+            yield _window(start, count, place, context_length)
+
+
+def _counts_of_windows(n_targets: np.ndarray, context_length: int) -> np.ndarray:
+    """Return how many windows documents of so many targets have."""
+    later = -(-(n_targets - context_length) // _stride(context_length))
+    return np.where(n_targets > 0, 1 + np.maximum(0, later), 0)
+
+
+def _window(start: int, n_targets: int, place: int, context_length: int) -> Window:
+    """Return the window that is the `place`-th of a document."""
+    stride = _stride(context_length)
+    skip = context_length - stride if place else 0
+    return Window(start + place * stride, min(context_length, n_targets - place * stride), skip)
+
+
+def _stride(context_length: int) -> int:
+    return max(1, context_length // 2)
 
 
 @torch.no_grad()
@@ -174,11 +188,20 @@ def cost_in_tokens(held_out_tokens: float) -> float:
 
 
 def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:
-    """Return the windows that are looked at, the longest first."""
+    """Return the windows that are looked at, the longest first; of a long part no other is made."""
     starts = np.flatnonzero(part.ids == separator(part))
-    plan = list(windows(starts, np.append(starts[1:], len(part.ids)), context_length))
-    if most_tokens is not None and part.n_tokens > most_tokens:
-        plan = _spread(plan, most_tokens / part.n_tokens)
+    ends = np.append(starts[1:], len(part.ids))
+    if most_tokens is None or part.n_tokens <= most_tokens:
+        plan = list(windows(starts, ends, context_length))
+    else:
+        n_targets = ends - starts - 1
+        counts = _counts_of_windows(n_targets, context_length)
+        until = np.cumsum(counts)  # so many windows up to each document's end
+        picked = np.array(_spread(int(until[-1]), most_tokens / part.n_tokens))
+        documents = np.searchsorted(until, picked, side="right")
+        places = picked - (until - counts)[documents]
+        chosen = zip(starts[documents].tolist(), n_targets[documents].tolist(), places.tolist(), strict=True)
+        plan = [_window(*one, context_length) for one in chosen]
     return sorted(plan, key=lambda window: -window.length)
 
 
@@ -188,10 +211,9 @@ def _counts(part: Part, plan: list[Window]) -> tuple[int, int]:
     return sum(window.length - window.skip for window in plan), n_bytes
 
 
-def _spread(plan: list[Window], share: float) -> list[Window]:
-    """Return about that share of the windows, at even distances; where it is less than one, the one in the middle."""
-    count = int(len(plan) * share)
-    return [plan[int((i + 0.5) / share)] for i in range(count)] or [plan[len(plan) // 2]]
+def _spread(n_windows: int, share: float) -> list[int]:
+    """Return about that share of so many windows, at even distances; where it is less than one, the one in the middle."""
+    return [int((i + 0.5) / share) for i in range(int(n_windows * share))] or [n_windows // 2]
 
 
 @torch.no_grad()
