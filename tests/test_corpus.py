@@ -65,6 +65,8 @@ def test_a_tokenizer_without_a_size_gets_the_one_that_fits_the_training_text(tmp
     sizes = [corpora.fitting_vocab_size(10**n) for n in range(12)]
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (corpora.SMALLEST_FITTING, corpora.LARGEST_FITTING)
+    found = [corpora.fitting_vocab_size(n) for n in (100_000, 380_000, 1_000_000, 4_000_000, 11_000_000)]
+    assert found == [512, 1024, 2048, 2048, 4096]  # docs/recipe.md
     random = np.random.default_rng(0)  # words enough that no tokenizer runs out of pairs
     text = " ".join("".join(map(chr, random.integers(97, 123, 5))) for _ in range(80_000))
     size = corpora.fitting_vocab_size(int(0.9 * len(text)))

@@ -66,8 +66,8 @@ RESUMABLE = frozenset(
         "report",
     )
 )
-# What of a model may change when training goes on from it.
 PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
+# What of a model may change when training goes on from it.
 ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
 # How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
 GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}

@@ -75,9 +75,9 @@ def windows(starts: np.ndarray, ends: np.ndarray, context_length: int) -> Iterat
     """
     n_targets = ends - starts - 1
     counts = _counts_of_windows(n_targets, context_length)
-    for start, count, n_windows in zip(starts.tolist(), n_targets.tolist(), counts.tolist(), strict=True):
-        for place in range(n_windows):
-            yield _window(start, count, place, context_length)
+    for start, targets, count in zip(starts.tolist(), n_targets.tolist(), counts.tolist(), strict=True):
+        for place in range(count):
+            yield _window(start, targets, place, context_length)
 
 
 def _counts_of_windows(n_targets: np.ndarray, context_length: int) -> np.ndarray:
