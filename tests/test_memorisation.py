@@ -17,7 +17,7 @@ from conftest import OTHER, STORY, TINY, journal, outcome
 from firstwords import api
 from firstwords.errors import ConfigError
 from firstwords.insight import memorisation
-from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place, TrainingText, copies
+from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place, Samples, TrainingText, copies
 from firstwords.insight.overfitting import Turned, sentence, turned, turns
 from firstwords.insight.variety import WORD, distinct, repeated
 from firstwords.recorder import TrainResult
@@ -104,6 +104,23 @@ def test_the_figures_do_not_depend_on_the_tokenizer(tokenizer: Tokenizer) -> Non
     assert found == copies(samples, text("Vorher: süß 𝄞.", STORY))
     assert found.longest == samples[0][:100]
     assert found.place == Place(1, STORY.index(samples[0][:100]))
+
+
+def test_what_a_table_has_between_its_words_is_not_followed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"{name:<60}{number:<60}|\n" for number, name in enumerate(("alpha", "beta", "gamma") * 200)]
+    followed, follow = [0], Samples._follow
+
+    def counted(self: Samples, words: Any, at: Any, own: Any, base: int) -> None:
+        followed[0] += len(at)
+        follow(self, words, at, own, base)
+
+    monkeypatch.setattr(Samples, "_follow", counted)
+    whole = "".join(rows)
+    found = copies([whole[30:2000]], text(whole))
+    assert (found.longest, found.share) == (whole[30:2000], 1.0)  # through its runs, from what stands between them
+    assert followed[0] < 2 * len(whole)  # from every place of a run to every other it would be a hundred times as many
+    assert copies([" " * 500], text(whole + " " * 500)).longest == ""
+    assert copies(["a word" + " " * 500 + "a word"], text(whole + "a word" + " " * 500 + "a word")).share == 1.0
 
 
 def test_a_span_does_not_reach_from_one_document_into_the_next() -> None:

@@ -5,7 +5,8 @@ Spans are told in characters of text, never in tokens, so that models with diffe
 
 How a span is found: of the text only every eighth byte is looked at. Two aligned words of 8 bytes lie in every span of at
 least SHORTEST bytes, wherever it stands; two such words that a sample holds as well are followed to both sides, byte by
-byte. What is shorter is not looked for.
+byte. What is shorter is not looked for, nor what is the same 8 bytes again and again, as the spaces of a table or a ruled
+line are: from every one of its places to every other they would be followed. With 8 bytes of something else it is found.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class Samples:
         padding = BETWEEN_SAMPLES * 2 * STEP
         self.bytes = np.frombuffer(padding + b"".join(piece + BETWEEN_SAMPLES for piece in pieces) + padding, np.uint8)
         self.starts = 2 * STEP + np.cumsum([0, *(len(piece) + 1 for piece in pieces)])[:-1]
-        self.reach = max(map(len, pieces), default=0) + 2 * STEP  # bytes that an extension to the right may read
+        longest = max(map(len, pieces), default=0)
+        self.reach = -(-longest // STEP) * STEP + 2 * STEP  # bytes that an extension to either side may read
         self._words = _words_everywhere(self.bytes)
         first = np.arange(STEP, len(self.bytes) - 3 * STEP)
         keys = _key(self._words[first], self._words[first + STEP])
@@ -154,14 +156,15 @@ class Samples:
         """Take note of what of a window of the text the samples hold.
 
         Args:
-            window: From STEP bytes before the first anchor to `reach` bytes after the last.
+            window: From `reach` bytes before the first anchor to `reach` bytes after the last.
             base: Where in the text the window begins, a multiple of STEP.
             stop: Anchors stand before this byte of the window.
         """
         aligned = window[: len(window) // STEP * STEP].view("<u8")
-        known = self._table[_slot(aligned)]
-        blocks = 1 + np.flatnonzero(known[1:-1] & known[2:])
-        blocks = blocks[blocks * STEP < stop]
+        first, end = self.reach // STEP, -(-stop // STEP)
+        known = self._table[_slot(aligned[first : end + 1])]
+        changes = aligned[first:end] != aligned[first + 1 : end + 1]
+        blocks = first + np.flatnonzero(known[:-1] & known[1:] & changes)
         keys = _key(aligned[blocks], aligned[blocks + 1])
         low = np.searchsorted(self._keys, keys)
         counts = np.searchsorted(self._keys, keys, "right") - low
@@ -174,15 +177,17 @@ class Samples:
 
     def _follow(self, text: np.ndarray[Any, Any], at: Numbers, own: Numbers, base: int) -> None:
         """Follow pairs of equal places, `at` in the window and `own` here, to both sides, and keep the longest spans."""
-        before = text[at - STEP] ^ self._words[own - STEP]
-        first = (before != 0) & (text[at] == self._words[own]) & (text[at + STEP] == self._words[own + STEP])
-        at, own, before = at[first], own[first], before[first]  # a span is followed from its first anchor only
-        left, right = _zero_bytes(before, from_top=True), np.full(len(at), 2 * STEP)
-        going = np.arange(len(at))
-        while len(going):
-            differ = text[at[going] + right[going]] ^ self._words[own[going] + right[going]]
-            right[going] += _zero_bytes(differ, from_top=False)
-            going = going[differ == 0]
+        first = (text[at - STEP] != self._words[own - STEP]) | (text[at - STEP] == text[at])
+        first &= (text[at] == self._words[own]) & (text[at + STEP] == self._words[own + STEP])
+        at, own = at[first], own[first]  # a span is followed from its first anchor only, and from those behind a repetition
+        left, right = np.zeros(len(at), np.int64), np.full(len(at), 2 * STEP)
+        for side, sign, from_top in ((left, -1, True), (right, 1, False)):
+            going = np.arange(len(at))
+            while len(going):
+                there = sign * side[going] - STEP * from_top
+                differ = text[at[going] + there] ^ self._words[own[going] + there]
+                side[going] += _zero_bytes(differ, from_top=from_top)
+                going = going[differ == 0]
         starts, lengths, places = own - left, left + right, base + at - left
         longer = lengths > self._lengths[starts]
         order = np.flatnonzero(longer)[np.lexsort((-places[longer], lengths[longer]))]  # the last assignment stands
@@ -247,14 +252,18 @@ class Meter:
             held_out_novel_8grams=None if natural is None else natural.novel_8grams,
             gap=gap,
             repeated=_mean(map(repeated, samples)) or 0.0,
-            held_out_repeated=_mean(map(repeated, self._held_out)),
+            held_out_repeated=self._natural_variety[0],
             distinct=_mean(map(distinct, samples)),
-            held_out_distinct=_mean(map(distinct, self._held_out)),
+            held_out_distinct=self._natural_variety[1],
         )
 
     @functools.cached_property
     def _natural(self) -> Copies | None:
         return copies(self._held_out, self.text) if self._held_out else None
+
+    @functools.cached_property
+    def _natural_variety(self) -> tuple[float | None, float | None]:
+        return _mean(map(repeated, self._held_out)), _mean(map(distinct, self._held_out))
 
 
 def last_look_s(n_bytes: float) -> float:
@@ -316,15 +325,13 @@ def _place(text: TrainingText, position: int) -> Place:
 
 def _windows(pieces: Iterator[Bytes], reach: int) -> Iterator[tuple[Bytes, int, int]]:
     """Yield windows of a text for `Samples.pass_by`: every place is an anchor in one of them."""
-    padding = np.frombuffer(BETWEEN_DOCUMENTS * STEP, np.uint8)
-    reach = -(-reach // STEP) * STEP
-    window, base = padding, -STEP
+    window, base = np.frombuffer(BETWEEN_DOCUMENTS * reach, np.uint8), -reach
     for piece in pieces:
         window = np.concatenate((window, piece))
         stop = (len(window) - reach) // STEP * STEP
-        if stop > STEP:
+        if stop > reach:
             yield window, base, stop
-            window, base = window[stop - STEP :], base + stop - STEP
+            window, base = window[stop - reach :], base + stop - reach
     end = np.frombuffer(BETWEEN_DOCUMENTS * (reach + 2 * STEP), np.uint8)
     yield np.concatenate((window, end)), base, len(window)
 
