@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ ORDER = [
     "planning",
     "recorder",
     "resolve",
-    "verify",
+    "verifying",
     "loading",
     "exchange",
     "judging",
@@ -181,6 +182,8 @@ def test_the_public_names_are_these() -> None:
         "verify",
     ]
     assert all(getattr(firstwords, name) is not None for name in firstwords.__all__)
+    modules = [module.name for module in pkgutil.iter_modules(firstwords.__path__)]
+    assert not {*modules} & {*firstwords.__all__}  # a module takes its name in the package as soon as it is imported
 
 
 def test_importing_the_package_and_parsing_a_command_line_import_no_torch() -> None:

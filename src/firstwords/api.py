@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.evaluate import Tokens as EvaluatedTokens
     from firstwords.training.state import TrainState
-    from firstwords.verify import Verdict
+    from firstwords.verifying import Verdict
 
 BENCH_PRESETS = ("laptop", "gpt2-124m")
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
@@ -455,7 +455,7 @@ def verify(source: str | Path, *, replay: int | None = None) -> Verdict:
     """
     run = run_folder.existing(Path(source))
 
-    from firstwords.verify import verify as verify_run
+    from firstwords.verifying import verify as verify_run
 
     return verify_run(run, replay)
 

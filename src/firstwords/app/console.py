@@ -7,7 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from firstwords.recorder import TrainResult
     from firstwords.text.tokenizer import Tokenizer
     from firstwords.training.evaluate import Evaluation
-    from firstwords.verify import Verdict
+    from firstwords.verifying import Verdict
 
 SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
 BAR_PER_BIT, LONGEST_BAR_BITS = 2, 12  # of the scale of bits per byte, where 8 is chance
@@ -262,7 +263,7 @@ class Console:
         if self.as_json:
             self._json(found.as_dict())
             return
-        for part in (*found.checkpoints, found.corpus):
+        for part in (*found.checkpoints, replace(found.corpus, name=f"prepared text {found.corpus.name}")):
             self.out.print(Text(f"{part.name}: {'OK' if part.ok else visible(part.problem)}", "" if part.ok else "red"))
         if found.replay is not None:
             said = "the same to the last bit" if found.replay.ok else visible(found.replay.problem)

@@ -71,14 +71,12 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
         ConfigError: No checkpoint has so many recorded steps after it.
         DataError: The run's configuration, journal or prepared text cannot be read for the replay.
     """
-    checkpoints = tuple(_checkpoint(folder) for folder in checkpoint.existing(run.checkpoints))
+    found = [(folder, _checkpoint(folder)) for folder in checkpoint.existing(run.checkpoints)]
+    checkpoints = tuple(one for folder, one in found if one.ok or folder.is_dir())  # a run that goes on removes old ones
     if not checkpoints and any(line["event"] == "save" for line in run.metrics.lines()):
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
         checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
-    found = Verdict(checkpoints, _corpus(run))
-    if replay_steps is None:
-        return found
-    return Verdict(found.checkpoints, found.corpus, replay(run, replay_steps))
+    return Verdict(checkpoints, _corpus(run), None if replay_steps is None else replay(run, replay_steps))
 
 
 def _checkpoint(folder: Path) -> Finding:
