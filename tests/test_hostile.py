@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import firstwords
 import hostile_files
 from firstwords import reading
 from firstwords.config import from_toml, run_config
@@ -195,6 +197,37 @@ def test_the_guard_ends_the_process_at(what: str, place: Path, proved: Callable[
     proved(1)
 
 
+def test_a_thread_may_start_where_the_answer_is_written_and_not_before(place: Path) -> None:
+    """Python 3.12 tells the audit of one, 3.13 under another name; files of over a megabyte are written by several."""
+    for event in ("_thread.start_new_thread", "_thread.start_joinable_thread"):
+        guarded.Guard(output=str(place))(event, (print, (), {}))
+        program = f"from firstwords.weights.guarded import Guard; Guard()({event!r}, (print, (), {{}}))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert event in json.loads(done.stdout)["what"]  # the negative control
+
+
+@pytest.mark.parametrize("name", ["tmp-weights-0123abcd", "weights"])
+def test_a_process_that_was_ended_while_it_wrote_leaves_nothing(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(path: Path, out: Path, key: str, limit_s: float) -> None:
+        (out / name).mkdir()
+        (out / name / "model.safetensors").write_bytes(b"half")
+        raise DataError("the process that read it was ended")
+
+    monkeypatch.setattr(pickled, "_run", ended)
+    torch.save({"w": torch.ones(2)}, place / "one.pt")
+    with pytest.raises(DataError, match="was ended"):
+        pickled.convert(place / "one.pt", place / "out")
+    assert [path.name for path in place.iterdir()] == ["one.pt"]
+
+
+def test_weights_of_megabytes_are_taken_from_a_pickled_file(place: Path) -> None:
+    torch.save({"w": torch.arange(1 << 20)}, place / "large.pt")
+    found = pickled.convert(place / "large.pt", place / "out")
+    assert torch.equal(dict(found.weights.tensors())["w"], torch.arange(1 << 20))
+
+
 def test_the_guarded_memory_is_bounded() -> None:
     program = "from firstwords.weights.guarded import *; limit_memory(50 << 20, for_good=True); bytearray(SIZE << 20)"
     codes = [
@@ -278,6 +311,18 @@ def test_of_several_tables_the_key_names_one(place: Path) -> None:
     assert dict(pickled.convert(place / "two.pt", place / "out", key="ema").weights.tensors())["w"].tolist() == [0, 0]
     with pytest.raises(CannotCreateError):
         pickled.convert(place / "two.pt", place / "out", key="ema")
+
+
+def test_the_process_finds_a_pytorch_that_only_a_variable_leads_to(place: Path) -> None:
+    """As with PYTHONPATH or a user's own site folder, which an isolated Python does not look into."""
+    torch.save({"w": torch.ones(2)}, place / "one.pt")
+    folders = [str(Path(module.__file__).parent.parent) for module in (torch, firstwords)]
+    convert = "import sys; from pathlib import Path; from firstwords.weights import pickled; "
+    convert += "sys.executable = sys.argv[1]; pickled.convert(Path('one.pt'), Path('out'))"
+    bare = getattr(sys, "_base_executable", sys.executable)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    subprocess.run([bare, "-c", convert, bare], cwd=place, env=environment, check=True)
+    assert folder.find(place / "out" / "weights").described.keys() == {"w"}
 
 
 def test_files_before_pytorch_1_6_are_refused_with_what_to_do(place: Path) -> None:

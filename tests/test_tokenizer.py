@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 import regex
@@ -132,6 +133,31 @@ def test_a_tokenizer_whose_merges_are_swapped_is_refused() -> None:
     first, second, rest = good[start:].split("],", 2)
     with pytest.raises(DataError, match="order"):
         from_json((good[:start] + second + "]," + first + "]," + rest).encode(), "tokenizer.json")
+
+
+def test_the_last_merge_of_a_word_is_that_of_merging_the_lowest_rank_first() -> None:
+    def slowly(word: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while len(parts) > 2:
+            pairs = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+            lowest, i = min(pairs)
+            assert lowest < rank
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    rng = random.Random(1)
+    for _ in range(20):
+        words = "".join(rng.choice("ab c") * rng.randint(1, 6) for _ in range(3_000))
+        ranks = train_bpe([words], 256 + rng.randint(10, 300)).ranks
+        merged = [(word, rank) for word, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(word) > 1]
+        assert [list(pair) for pair in tokenizers._merges(ranks)] == [slowly(*one, ranks) for one in merged]
+
+
+def test_a_tokenizer_of_a_very_long_word_takes_no_time_to_speak_of() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"a" * 2**n: 255 + n for n in range(1, 17)}  # by the square of the longest, 65,536, it would be an hour
+    data = Tokenizer("bpe", ranks).json
+    assert from_json(data, "tokenizer.json").ranks == ranks
 
 
 def test_a_tokenizer_that_changes_its_text_is_refused() -> None:

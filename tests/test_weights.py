@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from command import TINY, Command, Refused
+from command import TINY, Command, Refused, write
 from firstwords import api
 from firstwords.config import ModelConfig
-from firstwords.errors import ConfigError, DataError
+from firstwords.errors import CannotCreateError, ConfigError, DataError
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text.tokenizer import byte_tokenizer, train_bpe
@@ -168,6 +168,50 @@ def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: P
     assert (back.model.out_head.weight is back.model.tok_emb.weight) == tied
     with pytest.raises(ConfigError, match="--n-heads"):
         reader.read(tmp_path / "model.pth", tokenizer="bytes")
+
+
+def test_another_tokenizer_beside_a_state_dict_is_kept(tmp_path: Path) -> None:
+    lm, beside = drawn(GPT2), tmp_path / "model.tokenizer.json"
+    write(beside, "mine")
+    with pytest.raises(CannotCreateError, match=r"model\.tokenizer\.json"):
+        export.to_pth(lm, tmp_path / "model.pth")
+    assert list(tmp_path.iterdir()) == [beside]
+    beside.write_bytes(lm.tokenizer.json)  # the same is no other
+    assert export.to_pth(lm, tmp_path / "model.pth") == 0
+
+
+def test_another_tool_s_manifest_beside_a_model_is_none_of_ours(tmp_path: Path) -> None:
+    export.to_hf(drawn(GPT2), tmp_path / "hf", "card")
+    write(tmp_path / "hf" / "manifest.json", '{"x": 1}')
+    assert api.load(tmp_path / "hf").model.config.emb_dim == GPT2.emb_dim
+
+
+def test_a_damaged_checkpoint_is_no_model_from_elsewhere(a_run: Path) -> None:
+    folder = a_run / "checkpoints/step-00000002"
+    write(folder / "manifest.json", '{"x": 1}')
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        api.load(folder)
+
+
+def test_what_is_no_model_to_import_is_called_what_it_is(a_run: Path, command: Command, refused: Refused) -> None:
+    assert command("export", a_run, "--to", "gguf", "--out", "m.gguf").code == 0
+    assert "GGUF" in refused(65, "import", "m.gguf", "--out", "new")["what"]
+    assert "used as it is" in refused(65, "import", a_run, "--out", "new")["do"]
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_embd", "n_positions", "vocab_size"])
+def test_a_config_that_asks_for_more_than_the_weights_is_refused_before_a_model_is_built(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = drawn(GPT2)
+    export.to_hf(lm, tmp_path / "hf", "card")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop(shapes.OWN)
+    path.write_text(json.dumps({**config, key: 1024 * config[key]}))
+    monkeypatch.setattr(reader, "unfilled", lambda config: pytest.fail("a model was built"))
+    with pytest.raises(DataError, match="its configuration needs"):
+        reader.read(tmp_path / "hf", tokenizer="bytes")
 
 
 @pytest.mark.parametrize("gelu", [{"gelu_exact": True}, {"gelu_cubic": 0.44715}])

@@ -58,7 +58,7 @@ class ModelConfig:
     """The shape of a GPT. The defaults are the chapter's."""
 
     vocab_size: int = option(50257, "entries of the token table; by default the tokenizer's", least=2, most=2**31)
-    context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**24)
+    context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**20)
     emb_dim: int = option(768, "channels", least=1, most=2**20)
     n_heads: int = option(12, "attention heads", least=1, most=2**16)
     n_layers: int = option(12, "transformer blocks", least=1, most=2**14)

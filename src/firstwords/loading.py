@@ -97,8 +97,12 @@ def is_foreign(source: Path) -> bool:
     pickled = source.is_file() and source.suffix in archive.SUFFIXES
     if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
         return False
-    ours = (source / store.MANIFEST).is_file() and store.read_manifest(source).get("kind") == "checkpoint"
-    return not ours
+    if not (source / store.MANIFEST).is_file():
+        return True
+    try:
+        return store.read_manifest(source).get("kind") != "checkpoint"
+    except DataError:  # damaged, or another tool's file of that name
+        return "model_type" in reading.read_json(source / "config.json")
 
 
 def require_there(source: Path) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import json
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -373,19 +374,39 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     Raises:
         ValueError: A word that no merge makes.
     """
-    pairs = []
-    for word, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(word) == 1:
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return [_last_merge(word, rank, ranks) for word, rank in in_order if len(word) > 1]
+
+
+def _last_merge(word: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Merge the bytes of a word, the lowest rank first, until two parts are left: in the time of its length, about."""
+    size = len(word)
+    ends = [*range(1, size + 1), 0]  # of the part that begins there
+    starts = list(range(-1, size))  # of the part that ends there
+    waiting: list[tuple[int, int, int]] = []  # pairs of neighbours that may merge: their rank, start and end
+
+    def offer(start: int, end: int) -> None:
+        found = ranks.get(word[start:end], rank)
+        if found < rank:
+            heapq.heappush(waiting, (found, start, end))
+
+    for start in range(size - 1):
+        offer(start, start + 2)
+    n_parts = size
+    while n_parts > 2:
+        if not waiting:
+            raise ValueError(f"no merge makes the word {word[:80]!r} of id {rank}")
+        _, start, end = heapq.heappop(waiting)
+        middle = ends[start]
+        if middle <= 0 or middle >= end or ends[middle] != end:  # one of them has merged with another since
             continue
-        parts = [word[i : i + 1] for i in range(len(word))]
-        while len(parts) > 2:
-            candidates = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
-            lowest, i = min(candidates)
-            if lowest >= rank:
-                raise ValueError(f"no merge makes the word {word!r} of id {rank}")
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        pairs.append((parts[0], parts[1]))
-    return pairs
+        ends[start], ends[middle], starts[end] = end, 0, start
+        n_parts -= 1
+        if end < size:
+            offer(start, ends[end])
+        if start > 0:
+            offer(starts[start], end)
+    return word[: ends[0]], word[ends[0] :]
 
 
 def metadata(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -25,7 +25,7 @@ MOST_MEMBERS = 1 << 16
 ENCRYPTED = 1
 # The format's own marks (PKWARE APPNOTE, 4.3.7 and 4.3.14 to 4.3.16): the first member; the end; the end where sizes have 64
 # bits; what says where that lies. The last three are as long as their structures, without a comment.
-FIRST = b"PK\x03\x04"
+FIRST, GGUF = b"PK\x03\x04", b"GGUF"
 END, END_64, LOCATOR = (
     struct.Struct("<4s 8x I I H"),
     struct.Struct("<4s 36x Q Q"),
@@ -62,6 +62,9 @@ def require_plain(path: Path) -> None:
         head = file.read(512)
         file.seek(-min(size, END.size + LOCATOR.size + END_64.size), os.SEEK_END)
         tail = file.read()
+    if head.startswith(GGUF):
+        do = "import the folder for transformers, or the .pth, that it was made from"
+        raise DataError("is a GGUF file, which is not read", where=str(path), do=do)
     if not head.startswith(FIRST) or not _has_one_directory(tail, size):
         raise DataError("is no archive of torch.save", where=str(path), why=_kind(head), do=SAFER)
     try:

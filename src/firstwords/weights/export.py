@@ -10,13 +10,14 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from firstwords import store
+from firstwords import reading, store
 from firstwords.config import ModelConfig
 from firstwords.errors import CannotCreateError, ConfigError, DataError
 from firstwords.model.functional import GELU_CUBIC
@@ -26,7 +27,7 @@ from firstwords.text.tokenizer import END_OF_TEXT
 from firstwords.weights import folder, gguf_file, names, reader, shapes
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit
-TOLERANCE = 1e-4  # between logits in float32; sums run in another order
+TOLERANCE = 1e-4  # of the largest logit, or of 1, in float32: sums run in another order
 COMPARED_TOKENS = 32
 
 
@@ -77,8 +78,10 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
         DataError: What was written does not give our logits.
     """
     config = lm.model.config
-    if store.exists(out):
-        raise CannotCreateError("is there already", where=str(out), do="give another --out")
+    beside = out.with_suffix(".tokenizer.json")
+    for place in (out, beside):
+        if store.exists(place) and not (place == beside and reading.read_bytes(beside) == lm.tokenizer.json):
+            raise CannotCreateError("is there already", where=str(place), do="give another --out")
     of_gpt2 = config.block == "gpt2" and config.hidden_dim == 4 * config.emb_dim
     if not of_gpt2 or config.gelu_exact or config.gelu_cubic != GELU_CUBIC:
         why = "it has GPT-2's block and GELU, with a feed-forward layer four times as wide as the model"
@@ -89,9 +92,8 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
     file = io.BytesIO()
     torch.save({name: tensor.clone() for name, tensor in {**tensors, **masks}.items()}, file)
     store.write(out, file.getvalue())
-    given = str(out.with_suffix(".tokenizer.json"))
-    store.write(Path(given), lm.tokenizer.json)
-    back = reader.read(out, tokenizer=given, n_heads=config.n_heads)
+    store.write(beside, lm.tokenizer.json)
+    back = reader.read(out, tokenizer=str(beside), n_heads=config.n_heads)
     with torch.no_grad():
         return _require_equal(lm, back.model(_ids(lm)), out)
 
@@ -186,18 +188,32 @@ def _their_logits(lm: LanguageModel, out: Path) -> Tensor:
         with torch.no_grad():
             return reader.read(out).model(_ids(lm))  # type: ignore[no-any-return]
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
+    with _without_progress(logging):  # its own, of reading what was just written
+        model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
     with torch.no_grad():  # it comes in eval mode
         logits: Tensor = model(_ids(lm)).logits
     return logits
 
 
+@contextmanager
+def _without_progress(logging: Any) -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _require_equal(lm: LanguageModel, logits: Tensor, out: Path, tolerance: float = TOLERANCE) -> float:
     with torch.no_grad():
-        difference = float((lm.model(_ids(lm)) - logits).abs().max())
-    if not math.isfinite(difference) or difference > tolerance:
-        why = f"its logits differ from ours by {difference:.2g}, {tolerance:.0e} is allowed"
+        ours = lm.model(_ids(lm))
+    difference, allowed = float((ours - logits).abs().max()), tolerance * max(1.0, float(ours.abs().max()))
+    if not math.isfinite(difference) or difference > allowed:
+        why = f"its logits differ from ours by {difference:.2g}, {allowed:.1g} is allowed"
         raise DataError("what was written is not the same model", where=str(out), why=why, do="do not use it; report this")
     return difference
 

@@ -30,6 +30,7 @@ MOST_OPEN_FILES = 64
 MOST_VALUES, MOST_DEPTH = 10_000, 20  # of what stands beside the weights
 # Events that only look; any other (import, exec, compile, pickle.find_class, subprocess, socket, ctypes) ends the process.
 LOOKING = frozenset(("sys._getframe", "object.__getattr__", "builtins.id", "os.listdir", "os.scandir", "array.__new__"))
+STARTING = frozenset(("_thread.start_new_thread", "_thread.start_joinable_thread"))  # told of by Python 3.12 and 3.13
 MAKING = frozenset(("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"))
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -106,7 +107,8 @@ class Guard:
         if event in LOOKING or (event == "open" and not self._writes(arguments)):
             return
         paths = arguments[: 2 if event == "os.rename" else 1]
-        if self.output and (event in MAKING or event == "open") and all(map(self._is_inside, paths)):
+        makes = (event in MAKING or event == "open") and all(map(self._is_inside, paths))
+        if self.output and (makes or event in STARTING):
             return
         refuse(f"wants to do what no weights need: {event}", str(arguments[:1])[:200])
 
@@ -135,7 +137,7 @@ def choose(loaded: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     outer = {name: value for name, value in loaded.items() if _is_tensor(value)}
     if len(inner) > 1 or not (inner or outer):
         why = f"there are several: {', '.join(inner)[:200]}" if inner else ""
-        raise DataError("holds no single table of tensors", why=why, do="name its key" if inner else "")
+        raise DataError("holds no single table of tensors", why=why, do="save one in a file of its own" if inner else "")
     return (dict(next(iter(inner.values()))) if inner else outer), scalars
 
 

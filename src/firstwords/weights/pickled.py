@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import firstwords
 from firstwords import reading, store
 from firstwords.errors import CannotCreateError, DataError
@@ -23,7 +25,10 @@ LEAST_S, BYTES_A_SECOND = 60.0, 20e6  # a start, and a slow disk
 MOST_ANSWER_BYTES = 1 << 16
 # What a program needs to start at all; tokens, keys and proxies stay here.
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP")
-CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from firstwords.weights.guarded import main; main(sys.argv[2:])"
+CHILD = (
+    "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2]); "
+    "from firstwords.weights.guarded import main; main(sys.argv[3:])"
+)
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,16 @@ def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = Non
         store.verify(out / WEIGHTS)
         return Pickled(folder.find(out / WEIGHTS / MODEL), reading.read_json(out / WEIGHTS / SCALARS))
     except BaseException:
+        store.remove_leftovers(out)  # of a process that was ended while it wrote
+        if (out / WEIGHTS).is_dir():
+            store.remove_folder(out / WEIGHTS)
         store.remove_folder(out)
         raise
 
 
 def _run(path: Path, out: Path, key: str, limit_s: float) -> None:
-    package = Path(firstwords.__file__).parent.parent
-    command = [sys.executable, "-I", "-c", CHILD, str(package), str(path), str(out), key, str(limit_s)]
+    package, pytorch = (Path(str(module.__file__)).parent.parent for module in (firstwords, torch))
+    command = [sys.executable, "-I", "-c", CHILD, str(package), str(pytorch), str(path), str(out), key, str(limit_s)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     with tempfile.TemporaryFile(dir=out) as answer:  # and no pipe: the limit on the size of files holds for it too
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from firstwords import reading
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.model import cost
 from firstwords.model.gpt import GPTModel, unfilled
 from firstwords.model.language_model import LanguageModel
 from firstwords.text import corpus
@@ -22,7 +24,7 @@ from firstwords.weights.folder import Weights
 from firstwords.weights.names import HEAD, Dialect
 
 CONFIG, TOKENIZER, PICKLED = "config.json", "tokenizer.json", "pytorch_model.bin"
-NANOGPT_KEY, NANOGPT_SHAPE = "model", "model_args"
+NANOGPT_SHAPE = "model_args"
 GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
 
 
@@ -44,6 +46,9 @@ def read(
     """
     if not source.exists():
         raise NoInputError("there is nothing", where=str(source), do="check the name")
+    if source.is_dir() and not (source / CONFIG).is_file():
+        do = "name the folder with its config.json, or a .pth; what train made is used as it is"
+        raise DataError(f"has no {CONFIG}", where=str(source), do=do)
     with _opened(source, n_heads) as (config, dialect, weights):
         model = _filled(config, dialect, weights)
     return LanguageModel(model.eval(), _tokenizer(source, tokenizer, config, notice))
@@ -58,7 +63,7 @@ def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Di
             found = pickled.convert(source / PICKLED, Path(name) / "out").weights if only_pickled else folder.find(source)
             yield config, dialect, found
             return
-        taken = pickled.convert(source, Path(name) / "out", key="")
+        taken = pickled.convert(source, Path(name) / "out")
         if isinstance(arguments := taken.scalars.get(NANOGPT_SHAPE), dict):
             yield shapes.from_nanogpt(arguments, str(source)), "nanogpt", taken.weights
             return
@@ -75,6 +80,9 @@ def _is_tied(weights: Weights) -> bool:
 
 def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel:
     """Return the model with the weights in it, one tensor after another."""
+    needed, there = cost.parameters(config), sum(math.prod(tensor.shape) for tensor in weights.described.values())
+    if needed > 2 * there:  # before a model of that size is built; biases that it has none of, which become zeros, are few
+        raise DataError(f"has {there:,} numbers, its configuration needs {needed:,}", where=weights.where)
     model = unfilled(config)
     own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters()}
     for name, tensor in names.to_ours(config, dialect, weights.tensors(), weights.where):
