@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from conftest import STORY
 from firstwords import store
 from firstwords.errors import ConfigError, DataError
+from firstwords.planning import facts
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
@@ -54,11 +56,30 @@ def test_the_share_that_is_done_never_falls_within_a_pass() -> None:
     texts = [
         Document(str(i), lambda: iter(["a" * 95, "b" * 5])) for i in range(20)
     ]  # the last piece lies in what is held out
-    slices = corpora._Slices(texts, [(0, 90)] * 20, 20 * 90, lambda _, share: told.append(share))
+    slices = corpora._Slices(texts, None, [90] * 20, 20 * 90, lambda _, share: told.append(share))
     assert sum(len(piece) for text in slices for piece in text.pieces()) == 20 * 90
     shares = [share for share in told if share is not None]
     assert shares == sorted(shares)
     assert len(set(shares)) > 20
+
+
+@pytest.mark.parametrize("more", [1, -1])
+def test_a_text_of_other_documents_than_a_moment_before_is_told(tmp_path: Path, more: int) -> None:
+    texts = [Document(str(i), lambda: iter(["a text of some words "])) for i in range(9)]
+    changed: list[None] = []
+
+    class Growing(list[Document]):
+        def __iter__(self) -> Iterator[Document]:
+            changed.append(None)
+            return iter(texts[: 5 + more * (len(changed) > 1)])
+
+    with pytest.raises(DataError, match="changed while being read"):
+        corpora.prepare(Growing(), "bytes", cache=tmp_path)
+    changed.clear()
+    with pytest.raises(DataError, match="changed while being read"):
+        facts.read(Growing())
+    more = 0  # the negative control
+    assert corpora.prepare(Growing(), "bytes", cache=tmp_path).train.n_tokens
 
 
 def test_a_tokenizer_without_a_size_gets_the_one_that_fits_the_training_text(tmp_path: Path) -> None:

@@ -254,6 +254,11 @@ def test_an_unfinished_iteration_leaves_no_file_open(tmp_path: Path, monkeypatch
 # What is refused at once
 
 
+def test_standard_input_that_is_closed_is_no_input(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it then
+    assert error_of(NoInputError, "-").what == "is closed"
+
+
 def test_a_missing_file_names_the_nearest(tmp_path: Path):
     write(tmp_path / "shakespeare.txt", "a")
     error = error_of(NoInputError, tmp_path / "shakespear.txt")

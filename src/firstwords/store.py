@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -31,6 +32,7 @@ Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
+LEFT = re.compile(r".-[0-9a-f]{8}$")  # and end
 PROBE = "probe"
 PROBED_S = 0.05  # is longer than another process holds a lock to see whether it is held
 READ_BYTES = 4 << 20
@@ -264,6 +266,8 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(parent: Path) -> None:
     """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock."""
     for path in folders(parent, TEMPORARY):
+        if not LEFT.search(path.name):  # a person's own
+            continue
         with _speaking_of(path):
             _remove(path)
 

@@ -98,7 +98,7 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
     training = _Spread(sum(cuts), difficulty.TRAINING_BYTES)
     held_out = _Spread(found.total_chars - sum(cuts), difficulty.HELD_OUT_BYTES)
     passages = _Passages()
-    for document, cut in zip(texts, cuts, strict=True):
+    for document, cut in corpora.again(texts, cuts):
         _take(document, cut, training, held_out, passages)
     sample = Sample(training.sample, held_out.sample)
     return TextFacts(

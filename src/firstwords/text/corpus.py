@@ -13,11 +13,11 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from firstwords import store
 from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
+from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Document, Notice, Texts
 from firstwords.text.tokenizer import Tokenizer
@@ -186,11 +187,11 @@ def prepare(
         except DataError as error:
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
     cuts = array.array("q", (int((1 - fraction) * n) for n in found.n_chars))
-    training = _Slices(texts, [(0, cut) for cut in cuts], found.total_chars, progress)
+    training = _Slices(texts, None, cuts, found.total_chars, progress)
     if val is not None and found_val is not None:
-        validation = _Slices(val, [(0, n) for n in found_val.n_chars], found_val.total_chars, progress)
+        validation = _Slices(val, None, found_val.n_chars, found_val.total_chars, progress)
     else:
-        validation = _Slices(texts, list(zip(cuts, found.n_chars, strict=True)), found.total_chars, progress)
+        validation = _Slices(texts, cuts, found.n_chars, found.total_chars, progress)
     made = make_tokenizer(tokenizer, training, sum(cuts), n_ids).with_special(special)
     try:
         _publish(folder, training, validation, made, found.sha256)
@@ -198,6 +199,19 @@ def prepare(
         if not folder.is_dir():
             raise
     return load(folder, made)
+
+
+def again(documents: Iterable[Document], *found: Iterable[int]) -> Iterator[tuple[Any, ...]]:
+    """Yield each document with the numbers that were found of it when the text was read before.
+
+    Raises:
+        DataError: There were more documents then, or fewer.
+    """
+    for row in zip_longest(documents, *found):
+        if any(one is None for one in row):
+            why = "it has another number of documents than at first"
+            raise DataError("changed while being read", where="the text", why=why, do=sources.CHANGING)
+        yield row
 
 
 def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -212,7 +226,8 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
         DataError: It is damaged.
     """
     if not folder.is_dir():
-        raise NoInputError("the prepared text is not there", where=str(folder), do="train on the text again")
+        do = "firstwords eval RUN makes it again where the text itself is still there"
+        raise NoInputError("the prepared text is not there", where=str(folder), do=do)
     manifest = store.verify(folder)
     tokenizer = tokenizer or tokenizers.read(folder / TOKENIZER_FILE)
     parts = [_open(folder / f"{name}.bin", manifest[name], tokenizer) for name in ("train", "val")]
@@ -302,13 +317,14 @@ class _Slices:
     """Documents cut to character ranges; iterated anew each time."""
 
     documents: Iterable[Document]
-    ranges: list[tuple[int, int]]
+    starts: Sequence[int] | None  # of each document; None: its beginning
+    ends: Sequence[int]
     total_chars: int
     progress: Progress
 
     def __iter__(self) -> Iterator[Document]:
         done = 0
-        for document, (start, end) in zip(self.documents, self.ranges, strict=True):
+        for document, start, end in again(self.documents, self.starts or repeat(0, len(self.ends)), self.ends):
             if end > start:
                 yield Document(document.name, functools.partial(self._slice, document.pieces, start, end, done))
             done += end

@@ -54,6 +54,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+CHANGING = "wait until nothing writes to it, or read a copy"
 _NAME_A_TEXT = "name a text file instead"
 _EXPORT = 'export its text to a .jsonl file, one {{"text": "..."}} a line'
 _NOT_TEXT = (  # first bytes, what they are the mark of, what to do
@@ -193,11 +194,8 @@ class _Source:
                 while chunk := file.read(PIECE_BYTES):
                     yield chunk
                 if self.size is not None and os.fstat(raw.fileno()).st_size != self.size:
-                    why, do = (
-                        f"it had {self.size} bytes at the start",
-                        "wait until nothing writes to it, or read a copy",
-                    )
-                    raise DataError("changed while being read", where=self.name, why=why, do=do)
+                    why = f"it had {self.size} bytes at the start"
+                    raise DataError("changed while being read", where=self.name, why=why, do=CHANGING)
 
     def _undecodable(self, error: UnicodeError, encoding: str, n_bytes: int, n_lines: int) -> DataError:
         """Say where the text stops being `encoding`, once `n_bytes` went in and `n_lines` lines came out."""
@@ -285,6 +283,8 @@ def _raise(error: OSError) -> NoReturn:
 def _spool_stdin() -> Callable[[], io.BufferedReader]:
     """Copy standard input, which can be read only once, and return what opens the copy."""
     # Writing goes through store everywhere else, to survive a crash; this file has no name and ends with us.
+    if sys.stdin is None:
+        raise NoInputError("is closed", where=_STDIN, do="write a text into it, or name a file")
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the last source that can open it is gone
 
     def reopen() -> io.BufferedReader:
