@@ -319,10 +319,10 @@ def recovering(folder: Path) -> tuple[Path, Act]:
     scene, save = saving(folder)
     with patch.object(checkpoint, "rotate"), patch.object(Recorder, "_scalars", side_effect=HeldError), suppress(HeldError):
         save(scene)  # of the best weights alone
-    half = scene / "checkpoints" / "tmp-step-00000009-abcd"
+    half = scene / "checkpoints" / "tmp-step-00000009-0123abcd"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    (scene / "tmp-config.toml-abcd").write_bytes(b"half")
+    (scene / "tmp-config.toml-0123abcd").write_bytes(b"half")
     weights = scene / "checkpoints" / DAMAGED / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -40,24 +41,29 @@ def test_a_command_line_that_does_not_parse_is_2_and_helps(refused: Refused, arg
     assert says in refused(2, *arguments)["do"]
 
 
+def test_far_more_threads_than_cores_are_refused(refused: Refused, text: Path):
+    assert f"{os.cpu_count()} cores" in refused(78, "train", text, "--threads", "4096", "--out", "run")["why"]
+
+
 @row(55, 56)
 @pytest.mark.parametrize(
     ("toml", "where", "do"),
     [
-        ("stesp = 2", "stesp", "did you mean 'steps'?"),
+        ("stesp = 2", "my.toml, stesp", "did you mean 'steps'?"),
         ("[model]\nn_layer = 2", "model.n_layer", "did you mean 'model.n_layers'?"),
         ("[optimizer]\npeak_lr = 2", "optimizer.peak_lr", "did you mean 'optim.peak_lr'?"),
         ("steps = 0", "--steps", "from 1"),
-        ("steps = 1.5", "--steps", ""),
-        ("steps = true", "--steps", ""),
+        ("steps = 1.5", "my.toml, steps", ""),
+        ("steps = true", "my.toml, steps", ""),
         ("seed = -1", "--seed", "from 0"),
         ("[optim]\npeak_lr = nan", "--optim.peak-lr", "from 1e-12"),
         ("[optim]\npeak_lr = -inf", "--optim.peak-lr", "from 1e-12"),
-        ("[model]\ntied_head = 1", "--model.tied-head", ""),
-        ("steps = [1]", "--steps", ""),
-        ("precision = ['float32']", "--precision", "float32"),
-        ("for_s = 'soon'", "--for", "90s"),
-        ("model = 5", "model", "did you mean 'model."),
+        ("[model]\ntied_head = 1", "my.toml, model.tied_head", ""),
+        ("steps = [1]", "my.toml, steps", ""),
+        ("precision = ['float32']", "my.toml, precision", "float32"),
+        ("for_s = 'soon'", "my.toml, for_s", "90s"),
+        ("model = 5", "my.toml, model", "[model]"),
+        ("text = 'text.txt'", "my.toml, text", "give a list"),
     ],
 )
 def test_a_bad_key_of_a_configuration_file_is_named(refused: Refused, text: Path, toml: str, where: str, do: str):

@@ -156,9 +156,9 @@ def test_resume_accepts_the_name_of_the_run_s_own_text(command: Command, a_run: 
 
 
 def test_resume_with_another_text_is_refused(refused: Refused, a_run: Path):
-    write(Path("other.txt"), TEXT)
-    error = refused(78, "train", "other.txt", "--resume", "--out", a_run)
-    assert "text" in error["where"]
+    write(Path("other.txt"), "another text " + TEXT)
+    error = refused(65, "train", "other.txt", "--resume", "--out", a_run)
+    assert "other.txt" in error["where"]
 
 
 def test_resume_does_not_pass_over_a_configuration_file_in_silence(command: Command, a_run: Path):

@@ -203,6 +203,50 @@ def test_on_a_terminal_progress_is_a_live_line_and_results_are_the_same(command:
     assert live.json["weights_sha256"] == plain.json["weights_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("verb", "where", "name", "do"),
+    [
+        (("generate", "run"), api, "load", ""),
+        (("train", "text.txt", "--out", "new", *TINY), corpus, "prepare", ""),
+        (("train", "text.txt", "--out", "new", *TINY), loop, "train_step", "to go on: firstwords train --resume --out new"),
+    ],
+)
+def test_ctrl_c_advises_to_go_on_where_there_is_something_to_go_on_with(
+    a_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: tuple[str, ...],
+    where: Any,
+    name: str,
+    do: str,
+):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, interrupted)
+    assert main([*verb, "--json"]) == 130
+    assert Ended(130, *capsys.readouterr()).json["error"]["do"] == do
+
+
+def test_ctrl_c_while_the_program_is_being_read_is_no_traceback():
+    program = "import sys\nclass Stop:\n  def find_spec(name, *_):\n    if name == 'tomllib': raise KeyboardInterrupt\n"
+    program += "sys.meta_path.insert(0, Stop)\nfrom firstwords.__main__ import entry; entry()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_what_a_run_says_at_its_end_goes_on_from_the_prompt_of_its_samples(command: Command, a_run: Path):
+    ended = command("train", "text.txt", "--out", "new", *TINY, "--sample-prompt", "The word")
+    said = ended.out.partition("it says:\n")[2]
+    assert said.startswith("The word")
+
+
+def test_without_held_out_text_no_held_out_figure_is_promised(command: Command, a_run: Path):
+    tiny = ("train", "text.txt", *TINY)
+    assert "held out" not in command(*tiny, "--out", "none", "--val-fraction", "0").err.partition("plan ")[2].splitlines()[0]
+    assert "held out" in command(*tiny, "--out", "some").err.partition("plan ")[2].splitlines()[0]  # the negative control
+
+
 def test_generate_shows_the_prompt_and_goes_on_from_it(command: Command, a_run: Path):
     arguments = ("generate", a_run, "--prompt", "The 1.", "--max-new-tokens", "9", "--top-k", "1")
     (said,) = command(*arguments, "--json").json["texts"]

@@ -136,6 +136,10 @@ def test_a_files_optimizer_is_taken_where_the_other_models_shape_stays(learnt: P
     assert config.model.emb_dim == GPT2.emb_dim
 
 
+def test_a_preset_beside_another_model_is_told_to_say_only_how(learnt: Path, command: Command) -> None:
+    assert "says only how it is trained" in command(*going_on("--steps", "1", "--preset", "laptop-tiny")).err
+
+
 def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: Refused) -> None:
     refused(78, *going_on("--model.emb-dim", "64"))
     refused(78, *going_on("--tokenizer", "gpt2"))

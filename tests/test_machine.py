@@ -42,6 +42,24 @@ print(json.dumps(shares))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="NOT RUN: no glibc here")
+def test_denormals_are_flushed_in_all_threads_unless_some_ran_before() -> None:
+    program = "import sys, torch; from firstwords.planning import machine; torch.set_num_threads(2); "
+    program += "sys.argv[1:] and torch.randn(1 << 20).mul(2.0)\nwith machine.threads(2): print(machine.flushes_denormals())"
+    said = [
+        subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=True).stdout
+        for more in ([], ["an operation of several threads"])
+    ]
+    assert said == ["True\n", "False\n"]
+
+
+def test_a_run_that_goes_on_from_another_model_flushes_denormals_as_one_that_is_resumed(a_run: Path) -> None:
+    program = "import sys; from pathlib import Path; from firstwords import loading\n"
+    program += "from firstwords.planning import machine; loading.read_model(Path(sys.argv[1]))\n"
+    program += "with machine.threads(2): print(machine.flushes_denormals())"
+    done = subprocess.run([sys.executable, "-c", program, a_run], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_what_a_step_frees_is_kept_for_the_next_one_and_given_back_at_the_end() -> None:
     ended = subprocess.run([sys.executable, "-c", CLEARED], capture_output=True, text=True, check=True)
     before, inside, after = json.loads(ended.stdout)  # shares of a tensor that the system cleared anew

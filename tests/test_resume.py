@@ -26,11 +26,11 @@ from firstwords.planning import budget, machine, measure, system
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
-from firstwords.text import corpus
+from firstwords.text import corpus, tokenizer
 from firstwords.text.tokenizer import train_bpe
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import Listener, Notice, Sampled, SaveDue, Started, StepDone, Told, ignore
+from firstwords.training.events import Evaluated, Listener, Notice, Sampled, SaveDue, Started, StepDone, Told, ignore
 
 STEPS = 24
 
@@ -561,6 +561,61 @@ def test_a_run_goes_on_with_as_many_words_as_it_began_with_whatever_rule_there_i
     assert train(tmp_path, "run", resume=True).tokens > began.tokens
     other = train(tmp_path, "other", tokenizer="bpe", stop_by=(StepDone, 1))  # the negative control
     assert api.info(other.run)["config"]["vocab_size"] == 300
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_a_run_goes_on_with_its_text_at_another_place_and_with_no_other_text(tmp_path: Path, is_prepared: bool) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 3), steps=5)
+    (tmp_path / "story.txt").rename(tmp_path / "moved.txt")
+    (tmp_path / "story-2.txt").write_text("another text, by its name the nearest " * 99)
+    if not is_prepared:
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(NoInputError, match="say where it is: firstwords train TEXT --resume") as told:
+            api.train(out=tmp_path / "run", resume=True)
+        assert "story-2" not in str(told.value)
+    with pytest.raises(DataError, match=r"changed since the run began|not the one"):
+        api.train(tmp_path / "story-2.txt", out=tmp_path / "run", resume=True)
+    with pytest.raises(NoInputError, match="no such file"):
+        api.train(tmp_path / "mved.txt", out=tmp_path / "run", resume=True)
+    assert api.train(tmp_path / "moved.txt", out=tmp_path / "run", resume=True).steps == 5
+    shutil.rmtree(tmp_path / "cache")
+    assert api.train(out=tmp_path / "run", resume=True, steps=6).steps == 6  # it knows the place by now
+
+
+def test_a_run_with_rows_to_spare_goes_on_without_its_prepared_text(tmp_path: Path) -> None:
+    spare: dict[str, Any] = {**TINY, "model": {**TINY["model"], "vocab_size": 600}, "tokenizer": "bpe"}
+    (tmp_path / "story.txt").write_text(STORY)
+    began = api.train(tmp_path / "story.txt", out=tmp_path / "run", listener=stopping((StepDone, 3)), **spare)
+    words = tokenizer.read(tmp_path / "run/checkpoints/step-00000000/tokenizer.json").vocab_size
+    assert words < 600
+    shutil.rmtree(tmp_path / "cache")
+    assert api.train(out=tmp_path / "run", resume=True).tokens > began.tokens
+    assert tokenizer.read(checkpoint.existing(tmp_path / "run/checkpoints")[-1] / "tokenizer.json").vocab_size == words
+
+
+def test_a_run_that_was_stopped_between_evaluations_tells_no_figure_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path, "whole", eval_every=5, stop_by=(StepDone, 8))
+    assert whole.nats_per_token is not None  # the negative control
+
+    def refuse(parent: Path, step: int) -> str:
+        raise DataError("cannot be read", where=f"step {step}")
+
+    monkeypatch.setattr(checkpoint, "weights_sha256", refuse)
+    made = train(tmp_path, "run", eval_every=5, stop_by=(StepDone, 8))
+    assert (made.best_step, made.nats_per_token) == (8, None)
+    assert train(tmp_path, "judged", eval_every=5, stop_by=(Evaluated, 5)).nats_per_token is not None  # at this very step
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tmp_path, "run", stop_by=(StepDone, 3)).run
+    gone = RunFolder(Path(run)).checkpoints / "step-00000099"
+    listed = checkpoint.existing
+    monkeypatch.setattr(checkpoint, "existing", lambda parent: [*listed(parent), gone])
+    assert api.verify(run).ok
+    gone.mkdir()
+    assert not api.verify(run).ok  # the negative control
 
 
 def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_named_from_here(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from command import Command, Refused
+from command import Command, Refused, write
 from conftest import STORY
 from firstwords import api
 from firstwords.config import ModelConfig
@@ -263,11 +263,23 @@ def test_without_its_training_text_a_model_is_judged_and_the_gap_is_named(
     command: Command, a_run: Path, cache: Path
 ) -> None:
     shutil.rmtree(cache)
-    ended = command("eval", a_run, "text.txt")
+    Path("text.txt").rename("moved.txt")
+    ended = command("eval", a_run, "moved.txt")
     assert ended.code == 0
     assert "given" not in ended.out
     assert "n-gram" not in ended.out
     assert "not here" in ended.err
+
+
+def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: Path, text: Path, cache: Path) -> None:
+    write(Path("other.txt"), "other words\n" * 9)
+    assert "the very text that it learnt from" in command("eval", a_run, text).err
+    assert "learnt from" not in command("eval", a_run, "other.txt").err  # the negative control
+    shutil.rmtree(cache)
+    assert "learnt from" not in command("eval", a_run, "other.txt").err  # it is prepared again
+    text.unlink()
+    shutil.rmtree(cache)
+    assert "nothing on the scale is given it" in command("eval", a_run, "other.txt").err
 
 
 def test_a_model_to_compare_with_that_is_not_there_is_refused(refused: Refused, a_run: Path) -> None:

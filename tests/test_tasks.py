@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from command import Command, Refused, write
 from firstwords import api
 from firstwords.config import ModelConfig
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.insight import tasks
 from firstwords.insight.likelihood import Continuation, answer, encode_pair, likelihoods
 from firstwords.insight.tasks import Item, Rule, Task
@@ -273,6 +273,10 @@ def test_tasks_are_refused_where_they_cannot_be(refused: Refused, a_run: Path, h
     write(here / "taken", "precious")
     refused(73, "eval", a_run, "--tasks-out", "taken")
     refused(78, "eval", a_run, "text.txt", "--tasks", "kept")
+    refused(78, "eval", a_run, "--tasks", "kept", "--no-baselines")
+    refused(78, "eval", a_run, "--tasks", "kept", "--against", a_run)
+    with pytest.raises(ConfigError, match="its own tasks"):
+        api.evaluate_tasks(a_run, folder="kept", out="again")
     write(here / "own/mine.jsonl", "")
     refused(65, "eval", a_run, "--tasks", "own")
 

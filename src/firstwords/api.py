@@ -104,6 +104,10 @@ def train(
             from firstwords.training.state import taken
 
         settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
+        late_s = time.perf_counter() - started_s
+        if settled.for_s is not None and late_s > settled.for_s:
+            words = f"the start alone took {late_s:.0f} s, longer than --for: it learns from a step or two"
+            listener(Notice(words))
         with machine.threads(settled.threads), signals.stop_requests() as stop:
             recorder = _begin(asked, settled, prepared, listener, started_s, expected)
             evaluate, sample = _looks(recorder)
@@ -188,7 +192,7 @@ def _begin(
     store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
-    if not resume:  # from here on the folder holds a run, which can be resumed
+    if not resume or asked.moved:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
@@ -216,6 +220,8 @@ def _begin(
         )
     state.elapsed_s += now_s - started_s
     recorder.checks = checks
+    if not prepared.val.n_tokens:  # it has no held-out figure
+        expected = dataclasses.replace(expected, expected=None)
     recorder.begin(None if resume else expected.as_dict())
     return recorder
 

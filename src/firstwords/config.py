@@ -279,8 +279,7 @@ def run_config(*layers: Overrides) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "optim": {}}
     types_of = key_types()
     for key, value in given.items():
-        if key not in types_of:
-            raise ConfigError(f"unknown key {key!r}", where=key, do=did_you_mean(key, types_of))
+        _require_known(key, types_of)
         part, _, name = key.rpartition(".")
         parts[part][name] = converted(key, value, types_of[key])
     return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
@@ -339,7 +338,9 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def flag(key: str) -> str:
-    """Return the command line's spelling of a key: `save_every_s` -> `--save-every`."""
+    """Return the command line's spelling of a key: `save_every_s` -> `--save-every`, `text` -> `TEXT`."""
+    if key == "text":
+        return "TEXT"
     return "--" + key.removesuffix("_s").rstrip("_").replace("_", "-")
 
 
@@ -356,14 +357,30 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: It is no TOML; the line and column are in the message. Or a line has over 100 dots outside strings.
+            An unknown key, or a value of the wrong type.
     """
     lines = (TOML_STRING.sub("", line) for line in text.splitlines())
     if any(line.count(".") > MOST_DOTS for line in lines):  # the parser's time grows with their square
         raise ConfigError("is no TOML", where=where, why=f"a line has over {MOST_DOTS} dots")
     try:
-        return flatten(tomllib.loads(text))
+        found = flatten(tomllib.loads(text))
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of thousands of digits
         raise ConfigError("is no TOML", where=where, why=str(error)) from error
+    types_of, tables = key_types(), [prefix.removesuffix(".") for prefix, _ in PARTS if prefix]
+    for key, value in found.items():
+        if key in tables:
+            raise ConfigError("is a table", where=f"{where}, {key}", do=f"write [{key}] in a line, its keys below it")
+        try:
+            _require_known(key, types_of)
+            converted(key, value, types_of[key])
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
+    return found
+
+
+def _require_known(key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        raise ConfigError(f"unknown key {key!r}", where=key, do=did_you_mean(key, known))
 
 
 def to_toml(config: RunConfig) -> str:

@@ -138,10 +138,15 @@ def scale(
 
 
 def _given(source: str | Path, listener: Listener) -> Given | None:
-    """Return the text that a model learnt from, where that is still prepared."""
+    """Return the text that a model learnt from, prepared again where it must be and can."""
     from firstwords.insight.baselines import Given
 
-    corpus = kept_corpus(Path(source))
+    run = run_of(Path(source))
+    try:
+        corpus = prepared_text(run, listener) if run.exists else None
+    except FirstwordsError as error:
+        listener(Notice(str(error)))
+        corpus = None
     if corpus is None:
         listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
         return None
@@ -245,9 +250,13 @@ def evaluate_tasks(
         NoInputError: No such model, text or folder.
         DataError: The text is too short, or the folder holds no tasks.
         CannotCreateError: `out` exists.
+        ConfigError: A folder, which has its own tasks, and a text or `out`.
     """
     from firstwords.insight import tasks as making
 
+    if folder is not None and (text is not None or out is not None):
+        do = "leave out the text and --tasks-out, or the folder"
+        raise ConfigError("has its own tasks", where=f"--tasks {folder}", do=do)
     if out is not None and store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --tasks-out")
     if folder is not None:

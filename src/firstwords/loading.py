@@ -12,7 +12,7 @@ from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener
+from firstwords.training.events import Listener, Notice
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
-    From then on this process computes with no more threads than a container has the time of, which PyTorch does not know.
+    From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
+    and numbers below 1e-38 count as 0.
 
     Raises:
         NoInputError: None of them is there.
@@ -42,14 +43,17 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
 def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
     """Return what `load` does, and leave the number of threads to the run that goes on."""
     source = located(source, notice)
-    if is_foreign(source):
+    found = None if is_foreign(source) else checkpoint_of(source, notice)
+
+    from firstwords.planning import machine
+
+    machine.flush_denormals()
+    if found is None:
         from firstwords.weights import reader
 
         return reader.read(source, notice=notice)
-    found = checkpoint_of(source, notice)
 
     from firstwords.model.language_model import LanguageModel
-    from firstwords.planning import machine
     from firstwords.runs import checkpoint
     from firstwords.text import tokenizer as tokenizers
     from firstwords.training.state import restored_model
@@ -80,7 +84,15 @@ def model_and_text(
     if text is None:
         return lm, _held_out(Path(source), listener)
     texts = sources.read(named_texts(text), encoding=encoding, notice=resolve.noticed(listener))
-    return lm, corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), held_out=0.0).train
+    prepared = corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), held_out=0.0)
+    if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
+        listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
+    return lm, prepared.train
+
+
+def _learnt_sha256(run: RunFolder) -> str | None:
+    """Return the SHA-256 of the text of a run; None where it is not known."""
+    return reading.read_json(run.corpus).get("text_sha256") if run.corpus.is_file() else None
 
 
 def located(source: str | Path, notice: Callable[[str], None]) -> Path:

@@ -341,7 +341,8 @@ class Recorder:
                 return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
             except FirstwordsError as error:  # its save was refused
                 self._notice(f"{error}; using step {newest.step} instead of the best")
-        return newest.step, self.last_held_out, newest.weights_sha256
+        judged = bool(self.history) and self.history[-1][0] == newest.step  # a run that was stopped is saved between two
+        return newest.step, self.last_held_out if judged else None, newest.weights_sha256
 
     def restore(self, *, more_time: bool = False) -> None:
         """Bring the run back to its newest valid checkpoint, and its journals with it.

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import platformdirs
 
 from firstwords import reading, store
 from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
-from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
 from firstwords.model import cost
 from firstwords.planning import budget, known
 from firstwords.runs import folder as run_folder
@@ -66,6 +67,7 @@ RESUMABLE = frozenset(
         "report",
     )
 )
+MOST_THREADS_A_CORE = 8
 PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
 # What of a model may change when training goes on from it.
 ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
@@ -100,6 +102,7 @@ class Asked:
     texts: Texts | None  # None: what a resumed run recorded
     given: frozenset[str]  # the keys that were named; nothing is decided for them
     more_time: bool = False  # a resumed run is given a new time budget
+    moved: bool = False  # and its text is elsewhere by now
     tokenizer_json: bytes = b""  # of the model that a new run goes on from
 
 
@@ -135,6 +138,8 @@ def new(
         shape = {key: value for key, value in shape.items() if key not in ADAPTABLE & named}
         if not any("preset" in layer for layer in (*layers, given)):
             layers = [GOING_ON, *layers]
+        elif "preset" in given:
+            listener(Notice(f"the model is that of {asked.from_}: --preset {asked.preset} says only how it is trained"))
         place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
         given = {**shape, **given, "from_": place}
         _require_shape(shape, given)
@@ -144,6 +149,7 @@ def new(
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
         raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
     _require_utf8(asked)
+    _require_cores(asked.threads)
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
     if tokenizer_json:
@@ -152,6 +158,14 @@ def new(
     store.make_folder(run.path)
     every_key = frozenset(key for layer in (*layers, given) for key in layer)
     return Asked(run, asked, texts, every_key, tokenizer_json=tokenizer_json)
+
+
+def _require_cores(threads: int | None) -> None:
+    """Raise a ConfigError for threads that would do little but wait for each other, at every operation."""
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > MOST_THREADS_A_CORE * cores:
+        do = f"give {cores} or less, or leave it out"
+        raise ConfigError(f"{threads} threads are too many", where="--threads", why=f"this machine has {cores} cores", do=do)
 
 
 def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
@@ -179,7 +193,10 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
         raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
     recorded = recorded_config(run)
-    if "text" in given and list(_absolute(given["text"])) == list(recorded.get("text", ())):
+    moved = None
+    if "text" in given:  # where it is by now; that it is the same is seen when it is read
+        here = tuple(_absolute(given["text"]))
+        moved = None if list(here) == list(recorded.get("text", ())) else here
         given = {key: value for key, value in given.items() if not key.startswith("text")}
     given = {key: value for key, value in given.items() if not (key in PLACES and _is_place(value, recorded.get(key)))}
     for key, value in given.items():
@@ -194,9 +211,9 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 where=flag(key),
                 do="leave it out, or begin a new run with another --out",
             )
-    more_time, asked = given.get("for_s") is not None, run_config(recorded, given)
+    more_time, asked = given.get("for_s") is not None, run_config(recorded, given, {} if moved is None else {"text": moved})
     _require_utf8(asked)
-    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time)
+    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=moved is not None)
 
 
 def _is_place(named: Any, recorded: Any) -> bool:
@@ -254,12 +271,13 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        n_ids = asked.config.model.vocab_size - len(_special(asked.config))  # as the rule for them was then
-        prepared = _prepare_anew(asked.config, texts, listener, n_ids)
-    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
-        if recorded is None or not recorded.is_dir():
-            raise
-        listener(Notice(f"{error}; going on with the prepared text"))
+        prepared = _prepare_anew(asked.config, texts, listener, _n_ids(asked))
+    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone; no other is what the run needs
+        if asked.moved or recorded is None or not recorded.is_dir():
+            command = quoted("firstwords", "train", "TEXT", "--resume", "--out", str(asked.run.path))
+            do = error.do if asked.moved else f"put it there again, or say where it is: {command}"
+            raise type(error)(error.what, where=error.where, why=error.why, do=do) from error
+        listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
         return corpora.load(recorded)
     if recorded is not None and prepared.folder != recorded:
         raise DataError(
@@ -269,6 +287,15 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
             do="restore it, or begin a new run",
         )
     return prepared
+
+
+def _n_ids(asked: Asked) -> int:
+    """Return how many ids the tokenizer of a run has that goes on, as the rule for them was when it began."""
+    for folder in reversed(store.folders(asked.run.checkpoints, "")):
+        with suppress(FirstwordsError):  # a damaged one is told of where it is gone on from
+            found = tokenizers.read(folder / asked.run.tokenizer.name)
+            return found.vocab_size - len(found.special)
+    return asked.config.model.vocab_size - len(_special(asked.config))
 
 
 def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener:

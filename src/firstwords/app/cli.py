@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import __version__
 from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, presets, run_config
-from firstwords.errors import ConfigError, DataError, FirstwordsError, StoppedError, UsageError
+from firstwords.errors import ConfigError, DataError, FirstwordsError, StoppedError, UsageError, quoted
 
 if TYPE_CHECKING:
     from firstwords.app.console import Console
@@ -54,18 +54,20 @@ def entry() -> NoReturn:
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     started_s = time.perf_counter()
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    as_json, debug, console = "--json" in arguments, "--debug" in arguments, None
     try:
         options = parser().parse_args(arguments)
         from firstwords.app.console import Console
 
         run: Callable[[argparse.Namespace, Console, float], int] = options.run
-        return run(options, Console(as_json=as_json), started_s)
+        console = Console(as_json=as_json)
+        return run(options, console, started_s)
     except FirstwordsError as error:
         return _failed(error, as_json=as_json, debug=debug)
     except KeyboardInterrupt:
-        stopped = StoppedError("stopped", do="a run goes on from its last checkpoint: train --resume --out RUN")
-        return _failed(stopped, as_json=as_json, debug=debug)
+        begun = None if console is None else console.begun
+        do = f"to go on: {quoted('firstwords', 'train', '--resume', '--out', str(begun))}" if begun else ""
+        return _failed(StoppedError("stopped", do=do), as_json=as_json, debug=debug)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -342,10 +344,9 @@ def plan(options: argparse.Namespace, console: Console, started_s: float) -> int
 def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
     """Say how good a model is."""
     kept, out, text = options.tasks, options.tasks_out, options.text or None
-    if kept and (text or out):
-        raise ConfigError(
-            "has its own tasks", where=f"--tasks {kept}", do="leave out the text and --tasks-out, or the folder"
-        )
+    if kept and (options.against or options.no_baselines):
+        why, do = "they belong to a text", "leave them out, or the folder"
+        raise ConfigError("goes without --against and --no-baselines", where=f"--tasks {kept}", why=why, do=do)
     if "-" in options.text and (kept is not None or out is not None):
         raise ConfigError(
             "standard input can be read only once", where="-", why="tasks and figures both read it", do="name a file"

@@ -26,7 +26,7 @@ from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError, quoted
 from firstwords.model.sampling import Sampling
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Listener, Told, Trained
+from firstwords.training.events import Listener, Started, Told, Trained
 
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported, Reported
@@ -75,6 +75,7 @@ class Console:
         self.as_json = as_json
         self.out = _Output(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.err = _Output(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.begun: Path | None = None  # the run that goes on
         self._lm: LanguageModel | None = None  # what the run that just ended has in memory
 
     @contextmanager
@@ -86,8 +87,9 @@ class Console:
         def tell(told: Told) -> None:
             if isinstance(told, Trained):
                 self._lm = told.lm
-            else:
-                display.tell(told)
+                return
+            self.begun = told.run if isinstance(told, Started) else self.begun
+            display.tell(told)
 
         with display:
             yield tell

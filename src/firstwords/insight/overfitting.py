@@ -44,14 +44,15 @@ def turns(history: Sequence[tuple[int, float]]) -> Turned | None:
 
 def _verdicts(history: Sequence[tuple[int, float]]) -> Iterator[Turned | None]:
     """Yield after each evaluation whether the run has turned."""
-    best_step, best_nats, since = 0, math.inf, list[float]()
+    best_step, best_nats, worst_nats, since = 0, math.inf, -math.inf, list[float]()
     for step, nats in history:
         if nats < best_nats:
-            best_step, best_nats, since = step, nats, []
+            best_step, best_nats, worst_nats, since = step, nats, -math.inf, []
         else:
+            worst_nats = max(worst_nats, nats)
             since.append(nats)
         behind = len(since) >= PATIENCE and step - best_step >= PATIENT_SHARE * step
-        worse = behind and statistics.mean(since[-PATIENCE:]) >= WORSE * best_nats and nats >= max(since)
+        worse = behind and statistics.mean(since[-PATIENCE:]) >= WORSE * best_nats and nats == worst_nats
         yield Turned(best_step, best_nats, nats) if worse else None
 
 

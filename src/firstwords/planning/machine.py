@@ -70,15 +70,29 @@ def usable_threads() -> int:
     return count if quota is None or os.environ.get("OMP_NUM_THREADS") else max(1, min(count, int(quota)))
 
 
+def flush_denormals() -> None:
+    """Let numbers below 1e-38 count as 0, in this thread and in those that PyTorch starts from here on.
+
+    Many processors are several times slower with them, and AdamW's means of words that a text has no more of decay to such
+    numbers. Threads that run already are left as they are: so it comes before the first operation that several share.
+    """
+    torch.set_flush_denormal(True)
+
+
+def flushes_denormals() -> bool:
+    """Whether they count as 0 in all threads."""
+    tiny = torch.full((torch.get_num_threads() << 16,), 1 << 22, dtype=torch.int32).view(torch.float32)  # 6e-39 each
+    return not bool(tiny.mul(1.0).view(torch.int32).any())
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Compute with so many CPU threads inside, and with as many as before afterwards; None: with those that are usable.
 
-    Numbers below 1e-38 count as 0 inside: many processors are several times slower with them, and AdamW's means of words
-    that a text has no more of decay to such numbers.
+    Numbers below 1e-38 count as 0 inside; see `flush_denormals`.
     """
     before = torch.get_num_threads()
-    torch.set_flush_denormal(True)  # first: the threads that start from here on take it over
+    flush_denormals()
     torch.set_num_threads(count or usable_threads())
     try:
         yield
@@ -177,7 +191,7 @@ def _product_s(a: torch.Tensor) -> float:
 
 def key(where: torch.device) -> dict[str, Any]:
     """Return all that what was measured depends on."""
-    known = {name: value for name, value in fingerprint(where, "", "").items() if name != "numpy"}
+    known = {name: value for name, value in fingerprint(where, "", "").items() if name not in ("numpy", "denormals")}
     return {**known, "machine": platform.machine()}
 
 
@@ -192,6 +206,7 @@ def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict
         "threads": torch.get_num_threads(),
         "precision": precision_name,
         "compile": compiled,
+        "denormals": "flushed" if flushes_denormals() else "kept",
     }
 
 
