@@ -21,6 +21,8 @@ from command import TEXT, TINY, Command, Ended
 from firstwords import api, errors, store
 from firstwords.app.cli import main
 from firstwords.runs.journal import Journal
+from firstwords.text import corpus
+from firstwords.training import loop
 from firstwords.training.events import Preparing, Told
 
 FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
@@ -196,7 +198,8 @@ def test_progress_goes_to_standard_error_in_plain_lines_and_results_to_standard_
 def test_on_a_terminal_progress_is_a_live_line_and_results_are_the_same(command: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     plain = command("train", "text.txt", "--out", "plain", *TINY, "--json")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     live = command("train", "text.txt", "--out", "live", *TINY, "--json")
     assert "\x1b[" in live.err
     assert "\x1b" not in live.out

@@ -13,14 +13,26 @@ from command import ESC, Command
 from conftest import STORY, TINY
 from firstwords import api
 from firstwords.app.console import Console
+from firstwords.app.console import train as console_train
 from firstwords.app.progress import WIDTH, Curve, LiveDisplay, PlainDisplay
-from firstwords.app.words import BLOCKS, sparkline
+from firstwords.app.words import BLOCKS, one_line, sparkline
 from firstwords.insight.surprise import HOTTEST, heat
+from firstwords.planning.measure import Mark
 from firstwords.training.events import Preparing, Sampled, StepDone
 
 
 def step(number: int, nats: float = 1.0) -> StepDone:
     return StepDone(number, number, nats, 1e-3, 1.0, 10.0, 0.1, number * 0.1)
+
+
+class Screen(io.StringIO):
+    """A terminal, as Python asks for one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+HIDE_CURSOR = f"{ESC}[?25l"
 
 
 def live(width: int = 100) -> LiveDisplay:
@@ -30,8 +42,8 @@ def live(width: int = 100) -> LiveDisplay:
 def test_a_terminal_that_cannot_be_drawn_on_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, lines in (("dumb", True), ("xterm", False)):
         monkeypatch.setenv("TERM", kind)
-        shown, console = io.StringIO(), Console()
-        console.err = RichConsole(file=shown, force_terminal=True, width=100)  # type: ignore[assignment]
+        shown, console = Screen(), Console()
+        console.err = RichConsole(file=shown, width=100)  # type: ignore[assignment]
         with console.progress() as tell:
             tell(Preparing("reading", 0.5))
             assert ("reading: 50%\n" in shown.getvalue()) is lines
@@ -90,10 +102,46 @@ def test_a_run_told_to_a_live_display_leaves_its_curves(tmp_path: Path) -> None:
     assert [line.split()[0] for line in below(display)] == ["training", "held-out", "it"]
 
 
+def test_a_listener_of_one_s_own_takes_the_display_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    heard: list[object] = []
+    console_train(tmp_path / "story.txt", out=tmp_path / "run", listener=heard.append, steps=2, **TINY)
+    assert heard
+    assert capsys.readouterr().err == ""
+
+
 def test_where_there_is_no_terminal_samples_are_lines() -> None:
     out = io.StringIO()
     PlainDisplay(RichConsole(file=out)).tell(Sampled(1, "words"))
     assert out.getvalue().strip() == "words"
+
+
+def test_a_log_that_is_to_have_colours_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for file, drawn in ((io.StringIO(), False), (Screen(), True)):  # and the negative control
+        console = Console()
+        console.err = RichConsole(file=file, width=100)  # type: ignore[assignment]
+        assert console.err.is_terminal
+        with console.progress() as tell:
+            tell(Preparing("reading", 0.5))
+        console.benched(iter(()))
+        assert (HIDE_CURSOR in file.getvalue()) is drawn
+
+
+def test_each_figure_of_a_machine_has_a_line_of_its_own_where_a_spinner_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen, console = Screen(), Console()
+    console.out = console.err = RichConsole(file=screen, width=100)  # type: ignore[assignment]
+    console.benched(iter([Mark(f"products {i}", 1e3, "GFLOP/s") for i in range(3)]))
+    lines = [line.rpartition(f"{ESC}[2K")[2] for line in screen.getvalue().splitlines()]
+    assert sum(line.startswith("products ") for line in lines) == 3
+
+
+def test_a_line_s_end_of_windows_is_shown_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_line("a\r\nb\rc") == r"a⏎b\rc"
+    Console().speaks("one\r\n", iter(["two\r", "\nthree"]))
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
 def test_heat_follows_surprise() -> None:

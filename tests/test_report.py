@@ -340,6 +340,13 @@ def test_two_runs_stand_beside_each_other(command: Command, tmp_path: Path) -> N
         assert {line["run"] for line in chart["lines"]} == {0, 1}
     assert found.ids & {"map", "samples"} == set()
     assert "seed" in found.text
+    assert "not judged on the same text" not in found.text  # the negative control of the next
+
+
+def test_runs_on_different_texts_are_told_not_to_compare(command: Command, tmp_path: Path) -> None:
+    runs = [trained(tmp_path, out=tmp_path / "one"), trained(tmp_path, out=tmp_path / "two", val_fraction=0.2)]
+    assert command("report", *runs).code == 0
+    assert "not judged on the same text" in page(Path("comparison.html")).text
 
 
 def test_a_run_that_is_not_there_is_told(refused: Refused, here: Path) -> None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import rich.box
 from rich.console import Console as RichConsole
 from rich.segment import Segment, Segments
+from rich.status import Status
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from firstwords import api
+from firstwords import api, resolve
 from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
@@ -81,8 +82,7 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[Listener]:
         """Yield a listener that shows what it is told while inside."""
-        live = self.err.is_terminal and not (self.err.is_jupyter or self.err.is_dumb_terminal)
-        display = LiveDisplay(self.err) if live else PlainDisplay(self.err)
+        display = LiveDisplay(self.err) if self._is_live else PlainDisplay(self.err)
 
         def tell(told: Told) -> None:
             if isinstance(told, Trained):
@@ -93,6 +93,17 @@ class Console:
 
         with display:
             yield tell
+
+    @property
+    def _is_live(self) -> bool:
+        """Whether what standard error shows can be drawn anew; a log that is to have colours (FORCE_COLOR) cannot."""
+        return self.err.is_terminal and self.err.file.isatty() and not (self.err.is_jupyter or self.err.is_dumb_terminal)
+
+    @contextmanager
+    def _waiting(self, words: str) -> Iterator[Status | None]:
+        """Show that something goes on while inside, where it can be wiped away afterwards."""
+        with self.err.status(words) if self._is_live else nullcontext() as status:
+            yield status
 
     def notice(self, line: str) -> None:
         """Show a line that a person should read."""
@@ -137,12 +148,17 @@ class Console:
             self.out.print(f"report    {visible(str(report))}")
         lm = self._lm or api.load(result.run)
         self.out.print("\nit says:")
-        said = lm.generate(max_new_tokens=120, sampling=Sampling(temperature=api.SAMPLE_TEMPERATURE))
+        prompt = resolve.recorded_config(RunFolder(Path(result.run))).get("sample_prompt", "")
+        said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=api.SAMPLE_TEMPERATURE))
+        self._to_the_letter(prompt, "bold")
         self._to_the_letter(f"{said}\n")
 
     def _to_the_letter(self, text: str, style: str = "") -> None:
-        """Show what a model read or says as it is; printed in the usual way, its tabs would become spaces."""
-        self.out.print(Segments([Segment(visible(text), Style.parse(style))]))
+        """Show what a model read or says as it is; printed in the usual way, its tabs would become spaces.
+
+        But for the first half of a line's end as Windows writes it: a terminal needs it as little as one that steers it.
+        """
+        self.out.print(Segments([Segment(visible(text.replace("\r", "")), Style.parse(style))]))
 
     def planned(self, found: Plan, text: Sequence[str], encoding: str | None = None) -> None:
         """Show what could be trained, and what to take."""
@@ -194,7 +210,7 @@ class Console:
         self.out.print(f"copied of what it says {beside(found.copied_share, found.held_out_copied_share)}")
         if found.place is not None:
             self.out.print(f"longest copy          {found.longest_copy_chars} characters, from {found.place.words}")
-            self.out.print(f"                      {one_line(found.longest_copy)!r}")
+            self.out.print(f"                      '{one_line(found.longest_copy)}'")
         self.out.print(f"goes round in circles {beside(found.repeated, found.held_out_repeated)}")
 
     def explained(self, explanation: Explanation, page: str | None = None) -> None:
@@ -300,12 +316,16 @@ class Console:
     def benched(self, marks: Iterator[Mark]) -> None:
         """Show what this machine does, as it is measured."""
         found = []
-        with self.err.status("measuring"):
+        with self._waiting("measuring") as status:
             for mark in marks:
                 found.append(mark)
+                if status is not None:  # both may be one terminal
+                    status.stop()
                 of = "" if mark.limit is None else f"  {mark.rate / mark.limit:4.0%} of this machine's limit"
                 rate = f"{mark.rate:,.0f}" if mark.rate >= SHOWN_WHOLE else f"{mark.rate:.1f}"
                 (self.err if self.as_json else self.out).print(f"{mark.what:32} {rate:>8} {mark.unit:9}{of}")
+                if status is not None:
+                    status.start()
         if self.as_json:
             self._json({"marks": [mark.as_dict() for mark in found]})
 
@@ -320,7 +340,7 @@ class Console:
 
     def examined(self, examine: Callable[[], Diagnosis]) -> Diagnosis:
         """Show what a machine is and what is wrong with it, and return that."""
-        with self.err.status("looking and measuring"):
+        with self._waiting("looking and measuring"):
             found = examine()
         if self.as_json:
             self._json(found.as_dict())
@@ -447,13 +467,13 @@ def train(text: Any = None, *, progress: bool = True, **options: Any) -> TrainRe
 
     Args:
         text: Files and folders, or "-"; None: the built-in text.
-        progress: Show progress on standard error.
+        progress: Show progress on standard error, unless a `listener` is told of it.
         **options: `out`, `config`, `resume`, and any configuration key.
 
     Raises:
         FirstwordsError: What is wrong and what to do.
     """
-    if not progress:
+    if not progress or "listener" in options:
         return api.train(text, **options)
     with Console().progress() as listener:
         return api.train(text, listener=listener, **options)

@@ -16,7 +16,7 @@ def visible(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return text as one visible line."""
-    return visible(text).replace("\n", "⏎").replace("\t", " ")
+    return visible(text.replace("\r\n", "\n")).replace("\n", "⏎").replace("\t", " ")
 
 
 def duration(seconds: float) -> str:

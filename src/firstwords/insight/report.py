@@ -175,7 +175,21 @@ def _headline(records: Sequence[Record]) -> str:
     columns = [dict(figures(record)) for record in records]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = ((key, *(column.get(key, "–") for column in columns)) for key in keys)
-    return f'<section id="headline">{_grid(("", *(record.name for record in records)), rows)}</section>'
+    note = f'<p class="note">{words}</p>' if (words := _unlike(records)) else ""
+    return f'<section id="headline">{note}{_grid(("", *(record.name for record in records)), rows)}</section>'
+
+
+def _unlike(records: Sequence[Record]) -> str:
+    """Return what a person should know before comparing the figures of these runs."""
+
+    def differ(*keys: str) -> bool:
+        return len({tuple(str(record.config.get(key)) for key in keys) for record in records}) > 1
+
+    if differ("text_sha256", "val", "val_fraction"):
+        return "These runs are not judged on the same text: which of them is better, their figures do not tell."
+    if differ("tokenizer", "model.vocab_size"):
+        return "Their tokens are not the same: bits per byte compare, nats per token and perplexity do not."
+    return ""
 
 
 def figures(record: Record) -> list[Cell]:
@@ -374,11 +388,15 @@ def _settings(record: Record) -> list[str]:
 def _differences(records: Sequence[Record]) -> list[str]:
     """Return the keys of the configurations that are not the same in all runs."""
     keys = list(dict.fromkeys(key for record in records for key in record.config))
-    values = [(key, *(str(record.config.get(key, "none")) for record in records)) for key in keys]
+    values = [(key, *(_plainly(record.config.get(key, "none")) for record in records)) for key in keys]
     rows = [row for row in values if len(set(row[1:])) > 1]
     if not rows:
         return []
     return [_section("config", "Where they differ", _grid(("", *(record.name for record in records)), rows))]
+
+
+def _plainly(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _last(column: Sequence[Any] | None) -> Any:

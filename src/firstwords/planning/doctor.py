@@ -223,9 +223,17 @@ def compile_cache(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def _place(what: str, path: Path) -> Place:
     there = path.absolute()
-    while not there.is_dir() and there != there.parent:
+    while not _is_folder(there) and there != there.parent:
         there = there.parent
-    return Place(what, str(there), shutil.disk_usage(there).free, os.access(there, os.W_OK))
+    return Place(what, str(there), shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one that may be looked at; what lies in a folder that may not be entered is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _torch() -> Torch:
