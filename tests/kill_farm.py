@@ -319,10 +319,10 @@ def recovering(folder: Path) -> tuple[Path, Act]:
     scene, save = saving(folder)
     with patch.object(checkpoint, "rotate"), patch.object(Recorder, "_scalars", side_effect=HeldError), suppress(HeldError):
         save(scene)  # of the best weights alone
-    half = scene / "checkpoints" / "tmp-step-00000009-0123abcd"
+    half = scene / "checkpoints" / "tmp-step-00000009-x0123abcd"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    (scene / "tmp-config.toml-0123abcd").write_bytes(b"half")
+    (scene / "tmp-config.toml-x0123abcd").write_bytes(b"half")
     weights = scene / "checkpoints" / DAMAGED / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 
@@ -394,7 +394,7 @@ def nothing_lost(scene: Path, run: Path, damaged: str, allowed: set[tuple[int, s
 def what_stands(run: Path) -> tuple[tuple[str, int], ...]:
     """Return the names and sizes in a run's folder, without the random parts of names."""
     files = sorted(path for path in run.rglob("*"))
-    return tuple((re.sub(r"(tmp-|damaged-)([^/]*)-[0-9a-f]{8}", r"\1\2", str(p)), p.stat().st_size) for p in files)
+    return tuple((re.sub(r"(tmp-|damaged-)([^/]*)-x?[0-9a-f]{8}", r"\1\2", str(p)), p.stat().st_size) for p in files)
 
 
 def publish_without_care(folder: Path, files: Any, describe: Callable[[], Any]) -> store.Json:

@@ -206,7 +206,7 @@ def test_a_thread_may_start_where_the_answer_is_written_and_not_before(place: Pa
         assert event in json.loads(done.stdout)["what"]  # the negative control
 
 
-@pytest.mark.parametrize("name", ["tmp-weights-0123abcd", "weights"])
+@pytest.mark.parametrize("name", ["tmp-weights-x0123abcd", "weights"])
 def test_a_process_that_was_ended_while_it_wrote_leaves_nothing(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

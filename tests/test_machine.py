@@ -41,7 +41,13 @@ print(json.dumps(shares))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="NOT RUN: no glibc here")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="NOT RUN: no glibc here")
+FLUSHES = pytest.mark.skipif(  # there a thread begins with its starter's way to compute
+    sys.platform != "linux" or not torch.set_flush_denormal(False), reason="NOT RUN: no such processor or system"
+)
+
+
+@FLUSHES
 def test_denormals_are_flushed_in_all_threads_unless_some_ran_before() -> None:
     program = "import sys, torch; from firstwords.planning import machine; torch.set_num_threads(2); "
     program += "sys.argv[1:] and torch.randn(1 << 20).mul(2.0)\nwith machine.threads(2): print(machine.flushes_denormals())"
@@ -52,6 +58,16 @@ def test_denormals_are_flushed_in_all_threads_unless_some_ran_before() -> None:
     assert said == ["True\n", "False\n"]
 
 
+@FLUSHES
+def test_what_a_process_did_with_denormals_before_is_what_it_does_afterwards() -> None:
+    for before in (True, False):
+        torch.set_flush_denormal(before)
+        with machine.threads(1):
+            assert machine.flushes_denormals(1)
+        assert machine.flushes_denormals(1) is before
+
+
+@FLUSHES
 def test_a_run_that_goes_on_from_another_model_flushes_denormals_as_one_that_is_resumed(a_run: Path) -> None:
     program = "import sys; from pathlib import Path; from firstwords import loading\n"
     program += "from firstwords.planning import machine; loading.read_model(Path(sys.argv[1]))\n"
@@ -60,6 +76,7 @@ def test_a_run_that_goes_on_from_another_model_flushes_denormals_as_one_that_is_
     assert done.stdout == "True\n"
 
 
+@GLIBC
 def test_what_a_step_frees_is_kept_for_the_next_one_and_given_back_at_the_end() -> None:
     ended = subprocess.run([sys.executable, "-c", CLEARED], capture_output=True, text=True, check=True)
     before, inside, after = json.loads(ended.stdout)  # shares of a tensor that the system cleared anew
@@ -97,10 +114,9 @@ def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Pat
 
 
 def test_tiny_numbers_count_as_zero_inside_only() -> None:
-    tiny = torch.tensor([1e-40])
-    if not torch.set_flush_denormal(True):
+    if not torch.set_flush_denormal(False):
         pytest.skip("NOT RUN: this processor cannot flush them")
-    torch.set_flush_denormal(False)
+    tiny = torch.tensor([1e-40])
     assert (tiny * 0.5).item() > 0
     with machine.threads(None):
         assert (tiny * 0.5).item() == 0

@@ -132,7 +132,7 @@ def test_a_log_that_is_to_have_colours_gets_lines(monkeypatch: pytest.MonkeyPatc
 def test_each_figure_of_a_machine_has_a_line_of_its_own_where_a_spinner_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen, console = Screen(), Console()
-    console.out = console.err = RichConsole(file=screen, width=100)  # type: ignore[assignment]
+    console.out, console.err = (RichConsole(file=screen, width=100) for _ in range(2))  # type: ignore[assignment]
     console.benched(iter([Mark(f"products {i}", 1e3, "GFLOP/s") for i in range(3)]))
     lines = [line.rpartition(f"{ESC}[2K")[2] for line in screen.getvalue().splitlines()]
     assert sum(line.startswith("products ") for line in lines) == 3

@@ -349,6 +349,14 @@ def test_runs_on_different_texts_are_told_not_to_compare(command: Command, tmp_p
     assert "not judged on the same text" in page(Path("comparison.html")).text
 
 
+def test_runs_on_different_texts_compare_where_their_held_out_text_is_the_same(command: Command, tmp_path: Path) -> None:
+    write(tmp_path / "val.txt", OTHER)
+    texts, val = (STORY, f"{STORY}And so on."), str(tmp_path / "val.txt")
+    runs = [trained(tmp_path, text, out=tmp_path / name, val=val) for name, text in zip(("one", "two"), texts, strict=True)]
+    assert command("report", *runs).code == 0
+    assert "not judged on the same text" not in page(Path("comparison.html")).text
+
+
 def test_a_run_that_is_not_there_is_told(refused: Refused, here: Path) -> None:
     assert refused(66, "report", "no-such-run")["where"] == "no-such-run"
 

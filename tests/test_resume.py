@@ -570,16 +570,31 @@ def test_a_run_goes_on_with_its_text_at_another_place_and_with_no_other_text(tmp
     (tmp_path / "story-2.txt").write_text("another text, by its name the nearest " * 99)
     if not is_prepared:
         shutil.rmtree(tmp_path / "cache")
-        with pytest.raises(NoInputError, match="say where it is: firstwords train TEXT --resume") as told:
+        with pytest.raises(NoInputError, match=r"say where it is: firstwords train --resume --out \S+ TEXT") as told:
             api.train(out=tmp_path / "run", resume=True)
         assert "story-2" not in str(told.value)
     with pytest.raises(DataError, match=r"changed since the run began|not the one"):
         api.train(tmp_path / "story-2.txt", out=tmp_path / "run", resume=True)
     with pytest.raises(NoInputError, match="no such file"):
         api.train(tmp_path / "mved.txt", out=tmp_path / "run", resume=True)
+    recorded = (tmp_path / "run/config.toml").read_bytes()
+    with pytest.raises(ConfigError, match="--steps"):
+        api.train(tmp_path / "moved.txt", out=tmp_path / "run", resume=True, steps=2)
+    assert (tmp_path / "run/config.toml").read_bytes() == recorded
     assert api.train(tmp_path / "moved.txt", out=tmp_path / "run", resume=True).steps == 5
     shutil.rmtree(tmp_path / "cache")
     assert api.train(out=tmp_path / "run", resume=True, steps=6).steps == 6  # it knows the place by now
+
+
+def test_a_run_goes_on_with_its_held_out_text_at_another_place(tmp_path: Path) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 3), val=tmp_path / "other.txt")
+    (tmp_path / "other.txt").rename(tmp_path / "moved.txt")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(NoInputError, match=r"train --resume --out \S+ --val FILE"):
+        api.train(out=tmp_path / "run", resume=True)
+    with pytest.raises(DataError, match="changed since the run began"):
+        api.train(out=tmp_path / "run", resume=True, val=str(tmp_path / "story.txt"))
+    assert api.train(out=tmp_path / "run", resume=True, val=str(tmp_path / "moved.txt")).steps == STEPS
 
 
 def test_a_run_with_rows_to_spare_goes_on_without_its_prepared_text(tmp_path: Path) -> None:
@@ -605,6 +620,7 @@ def test_a_run_that_was_stopped_between_evaluations_tells_no_figure_of_other_wei
     monkeypatch.setattr(checkpoint, "weights_sha256", refuse)
     made = train(tmp_path, "run", eval_every=5, stop_by=(StepDone, 8))
     assert (made.best_step, made.nats_per_token) == (8, None)
+    assert (made.last["step"], made.last["nats_per_token"] is None) == (5, False)
     assert train(tmp_path, "judged", eval_every=5, stop_by=(Evaluated, 5)).nats_per_token is not None  # at this very step
 
 
@@ -625,7 +641,7 @@ def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_n
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {"text": "story.txt", "out": "run", "resume": True}
     assert api.train(val="other.txt", **given).steps == STEPS
-    with pytest.raises(ConfigError, match="--val"):
+    with pytest.raises(DataError, match="changed since the run began"):
         api.train(val="story.txt", **given)  # the negative control
 
 

@@ -277,6 +277,8 @@ def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: 
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # the negative control
     shutil.rmtree(cache)
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # it is prepared again
+    write(a_run / "corpus.json", "{")
+    assert command("eval", a_run, "other.txt").code == 0
     text.unlink()
     shutil.rmtree(cache)
     assert "nothing on the scale is given it" in command("eval", a_run, "other.txt").err

@@ -142,9 +142,9 @@ def test_a_held_lock_is_refused_with_its_holder_and_free_afterwards(tmp_path: Pa
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "tmp-step-1-0123abcd").mkdir()
-    (tmp_path / "tmp-file-0123abcd").write_bytes(b"")
-    kept = [published(tmp_path), tmp_path / "tmp-notes.txt", tmp_path / "tmp-plots-of-may"]  # two are a person's own
+    (tmp_path / "tmp-step-1-x0123abcd").mkdir()
+    (tmp_path / "tmp-file-x0123abcd").write_bytes(b"")
+    kept = [published(tmp_path), tmp_path / "tmp-notes.txt", tmp_path / "tmp-plots-20260501"]  # two are a person's own
     kept[1].write_bytes(b"")
     (kept[2] / "deep").mkdir(parents=True)
     store.remove_leftovers(tmp_path)

@@ -76,7 +76,7 @@ def train(
     """Pretrain a GPT on text and return what came of it.
 
     Args:
-        text: Files and folders, or "-"; None: the built-in text.
+        text: Files and folders, or "-"; None: the built-in text. To resume: where its text is by now; None: where it was.
         out: The run folder; by default `runs/<name of the text>`, numbered if taken.
         config: A TOML file of configuration keys.
         resume: Go on with the run in `out`.
@@ -105,7 +105,7 @@ def train(
 
         settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
         late_s = time.perf_counter() - started_s
-        if settled.for_s is not None and late_s > settled.for_s:
+        if not resume and settled.for_s is not None and late_s > settled.for_s:
             words = f"the start alone took {late_s:.0f} s, longer than --for: it learns from a step or two"
             listener(Notice(words))
         with machine.threads(settled.threads), signals.stop_requests() as stop:
@@ -192,7 +192,7 @@ def _begin(
     store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
-    if not resume or asked.moved:  # from here on the folder holds a run, which can be resumed
+    if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
@@ -394,6 +394,8 @@ def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation 
             line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
             recorder.listener(Notice(line))
             return None
+        if not meter.text.is_kept:
+            recorder.listener(Preparing("looking for what it says in the training text", None))
         prompts, held_out = sample_prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
         seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]
         try:

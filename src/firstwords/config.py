@@ -366,10 +366,10 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
         found = flatten(tomllib.loads(text))
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of thousands of digits
         raise ConfigError("is no TOML", where=where, why=str(error)) from error
-    types_of, tables = key_types(), [prefix.removesuffix(".") for prefix, _ in PARTS if prefix]
+    types_of = key_types()
     for key, value in found.items():
-        if key in tables:
-            raise ConfigError("is a table", where=f"{where}, {key}", do=f"write [{key}] in a line, its keys below it")
+        if key in PART_NAMES:
+            raise ConfigError("must be a table", where=f"{where}, {key}", do=f"write [{key}] in a line, its keys below it")
         try:
             _require_known(key, types_of)
             converted(key, value, types_of[key])

@@ -98,7 +98,7 @@ def scale(
         source: As for `load`.
         text: By default the held-out part of its run.
         against: Other models, as for `load`.
-        with_baselines: Compress the text and count n-grams; what is given the training text needs the run's prepared text.
+        with_baselines: Compress the text and count n-grams; what is given the training text needs that text.
         encoding: Of the text files.
         listener: Told what happens.
 

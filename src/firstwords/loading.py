@@ -24,7 +24,7 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
-    and numbers below 1e-38 count as 0.
+    and numbers below 1e-38 count as 0 (`planning.machine.flush_denormals`).
 
     Raises:
         NoInputError: None of them is there.
@@ -92,7 +92,10 @@ def model_and_text(
 
 def _learnt_sha256(run: RunFolder) -> str | None:
     """Return the SHA-256 of the text of a run; None where it is not known."""
-    return reading.read_json(run.corpus).get("text_sha256") if run.corpus.is_file() else None
+    try:
+        return reading.read_json(run.corpus).get("text_sha256") if run.corpus.is_file() else None
+    except DataError:
+        return None
 
 
 def located(source: str | Path, notice: Callable[[str], None]) -> Path:

@@ -66,7 +66,8 @@ class TrainResult:
     nats_per_token: float | None
     perplexity: float | None
     bits_per_byte: float | None
-    last: dict[str, float | str | None]  # of the last checkpoint; on training text without dropout, and held-out
+    # Of the last checkpoint its weights' hash; of the last evaluation its step and figures, training without dropout.
+    last: dict[str, float | str | None]
     weights_sha256: str  # of the best checkpoint
     precision: str
     seed: int
@@ -98,7 +99,8 @@ class Recorder:
     budget: Budget | None = None
     newest: Checkpoint | None = None
     copy: BestCopy | None = None  # newer than `newest`
-    last_train: float | None = None  # nats per token of the last evaluation, on training text
+    last_evaluated: int | None = None  # step of the last evaluation
+    last_train: float | None = None  # its nats per token on training text
     last_held_out: float | None = None  # and on held-out text
     history: list[tuple[int, float]] = dataclasses.field(
         default_factory=list
@@ -152,6 +154,7 @@ class Recorder:
         figures = dict.fromkeys(EVALUATION_KEYS) if event.evaluation is None else event.evaluation.as_dict()
         learnt = {"step": event.step, "train_nats_per_token": event.train_nats_per_token}
         self.note("evaluation", {**learnt, **figures, "best": event.best, "memory_bytes": machine.peak_bytes()})
+        self.last_evaluated = event.step
         self.last_train, self.last_held_out = event.train_nats_per_token, figures["nats_per_token"]
 
     def _stop(self, event: Stopped) -> None:
@@ -317,6 +320,7 @@ class Recorder:
             perplexity=None if best is None else best.perplexity,
             bits_per_byte=None if best is None else best.bits_per_byte,
             last={
+                "step": self.last_evaluated,
                 "train_nats_per_token": self.last_train,
                 "nats_per_token": self.last_held_out,
                 "weights_sha256": self.newest.weights_sha256,
@@ -341,7 +345,7 @@ class Recorder:
                 return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
             except FirstwordsError as error:  # its save was refused
                 self._notice(f"{error}; using step {newest.step} instead of the best")
-        judged = bool(self.history) and self.history[-1][0] == newest.step  # a run that was stopped is saved between two
+        judged = self.last_evaluated == newest.step  # a run that was stopped is saved between two evaluations
         return newest.step, self.last_held_out if judged else None, newest.weights_sha256
 
     def restore(self, *, more_time: bool = False) -> None:
@@ -397,6 +401,7 @@ class Recorder:
         states.load_scalars(self.state, saved)
         for line in self.run.metrics.lines():
             if line["event"] == "evaluation":
+                self.last_evaluated = line["step"]
                 self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
                 history += [] if self.last_held_out is None else [(line["step"], self.last_held_out)]
             if line["event"] in ("start", "resume"):

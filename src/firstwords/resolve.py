@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import AS_DRAWN, NONES, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
 from firstwords.model import cost
 from firstwords.planning import budget, known
@@ -165,7 +165,7 @@ def _require_cores(threads: int | None) -> None:
     cores = os.cpu_count() or 1
     if threads is not None and threads > MOST_THREADS_A_CORE * cores:
         do = f"give {cores} or less, or leave it out"
-        raise ConfigError(f"{threads} threads are too many", where="--threads", why=f"this machine has {cores} cores", do=do)
+        raise ConfigError(f"{threads} threads are too many", where="--threads", why=f"cores here: {cores}", do=do)
 
 
 def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
@@ -184,7 +184,8 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     """Return the recorded run with what may change on the way.
 
     Raises:
-        ConfigError: No run is named, or something else than the length and the machine's keys is given.
+        ConfigError: No run is named, or something else than the length, the machine's keys and where its text is by now
+            is given.
         NoInputError: There is no run; a fresh one is never begun instead.
     """
     if out is None:
@@ -193,11 +194,8 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
         raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
     recorded = recorded_config(run)
-    moved = None
-    if "text" in given:  # where it is by now; that it is the same is seen when it is read
-        here = tuple(_absolute(given["text"]))
-        moved = None if list(here) == list(recorded.get("text", ())) else here
-        given = {key: value for key, value in given.items() if not key.startswith("text")}
+    moved = _moved(given, recorded)
+    given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
     given = {key: value for key, value in given.items() if not (key in PLACES and _is_place(value, recorded.get(key)))}
     for key, value in given.items():
         if (
@@ -211,9 +209,20 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 where=flag(key),
                 do="leave it out, or begin a new run with another --out",
             )
-    more_time, asked = given.get("for_s") is not None, run_config(recorded, given, {} if moved is None else {"text": moved})
+    more_time, asked = given.get("for_s") is not None, run_config(recorded, given, moved)
     _require_utf8(asked)
-    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=moved is not None)
+    if "threads" in given:
+        _require_cores(asked.threads)
+    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=bool(moved))
+
+
+def _moved(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return where a run's text and its held-out text are by now, if elsewhere: that they are the same is seen later."""
+    text, val, was = given.get("text"), given.get("val"), {**recorded, "text": tuple(recorded.get("text", ()))}
+    here: dict[str, Any] = {} if text is None else {"text": tuple(_absolute(text))}
+    if isinstance(val, str) and val not in NONES and was.get("val") not in (None, *NONES):
+        here["val"] = _absolute((val,))[0]
+    return {key: place for key, place in here.items() if place != was.get(key)}
 
 
 def _is_place(named: Any, recorded: Any) -> bool:
@@ -272,11 +281,9 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
         prepared = _prepare_anew(asked.config, texts, listener, _n_ids(asked))
-    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone; no other is what the run needs
+    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not recorded.is_dir():
-            command = quoted("firstwords", "train", "TEXT", "--resume", "--out", str(asked.run.path))
-            do = error.do if asked.moved else f"put it there again, or say where it is: {command}"
-            raise type(error)(error.what, where=error.where, why=error.why, do=do) from error
+            raise _with_its_place(error, asked) from error
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
         return corpora.load(recorded)
     if recorded is not None and prepared.folder != recorded:
@@ -289,8 +296,20 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     return prepared
 
 
-def _n_ids(asked: Asked) -> int:
-    """Return how many ids the tokenizer of a run has that goes on, as the rule for them was when it began."""
+def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
+    """Return what says how to name the new place of a text: no other text is what the run needs, however near its name."""
+    named = ["TEXT"] if error.where in asked.config.text else ["--val", "FILE"] if error.where == asked.config.val else []
+    if asked.moved or not named:
+        return error
+    command = quoted("firstwords", "train", "--resume", "--out", str(asked.run.path), *named)
+    do = f"put it there again, or say where it is: {command}"
+    return type(error)(error.what, where=error.where, why=error.why, do=do)
+
+
+def _n_ids(asked: Asked) -> int | None:
+    """Return how many ids the tokenizer of a run has that goes on, as the rule for them was when it began; None: no rule."""
+    if asked.config.tokenizer != "bpe":
+        return None
     for folder in reversed(store.folders(asked.run.checkpoints, "")):
         with suppress(FirstwordsError):  # a damaged one is told of where it is gone on from
             found = tokenizers.read(folder / asked.run.tokenizer.name)

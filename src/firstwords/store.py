@@ -32,7 +32,7 @@ Bytes: TypeAlias = "bytes | memoryview[int]"
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"  # how the names of what is not yet, or no longer, there begin
-LEFT = re.compile(r".-[0-9a-f]{8}$")  # and end
+LEFT = re.compile(r".-x[0-9a-f]{8}$")  # and end: no date, nor another number that a person writes
 PROBE = "probe"
 PROBED_S = 0.05  # is longer than another process holds a lock to see whether it is held
 READ_BYTES = 4 << 20
@@ -102,7 +102,7 @@ def make_folder(path: Path) -> None:
 
 def write(path: Path, data: bytes | Iterable[Bytes]) -> None:
     """Write a whole file atomically, given at once or in pieces: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    temporary = _temporary(path)
     with _speaking_of(path):
         try:
             _write_durably(temporary, [data] if isinstance(data, bytes) else data)
@@ -170,7 +170,7 @@ def publish(
     """
     if exists(folder):
         raise CannotCreateError("is there already", where=str(folder))
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
+    temporary = _temporary(folder)
     with _speaking_of(folder):
         try:
             os.mkdir(temporary)
@@ -256,11 +256,16 @@ def set_aside(folder: Path) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Remove a published folder: it loses its name first, so that a half-removed one is never taken for whole."""
-    doomed = folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
+    doomed = _temporary(folder)
     with _speaking_of(folder):
         os.rename(folder, doomed)
         _sync_folder(folder.parent)  # or a power loss could keep the old name and take some of the files
         _remove(doomed)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside `path` for what is to become it, or was it; `remove_leftovers` knows it by its form."""
+    return path.with_name(f"{TEMPORARY}{path.name}-x{secrets.token_hex(4)}")
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -289,7 +294,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
             where=str(folder),
             do="free some space, or give --out on another disk",
         )
-    probe = folder / f"{TEMPORARY}{PROBE}-{secrets.token_hex(4)}"
+    probe = folder / f"{TEMPORARY}{PROBE}-x{secrets.token_hex(4)}"
     with _speaking_of(folder):
         try:
             _write_durably(probe, [bytes(min(2 * size_bytes, PROBE_BYTES))])

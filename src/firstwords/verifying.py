@@ -71,6 +71,7 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
         ConfigError: No checkpoint has so many recorded steps after it.
         DataError: The run's configuration, journal or prepared text cannot be read for the replay.
     """
+    machine.flush_denormals()
     found = [(folder, _checkpoint(folder)) for folder in checkpoint.existing(run.checkpoints)]
     checkpoints = tuple(one for folder, one in found if one.ok or folder.is_dir())  # a run that goes on removes old ones
     if not checkpoints and any(line["event"] == "save" for line in run.metrics.lines()):

@@ -97,7 +97,8 @@ class Console:
     @property
     def _is_live(self) -> bool:
         """Whether what standard error shows can be drawn anew; a log that is to have colours (FORCE_COLOR) cannot."""
-        return self.err.is_terminal and self.err.file.isatty() and not (self.err.is_jupyter or self.err.is_dumb_terminal)
+        is_terminal = getattr(self.err.file, "isatty", bool)()
+        return self.err.is_terminal and is_terminal and not (self.err.is_jupyter or self.err.is_dumb_terminal)
 
     @contextmanager
     def _waiting(self, words: str) -> Iterator[Status | None]:
@@ -156,7 +157,7 @@ class Console:
     def _to_the_letter(self, text: str, style: str = "") -> None:
         """Show what a model read or says as it is; printed in the usual way, its tabs would become spaces.
 
-        But for the first half of a line's end as Windows writes it: a terminal needs it as little as one that steers it.
+        But for carriage returns: half of a line's end on Windows, they say nothing there, and alone they steer a terminal.
         """
         self.out.print(Segments([Segment(visible(text.replace("\r", "")), Style.parse(style))]))
 

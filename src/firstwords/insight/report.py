@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from firstwords import __version__
+from firstwords.config import NONE
 from firstwords.insight.explain import Explanation
 from firstwords.insight.record import Record, Table, number
 from firstwords.insight.surprise import PART, heat
@@ -181,13 +182,14 @@ def _headline(records: Sequence[Record]) -> str:
 
 def _unlike(records: Sequence[Record]) -> str:
     """Return what a person should know before comparing the figures of these runs."""
-
-    def differ(*keys: str) -> bool:
-        return len({tuple(str(record.config.get(key)) for key in keys) for record in records}) > 1
-
-    if differ("text_sha256", "val", "val_fraction"):
+    configs = [record.config for record in records]
+    learnt = [config.get("text_sha256") for config in configs]
+    held_out = [config.get("val", NONE) for config in configs]
+    judged_on = zip(learnt, (config.get("val_fraction") for config in configs), strict=True)
+    if len({own if val in (None, NONE) else val for val, own in zip(held_out, judged_on, strict=True)}) > 1:
         return "These runs are not judged on the same text: which of them is better, their figures do not tell."
-    if differ("tokenizer", "model.vocab_size"):
+    names = [str(config.get("tokenizer")) for config in configs]  # one that was trained is its text's own
+    if len({(name, text if name.startswith("bpe") else None) for name, text in zip(names, learnt, strict=True)}) > 1:
         return "Their tokens are not the same: bits per byte compare, nats per token and perplexity do not."
     return ""
 

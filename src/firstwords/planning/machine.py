@@ -79,9 +79,10 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def flushes_denormals() -> bool:
-    """Whether they count as 0 in all threads."""
-    tiny = torch.full((torch.get_num_threads() << 16,), 1 << 22, dtype=torch.int32).view(torch.float32)  # 6e-39 each
+def flushes_denormals(count: int | None = None) -> bool:
+    """Whether they count as 0 in all threads, or in the one that an operation on so few numbers takes."""
+    count = torch.get_num_threads() << 16 if count is None else count
+    tiny = torch.full((count,), 1 << 22, dtype=torch.int32).view(torch.float32)  # 6e-39 each
     return not bool(tiny.mul(1.0).view(torch.int32).any())
 
 
@@ -91,14 +92,14 @@ def threads(count: int | None) -> Iterator[None]:
 
     Numbers below 1e-38 count as 0 inside; see `flush_denormals`.
     """
-    before = torch.get_num_threads()
+    before, flushed = torch.get_num_threads(), flushes_denormals(1)
     flush_denormals()
     torch.set_num_threads(count or usable_threads())
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
 
 
 @contextmanager

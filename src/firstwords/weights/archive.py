@@ -25,12 +25,13 @@ MOST_MEMBERS = 1 << 16
 ENCRYPTED = 1
 # The format's own marks (PKWARE APPNOTE, 4.3.7 and 4.3.14 to 4.3.16): the first member; the end; the end where sizes have 64
 # bits; what says where that lies. The last three are as long as their structures, without a comment.
-FIRST, GGUF = b"PK\x03\x04", b"GGUF"
+FIRST = b"PK\x03\x04"
 END, END_64, LOCATOR = (
     struct.Struct("<4s 8x I I H"),
     struct.Struct("<4s 36x Q Q"),
     struct.Struct("<4s 4x Q 4x"),
 )
+GGUF = b"GGUF"  # how another format begins, that people have such models in
 MEMBER = r"/(data\.pkl|data/\d{1,9}|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id)"
 SAFER = "load it where you trust it, and save the weights as safetensors"
 # What `torch.save` of dicts, lists, numbers, text and dense tensors uses (protocol 2).
