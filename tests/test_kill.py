@@ -29,7 +29,7 @@ from firstwords.training.events import Sampled, Told
 from kill_farm import Kill, Pace
 
 SEED = 20_000
-EVERY = 37  # a process is killed at one place of so many where not all are tried
+EVERY = 47  # a process is killed at one place of so many where not all are tried
 MEMORY = "/dev/shm"
 Proved = Callable[..., None]
 pytestmark = pytest.mark.system

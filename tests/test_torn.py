@@ -199,7 +199,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_set_asi
     made: Run, full: bool, proved: Callable[..., None]
 ) -> None:
     newest, older, identity, cases = made.newest, made.older, made.identity, 0
-    for name, changed in sample(made, 300 if full else 60):
+    for name, changed in sample(made, 300 if full else 45):
         whole, told = (newest / name).read_bytes(), list[str]()
         (newest / name).write_bytes(changed)
         found = checkpoint.newest(newest.parent, told.append, identity)
@@ -220,7 +220,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_to_the_same
     made: Run, full: bool, proved: Callable[..., None]
 ) -> None:
     home, cases = made.path.parent, 0
-    for name, changed in sample(made, 48 if full else 12):
+    for name, changed in sample(made, 48 if full else 9):
         shutil.copytree(made.path, home / "torn")
         torn = home / "torn" / "checkpoints" / made.newest.name
         (torn / name).write_bytes(changed)
