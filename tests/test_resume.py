@@ -645,6 +645,13 @@ def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_n
         api.train(val="story.txt", **given)  # the negative control
 
 
+@pytest.mark.parametrize(("late_s", "told"), [(30.0, True), (0.0, False)])
+def test_a_budget_that_the_start_alone_used_up_is_told(late_s: float, told: bool) -> None:
+    heard: list[Told] = []
+    api._tell_of_a_late_start(20.0, time.perf_counter() - late_s, heard.append)
+    assert any("the start alone took 30 s" in one.text for one in heard if isinstance(one, Notice)) is told
+
+
 def test_a_time_budget_that_goes_on_measures_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {**TINY, "for_s": 20.0, "listener": stopping((StepDone, 3))}
     (tmp_path / "story.txt").write_text(STORY)

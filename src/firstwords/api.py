@@ -104,10 +104,6 @@ def train(
             from firstwords.training.state import taken
 
         settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
-        late_s = time.perf_counter() - started_s
-        if not resume and settled.for_s is not None and late_s > settled.for_s:
-            words = f"the start alone took {late_s:.0f} s, longer than --for: it learns from a step or two"
-            listener(Notice(words))
         with machine.threads(settled.threads), signals.stop_requests() as stop:
             recorder = _begin(asked, settled, prepared, listener, started_s, expected)
             evaluate, sample = _looks(recorder)
@@ -127,6 +123,12 @@ def train(
                     except DivergedError as error:
                         recorder.roll_back(error)
             return _finished(recorder)
+
+
+def _tell_of_a_late_start(for_s: float | None, started_s: float, listener: Listener) -> None:
+    late_s = time.perf_counter() - started_s
+    if for_s is not None and late_s > for_s:
+        listener(Notice(f"the start alone took {late_s:.0f} s, longer than --for: it learns from a step or two"))
 
 
 def _finished(recorder: Recorder) -> TrainResult:
@@ -194,6 +196,7 @@ def _begin(
     store.write(run.corpus, store.canonical_json(corpus))
     if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
+        _tell_of_a_late_start(config.for_s, started_s, listener)
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)

@@ -143,14 +143,13 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
 
     run = run_of(Path(source))
     try:
-        corpus = prepared_text(run, listener) if run.exists else None
+        if run.exists:
+            return Given(*_bytes_of(prepared_text(run, listener)))
+        why = "it belongs to no run"
     except FirstwordsError as error:
-        listener(Notice(str(error)))
-        corpus = None
-    if corpus is None:
-        listener(Notice("the text that it learnt from is not here: nothing on the scale is given it"))
-        return None
-    return Given(*_bytes_of(corpus))
+        why = str(error)
+    listener(Notice(f"the text that it learnt from is not here: nothing on the scale is given it ({why})"))
+    return None
 
 
 def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: Tokens | None = None) -> dict[str, Any] | None:
