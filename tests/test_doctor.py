@@ -152,12 +152,25 @@ def test_doctor_works_where_pytorch_does_not(tmp_path: Path, broken: str) -> Non
     assert "pip install" in bad["do"]
 
 
-def test_a_verb_that_needs_pytorch_says_that_it_is_not_there(tmp_path: Path) -> None:
-    broken = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+        "raise OSError('[WinError 126] The specified module could not be found. Error loading fbgemm.dll')",
+        "raise ValueError('libcublas.so.*[0-9] not found in the system path')",
+    ],
+)
+def test_a_verb_that_needs_pytorch_says_that_it_cannot_be_loaded(tmp_path: Path, broken: str) -> None:
     ended = without_torch(tmp_path, "bench", broken=broken)
     assert (ended.returncode, "Traceback" in ended.stderr) == (78, False)
     assert "PyTorch cannot be loaded" in ended.stderr
     assert "firstwords doctor" in ended.stderr
+
+
+def test_a_fault_of_the_program_is_not_laid_on_pytorch(tmp_path: Path) -> None:
+    ended = without_torch(tmp_path, "bench", broken="")  # loaded, but nothing is in it
+    assert ended.returncode == 1
+    assert "AttributeError" in ended.stderr
 
 
 def test_doctor_says_what_will_be_used_and_keeps_what_it_measured(command: Command, quick: None, here: Path) -> None:

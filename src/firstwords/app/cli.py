@@ -62,25 +62,31 @@ def main(arguments: Sequence[str]) -> int:
         run: Callable[[argparse.Namespace, Console, float], int] = options.run
         console = Console(as_json=as_json)
         return run(options, console, started_s)
-    except FirstwordsError as error:
-        return _failed(error, as_json=as_json, debug=debug)
     except KeyboardInterrupt:
         begun = None if console is None else console.begun
         do = f"to go on: {quoted('firstwords', 'train', '--resume', '--out', str(begun))}" if begun else ""
         return _failed(StoppedError("stopped", do=do), as_json=as_json, debug=debug)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _failed(_out_of_memory(error), as_json=as_json, debug=debug)
-    except ImportError as error:
-        if "torch" not in (error.name or ""):
-            raise
-        return _failed(_no_torch(error), as_json=as_json, debug=debug)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
-    except OSError as error:  # what no module foresaw is still the machine's word, not a fault of the program
-        return _failed(_refused_by_the_system(error), as_json=as_json, debug=debug)
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        return _failed(known, as_json=as_json, debug=debug)
+
+
+def _known(error: Exception) -> FirstwordsError | None:
+    """Return what to say of an error; None: it is a fault of the program."""
+    if isinstance(error, FirstwordsError):
+        return error
+    if _is_out_of_memory(error):
+        return _out_of_memory(error)
+    if _is_of_loading_torch(error):
+        return _no_torch(error)
+    if isinstance(error, OSError):  # what no module foresaw is still the machine's word
+        return _refused_by_the_system(error)
+    return None
 
 
 def _refused_by_the_system(error: OSError) -> FirstwordsError:
@@ -96,7 +102,7 @@ def _refused_by_the_system(error: OSError) -> FirstwordsError:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; PyTorch says so with a RuntimeError, in these words."""
     words = "out of memory|not enough memory|allocate memory"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
 
 
 def _out_of_memory(error: Exception) -> ConfigError:
@@ -108,7 +114,15 @@ def _out_of_memory(error: Exception) -> ConfigError:
     )
 
 
-def _no_torch(error: ImportError) -> ConfigError:
+def _is_of_loading_torch(error: Exception) -> bool:
+    """Whether PyTorch is not there, or was being loaded: a library that it lacks may be an OSError or a ValueError."""
+    if isinstance(error, ImportError) and "torch" in (error.name or ""):
+        return True
+    running = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "torch" not in sys.modules and "torch" in running
+
+
+def _no_torch(error: Exception) -> ConfigError:
     do = "firstwords doctor says more; or: pip install --force-reinstall 'torch>=2.11,<2.14'"
     return ConfigError("PyTorch cannot be loaded", where="this machine", why=str(error).partition("\n")[0], do=do)
 
