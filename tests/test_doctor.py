@@ -85,6 +85,7 @@ def test_what_is_wrong_with_a_folder_is_said(change: dict[str, Any], level: str,
         ({"built_for": "CUDA 12.8"}, False, "built for CUDA 12.8 and finds no GPU", "install the GPU's driver"),
         ({"built_for": "CUDA 12.8"}, True, "built for CUDA 12.8 and finds no GPU", "update the driver"),
         ({}, True, "there is an NVIDIA GPU", "CUDA build"),
+        ({"gpu_fault": "no kernel image is available"}, False, "cannot compute: no kernel image", "the CPU is used"),
         ({"has_onednn": False}, False, "oneDNN", "pytorch.org"),
     ],
 )

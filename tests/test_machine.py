@@ -16,6 +16,7 @@ from command import Command, write
 from conftest import STORY, TINY
 from firstwords import api, resolve
 from firstwords.config import run_config
+from firstwords.errors import ConfigError
 from firstwords.model import loss
 from firstwords.planning import known, machine, measure, system
 from firstwords.planning.known import Compiling, Known, Learning
@@ -263,6 +264,20 @@ def test_on_a_gpu_a_long_run_that_keeps_it_busy_is_compiled() -> None:
     assert idle is None
     assert busy is not None
     assert [busy.pays(seconds * tokens_per_s) for seconds in (60, 3600)] == [False, True]
+
+
+def test_a_gpu_that_cannot_compute_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for the CPU alone, told that there is a GPU, fails as one for another kind does: at its first product."""
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch can use a GPU")
+    machine.gpu_fault.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert machine.device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="cuda cannot be used") as failed:
+        machine.device("cuda")
+    assert "CUDA" in failed.value.why
+    assert "--device cpu" in failed.value.do
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])

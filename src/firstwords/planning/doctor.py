@@ -72,6 +72,7 @@ class Torch:
     devices: dict[str, str]  # by the name that --device takes
     sees_a_gpu: bool
     has_onednn: bool  # the library of its bfloat16 products on a processor
+    gpu_fault: str = ""  # why the first GPU that it sees cannot compute
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ def of_torch(torch: Torch, *, nvidia: bool) -> Iterator[Finding]:
         what = f"PyTorch is built for {torch.built_for} and finds no GPU"
         do = "update the driver: this build needs a newer one" if nvidia else "install the GPU's driver"
         yield Finding("warn", what, f"{do}; where there is no GPU, PyTorch's CPU build is gigabytes smaller")
+    if torch.gpu_fault:
+        do = "end what holds it, or install the build of PyTorch for it; until then the CPU is used"
+        yield Finding("warn", f"the GPU cannot compute: {torch.gpu_fault}", do)
     if torch.built_for == "cpu" and nvidia:
         yield Finding("warn", "there is an NVIDIA GPU, but this PyTorch is built for the CPU", "install its CUDA build")
     if not torch.has_onednn:
@@ -242,7 +246,9 @@ def _torch() -> Torch:
     from firstwords.planning import machine as machines
 
     devices = {"cpu": system.processor()}
-    devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    fault = machines.gpu_fault("cuda") if torch.cuda.is_available() else ""
+    n_gpus = torch.cuda.device_count()
+    devices |= {f"cuda:{i}": "not usable" if fault else torch.cuda.get_device_name(i) for i in range(n_gpus)}
     devices |= {"mps": "Apple GPU"} if torch.backends.mps.is_available() else {}
     devices |= {"xpu": "Intel GPU, which firstwords does not use"} if torch.xpu.is_available() else {}
     cuda, hip = torch.version.cuda, getattr(torch.version, "hip", None)
@@ -254,6 +260,7 @@ def _torch() -> Torch:
         devices=devices,
         sees_a_gpu=len(devices) > 1,
         has_onednn=bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+        gpu_fault=fault,
     )
 
 

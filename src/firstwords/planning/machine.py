@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -33,13 +34,13 @@ RATE_S = 0.1  # is long enough for a precision: what has no instructions takes 0
 
 
 def device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the first GPU of CUDA, or else the CPU.
+    """Return the device of that name; `auto` is the first GPU of CUDA where it can be used, or else the CPU.
 
     Raises:
-        ConfigError: No such device here.
+        ConfigError: No such device here, or one that cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not gpu_fault("cuda") else "cpu"
     try:
         found = torch.device(name)
     except RuntimeError as error:
@@ -47,7 +48,22 @@ def device(name: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(found.type, False) or (found.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(f"there is no {name} here", where="--device", do="use --device cpu")
+    if found.type == "cuda" and (why := gpu_fault(str(found))):
+        raise ConfigError(f"{name} cannot be used", where="--device", why=why, do="use --device cpu")
     return found
+
+
+@functools.cache
+def gpu_fault(name: str) -> str:
+    """Return why a GPU that PyTorch sees cannot compute, empty where it can.
+
+    PyTorch's build may lack its kind, or another process may hold it alone.
+    """
+    try:
+        float(torch.ones(1, device=name) + 1)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def dtype_of(precision: Any, where: str) -> torch.dtype:
