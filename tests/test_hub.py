@@ -83,8 +83,9 @@ def test_half_a_model_in_the_cache_is_no_model(cache: Path) -> None:
         api.load("gpt2")
 
 
-def test_a_folder_of_that_name_comes_first(cache: Path, here: Path) -> None:
+def test_a_folder_of_that_name_comes_first_and_nothing_is_published_of_it(cache: Path, here: Path, command: Command) -> None:
     put_into(cache, "gpt2")
     shutil.copytree(here / "made", here / "gpt2")
     shutil.rmtree(cache)
     assert api.load("gpt2").model.config.emb_dim == 32
+    assert command("import", "gpt2", "--out", "mine", "--json").json["published"] == ""

@@ -81,6 +81,18 @@ def test_words_to_spare_change_nothing(
     assert torch.equal(ranks, ((logits > own).sum(-1) + 1) * (targets != IGNORE))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_token_has_a_rank_of_its_own_and_the_first_is_argmax_s(dtype: torch.dtype) -> None:
+    features, weight = torch.ones(V, 1, dtype=dtype), torch.randn(V, 1, generator=seeded(0)).to(dtype)
+    weight[7:11] = weight.max()  # more than one would be the first choice
+    weight[20:22] = 0.0
+    _, ranks = loss.token_figures(features, weight, torch.arange(V))
+    logits = weight[:, 0]
+    assert sorted(ranks.tolist()) == list(range(1, V + 1))
+    assert ranks[logits.argmax()] == 1
+    assert torch.equal(ranks.argsort(), logits.sort(descending=True, stable=True).indices)
+
+
 def test_all_chunks_logits_stand_in_the_same_memory(
     inputs: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,21 +106,38 @@ def test_the_figures_do_not_depend_on_the_tokenizer(tokenizer: Tokenizer) -> Non
     assert found.place == Place(1, STORY.index(samples[0][:100]))
 
 
-def test_what_a_table_has_between_its_words_is_not_followed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [f"{name:<60}{number:<60}|\n" for number, name in enumerate(("alpha", "beta", "gamma") * 200)]
-    followed, follow = [0], Samples._follow
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs of equal places were followed, so far."""
+    count, follow = [0], Samples._follow
 
     def counted(self: Samples, words: Any, at: Any, own: Any, base: int) -> None:
-        followed[0] += len(at)
+        count[0] += len(at)
         follow(self, words, at, own, base)
 
     monkeypatch.setattr(Samples, "_follow", counted)
+    return count
+
+
+def test_what_a_table_has_between_its_words_is_not_followed_everywhere(followed: list[int]) -> None:
+    rows = (f"{name:<60}{number:<60}|\n" for number, name in enumerate(("alpha", "beta", "gamma") * 200))
     whole = "".join(rows)
     found = copies([whole[30:2000]], text(whole))
     assert (found.longest, found.share) == (whole[30:2000], 1.0)  # through its runs, from what stands between them
     assert followed[0] < 2 * len(whole)  # from every place of a run to every other it would be a hundred times as many
     assert copies([" " * 500], text(whole + " " * 500)).longest == ""
     assert copies(["a word" + " " * 500 + "a word"], text(whole + "a word" + " " * 500 + "a word")).share == 1.0
+
+
+@pytest.mark.parametrize("unit", ["0, ", "─", "null,", "0x00, ", "x = 0; "], ids=lambda unit: f"{len(unit.encode())} bytes")
+def test_what_repeats_with_any_short_period_is_not_followed_everywhere(unit: str, followed: list[int]) -> None:
+    run = unit * (1000 // len(unit.encode()))
+    whole = "".join(f"{name} of {number}:{run}\n" for number, name in enumerate(("alpha", "beta", "gamma") * 20))
+    sample = whole[500:5000]
+    found = copies([sample], text(whole))
+    assert (found.longest, found.share) == (sample, 1.0)
+    assert followed[0] < len(whole)
+    assert copies([run], text(whole + run)).longest == ""
 
 
 def test_a_span_does_not_reach_from_one_document_into_the_next() -> None:

@@ -121,6 +121,12 @@ def test_a_last_word_and_its_passage_stand_in_the_text_and_the_other_choices_are
         assert set(choice.choices) <= words
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_sentence_does_not_reach_from_one_paragraph_into_the_next(end: str) -> None:
+    text = "The first of a text is left out. A heading without an end\n\nA paragraph that goes on. This is one sentence.\n"
+    assert list(tasks._sentences([text.replace("\n", end)])) == ["This is one sentence."]
+
+
 def test_a_text_without_places_to_ask_about_is_refused() -> None:
     with pytest.raises(DataError, match="no tasks"):
         tasks.make(["Too short. It has two sentences only."])

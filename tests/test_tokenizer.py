@@ -212,3 +212,17 @@ def test_a_special_token_of_two_ids_is_refused() -> None:
     value["added_tokens"][1]["id"] = 258
     with pytest.raises(DataError, match="two ids"):
         from_json(json.dumps(value).encode(), "tokenizer.json")
+
+
+@pytest.mark.parametrize("key", ["lstrip", "rstrip", "single_word"])
+def test_a_special_token_that_depends_on_what_is_beside_it_is_refused(key: str) -> None:
+    ours = byte_tokenizer().with_special(["<|user|>"])
+    value = json.loads(ours.json)
+    value["added_tokens"][1][key] = True
+    changed, text = json.dumps(value), "a <|user|> b<|user|>c"
+    assert HuggingFaceTokenizer.from_str(changed).encode(text).ids != ours.encode(text)
+    with pytest.raises(DataError, match=rf"'<\|user\|>' has {key}"):
+        from_json(changed.encode(), "tokenizer.json")
+    value["added_tokens"][1][key], value["added_tokens"][0][key] = False, True
+    with pytest.raises(DataError, match=rf"'<\|endoftext\|>' has {key}"):
+        from_json(json.dumps(value).encode(), "tokenizer.json")

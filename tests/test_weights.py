@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from command import TINY, Command, Refused, write
 from firstwords import api
@@ -19,7 +21,7 @@ from firstwords.config import ModelConfig
 from firstwords.errors import CannotCreateError, ConfigError, DataError
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
-from firstwords.text.tokenizer import byte_tokenizer, train_bpe
+from firstwords.text.tokenizer import byte_tokenizer, gpt2, train_bpe
 from firstwords.weights import export, names, reader, shapes
 
 TOLERANCE = 1e-5  # of logits up to 1; float32 sums in another order were seen to differ by 5e-7
@@ -79,13 +81,28 @@ def test_what_is_exported_is_the_same_model_in_transformers_and_comes_back_the_s
     shape: str, tmp_path: Path, transformers: Any
 ) -> None:
     lm = drawn(SHAPES[shape])
-    assert export.to_hf(lm, tmp_path / "hf", "card") <= TOLERANCE
+    assert export.to_hf(lm, tmp_path / "hf", "card")[0] <= TOLERANCE
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
     assert distance(lm.model, theirs) <= TOLERANCE
     back = reader.read(tmp_path / "hf")
     assert back.model.config == lm.model.config
     assert back.tokenizer.ranks == lm.tokenizer.ranks
     assert same(back.model, lm.model)
+
+
+def test_a_bias_that_transformers_has_trained_comes_back(tmp_path: Path, transformers: Any) -> None:
+    lm = drawn(SHAPES["gpt2 untied, no qkv bias"])
+    export.to_hf(lm, tmp_path / "hf", "card")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    theirs(ids(), labels=ids()).loss.backward()
+    torch.optim.SGD(theirs.parameters(), 0.1).step()
+    theirs.eval().save_pretrained(tmp_path / "trained")
+    back = reader.read(tmp_path / "trained", tokenizer="bytes").model
+    assert back.config == dataclasses.replace(lm.model.config, qkv_bias=True)
+    assert distance(back, theirs) <= TOLERANCE
+    with torch.no_grad():
+        back.get_parameter("trf_blocks.0.att.W_value.bias").zero_()
+    assert distance(back, theirs) > TOLERANCE  # the negative control
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), train_bpe(["the cat sat on the mat, the cat " * 50], 300)])
@@ -133,7 +150,7 @@ def test_nanogpts_checkpoint_comes_in_with_its_own_gelu(tmp_path: Path, transfor
     torch.manual_seed(5)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, bos_token_id=None, eos_token_id=None)).eval()
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # nanoGPT's linear layers are PyTorch's
-    state = {f"_orig_mod.{n}": t.T.contiguous() if n.endswith(turned) else t for n, t in theirs.state_dict().items()}
+    state = {f"module._orig_mod.{n}": t.T.contiguous() if n.endswith(turned) else t for n, t in theirs.state_dict().items()}
     arguments = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 32, "bias": True, "vocab_size": 257, "dropout": 0.0}
     torch.save({"model": state, "model_args": arguments, "iter_num": 7}, tmp_path / "ckpt.pt")
     lm = reader.read(tmp_path / "ckpt.pt", tokenizer="bytes")
@@ -168,6 +185,70 @@ def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: P
     assert (back.model.out_head.weight is back.model.tok_emb.weight) == tied
     with pytest.raises(ConfigError, match="--n-heads"):
         reader.read(tmp_path / "model.pth", tokenizer="bytes")
+
+
+def chapters_state(lm: LanguageModel, prefix: str = "") -> dict[str, torch.Tensor]:
+    state = names.to_theirs(lm.model.config, "chapter", dict(lm.model.named_parameters()))
+    return {prefix + name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_state_dict_of_a_compiled_or_distributed_model_comes_in(prefix: str, tied: bool, tmp_path: Path) -> None:
+    lm = drawn(dataclasses.replace(GPT2, tied_head=tied))
+    torch.save(chapters_state(lm, prefix), tmp_path / "model.pth")
+    back = reader.read(tmp_path / "model.pth", tokenizer="bytes", n_heads=4)
+    assert back.model.config.tied_head == tied
+    assert same(back.model, lm.model)
+
+
+def test_the_chapters_state_dict_as_safetensors_is_a_model_too(tmp_path: Path, command: Command) -> None:
+    lm, path = drawn(GPT2), tmp_path / "model.safetensors"
+    save_file(chapters_state(lm), path)
+    assert same(reader.read(path, tokenizer="bytes", n_heads=4).model, lm.model)
+    with pytest.raises(ConfigError, match="--n-heads"):  # and not: there is no run
+        api.load(path)
+    assert command("import", path, "--n-heads", "4", "--tokenizer", "bytes", "--out", "mine").code == 0
+    assert same(api.load("mine").model, lm.model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_state_dict_with_other_names_than_the_chapters_is_refused(name: str, tmp_path: Path) -> None:
+    state = {"transformer.wte.weight": torch.zeros(257, 64), "lm_head.weight": torch.ones(257, 64)}
+    if name.endswith(".bin"):
+        torch.save(state, tmp_path / name)
+    else:
+        save_file(state, tmp_path / name)
+    with pytest.raises(DataError, match=r"no model of the chapter's.*tok_emb\.weight.*config\.json") as told:
+        reader.read(tmp_path / name, tokenizer="bytes")
+    assert told.value.where == str(tmp_path / name)
+
+
+def test_heads_that_cannot_share_the_width_are_told_with_those_that_can(tmp_path: Path) -> None:
+    torch.save(chapters_state(drawn(GPT2)), tmp_path / "model.pth")
+    with pytest.raises(ConfigError) as told:
+        reader.read(tmp_path / "model.pth", tokenizer="bytes", n_heads=7)
+    assert told.value.where == "--n-heads"
+    assert told.value.do.endswith(": 1, 2, 4, 8, 16, 32, 64")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_merges_of_their_own_beside_a_model_of_gpt2s_size_are_not_taken_for_gpt2s(end: str, tmp_path: Path) -> None:
+    lm = drawn(dataclasses.replace(GPT2, vocab_size=50257, emb_dim=16, n_layers=1))
+    export.to_hf(dataclasses.replace(lm, tokenizer=gpt2()), tmp_path / "hf", "card")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    first, second, *rest = (" ".join(pair) for pair in json.loads(gpt2().json)["model"]["merges"])
+
+    def put(*merges: str) -> None:
+        write(tmp_path / "hf" / "merges.txt", end.join(["#version: 0.2", *merges, ""]))
+
+    put(first, second, *rest)
+    assert reader.read(tmp_path / "hf").tokenizer.name == "gpt2"
+    for others in ([second, first, *rest], [first, second, *rest[:-1]], []):
+        put(*others)
+        with pytest.raises(ConfigError, match="save_pretrained"):
+            reader.read(tmp_path / "hf")
+    assert reader.read(tmp_path / "hf", tokenizer="gpt2").tokenizer.name == "gpt2"  # who names one decides
 
 
 def test_another_tokenizer_beside_a_state_dict_is_kept(tmp_path: Path) -> None:
@@ -225,10 +306,12 @@ def test_a_config_that_asks_for_more_than_the_weights_is_refused_before_a_model_
         reader.read(tmp_path / "hf", tokenizer="bytes")
 
 
-@pytest.mark.parametrize("gelu", [{"gelu_exact": True}, {"gelu_cubic": 0.44715}])
-def test_another_gelu_than_the_chapter_s_is_refused_before_anything_is_written(gelu: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"gelu_exact": True}, {"gelu_cubic": 0.44715}, {"norm_eps": 1e-6}], ids=str)
+def test_another_gelu_or_norm_than_the_chapter_s_is_refused_before_anything_is_written(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="of another shape"):
-        export.to_pth(drawn(dataclasses.replace(GPT2, **gelu)), tmp_path / "model.pth")
+        export.to_pth(drawn(dataclasses.replace(GPT2, **other)), tmp_path / "model.pth")
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +321,7 @@ def test_another_gelu_than_the_chapter_s_is_refused_before_anything_is_written(g
 def damaged(change: Callable[[dict[str, torch.Tensor]], object], folder: Path) -> Path:
     """An export of which one tensor was changed afterwards."""
     export.to_hf(drawn(GPT2), folder, "card")
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -339,8 +422,21 @@ def test_what_does_not_give_our_logits_is_not_called_exported(tmp_path: Path, mo
 
 
 def test_without_transformers_our_own_reader_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "reads_back", lambda _: "firstwords")
-    assert export.to_hf(drawn(GPT2), tmp_path / "hf", "card") == 0  # the very same computation
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    told: list[str] = []
+    read_back = export.to_hf(drawn(GPT2), tmp_path / "hf", "card", told.append)
+    assert (read_back, told) == ((0, "firstwords"), [])  # the very same computation
+
+
+def test_a_transformers_that_does_not_know_the_model_leaves_the_reading_back_to_us(
+    a_run: Path, command: Command, transformers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "qwen3")  # as in one from before Qwen3
+    ended = command("export", a_run, "--to", "hf", "--out", "hf", "--json")
+    assert (ended.json["read_back_by"], ended.json["max_logit_difference"]) == ("firstwords", 0)
+    assert "transformers cannot read it" in ended.err
 
 
 def test_the_notes_gelu_cannot_be_exported(tmp_path: Path) -> None:
@@ -358,6 +454,10 @@ def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, t
     assert out.json["read_back_by"] == ("transformers" if importlib.util.find_spec("transformers") else "firstwords")
     assert "held-out bits per byte" in Path("hf/README.md").read_text()
     back = command("import", "hf", "--out", "back", "--json")
+    for source, trained_here in (("run", True), (next(Path("run/checkpoints").glob("step-*")), True), ("back", False)):
+        card = f"card-{trained_here}-{Path(source).name}"
+        assert command("export", source, "--to", "hf", "--out", card).code == 0
+        assert ("one person's text" in Path(card, "README.md").read_text()) == trained_here
     assert back.json["weights_sha256"] == command("info", "run", "--json").json["weights_sha256"]
     for verb in (("generate", "--max-new-tokens", "5"), ("eval", str(text)), ("info",)):
         for model in ("back", "hf"):
@@ -412,6 +512,15 @@ def test_a_gguf_file_names_every_word_and_merge_of_the_tokenizer(tmp_path: Path)
         assert len(words) == len(set(words)) == 310
         assert merges == ([" ".join(pair) for pair in model["merges"]] or ["ÿ ÿ"])
         assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.end_of_text
+
+
+def test_a_gguf_file_with_blocks_says_which_version_of_them(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    for kind, wanted in (("q8_0", gguf.GGML_QUANT_VERSION), ("f16", None), ("f32", None)):
+        export.to_gguf(drawn(GPT2), tmp_path / f"{kind}.gguf", kind)
+        fields = gguf.GGUFReader(tmp_path / f"{kind}.gguf").fields
+        told = fields.get("general.quantization_version")
+        assert (None if told is None else told.contents()) == wanted
 
 
 def test_what_llama_cpp_cannot_be_is_refused(tmp_path: Path) -> None:

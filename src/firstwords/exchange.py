@@ -13,7 +13,7 @@ from typing import Any
 from firstwords import resolve, store
 from firstwords.config import did_you_mean, from_toml, run_config
 from firstwords.errors import CannotCreateError, ConfigError
-from firstwords.loading import load, located
+from firstwords.loading import load, located, run_of
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Preparing, ignore
@@ -41,7 +41,7 @@ class Exported:
     """What came of an export."""
 
     path: str
-    read_back_by: str  # transformers where it is installed, else firstwords
+    read_back_by: str  # transformers where it is installed and can, else firstwords
     max_logit_difference: float  # between what was read back and ours
 
 
@@ -57,10 +57,10 @@ def import_model(
 
     Args:
         source: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder for transformers (GPT-2 or Qwen3), the chapter's `.pth`,
-            or nanoGPT's `ckpt.pt`.
+            the same as `.safetensors`, or nanoGPT's `ckpt.pt`.
         out: The folder to be made.
         tokenizer: Where the source has none: gpt2, bytes, or a `tokenizer.json`.
-        n_heads: Of a `.pth` that is no size of GPT-2's.
+        n_heads: Of a state dict of the chapter's that is no size of GPT-2's.
         listener: Told what happens.
 
     Raises:
@@ -79,7 +79,8 @@ def import_model(
     from firstwords.weights import reader
 
     notice = resolve.noticed(listener)
-    lm = reader.read(located(source, notice), tokenizer=tokenizer, n_heads=n_heads, notice=notice)
+    place = located(source, notice)
+    lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
     weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
     store.make_folder(Path(out).absolute().parent)
     saved = checkpoint.publish(Path(out), weights, dataclasses.asdict(lm.model.config), lm.tokenizer.json)
@@ -90,7 +91,7 @@ def import_model(
         nats_per_token=explain_text(lm, KNOWN_SENTENCE).evaluation.nats_per_token,
         prompt=KNOWN_PROMPT,
         greedy=lm.generate(KNOWN_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
-        published=_published(str(source)),
+        published=_published(str(source)) if place != Path(source) else "",  # not of a folder that is only called so
     )
 
 
@@ -137,15 +138,17 @@ def export(
     lm = dataclasses.replace(lm, dtype=torch.float32)
     store.make_folder(Path(out).absolute().parent)
     listener(Preparing("writing, and reading it back", None))
+    read_by = "firstwords"
     if to == "pth":
         difference = exporting.to_pth(lm, Path(out))
     elif to == "gguf":
         difference = exporting.to_gguf(lm, Path(out), kind or "f32")
     else:
         shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
-        card = exporting.model_card(str(source), {**shape, **_figures(Path(source), lm.step)})
-        difference = exporting.to_hf(lm, Path(out), card)
-    return Exported(str(out), exporting.reads_back(to), difference)
+        figures = {**shape, **_figures(Path(source), lm.step)}
+        card = exporting.model_card(str(source), figures, trained_here=run_of(Path(source)).exists)
+        difference, read_by = exporting.to_hf(lm, Path(out), card, resolve.noticed(listener))
+    return Exported(str(out), read_by, difference)
 
 
 def _figures(source: Path, at_step: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import LanguageModel
     from firstwords.runs.checkpoint import Checkpoint
 
+MODEL_SUFFIXES = (*archive.SUFFIXES, ".safetensors")  # of files that are a model by themselves
+
 
 def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
@@ -109,8 +111,8 @@ def located(source: str | Path, notice: Callable[[str], None]) -> Path:
 
 def is_foreign(source: Path) -> bool:
     """Whether a model from elsewhere is there: no run, no checkpoint of ours."""
-    pickled = source.is_file() and source.suffix in archive.SUFFIXES
-    if RunFolder(source).exists or not (pickled or (source / "config.json").is_file()):
+    by_itself = source.is_file() and source.suffix in MODEL_SUFFIXES
+    if RunFolder(source).exists or not (by_itself or (source / "config.json").is_file()):
         return False
     if not (source / store.MANIFEST).is_file():
         return True
@@ -129,7 +131,7 @@ def require_there(source: Path) -> None:
 
 
 def _looks_like_a_model(path: Path) -> bool:
-    if path.suffix in archive.SUFFIXES and path.is_file():
+    if path.suffix in MODEL_SUFFIXES and path.is_file():
         return True
     return RunFolder(path).exists or any((path / name).is_file() for name in (store.MANIFEST, "config.json"))
 

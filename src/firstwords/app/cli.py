@@ -216,12 +216,11 @@ def parser() -> Parser:
 
 
 def _import_flags(made: Parser) -> None:
-    made.add_argument(
-        "source", metavar="SOURCE", help="gpt2 or its larger sizes, a folder for transformers, a .pth, nanoGPT's ckpt.pt"
-    )
+    known = "gpt2 or its larger sizes, a folder for transformers, a .pth or .safetensors, nanoGPT's ckpt.pt"
+    made.add_argument("source", metavar="SOURCE", help=known)
     made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
     made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
-    made.add_argument("--n-heads", metavar="N", help="of a .pth that is no size of GPT-2's")
+    made.add_argument("--n-heads", metavar="N", help="of a state dict that is no size of GPT-2's")
 
 
 def _export_flags(made: Parser) -> None:

@@ -96,6 +96,7 @@ def _explain_token(
 ) -> TokenExplained:
     own = log_probabilities[target]
     best = log_probabilities[: tokenizer.vocab_size].topk(min(TOP, tokenizer.vocab_size))
+    ahead = int((log_probabilities > own).sum()) + int((log_probabilities[:target] == own).sum())  # as `loss.token_figures`
     return TokenExplained(
         target,
         _show(tokenizer, target),
@@ -103,7 +104,7 @@ def _explain_token(
         float(own.exp()),
         float(own),
         logit,
-        int((log_probabilities > own).sum()) + 1,
+        ahead + 1,
         tuple(
             Guess(token, _show(tokenizer, token), float(np.exp(value)))
             for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)

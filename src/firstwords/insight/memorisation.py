@@ -5,8 +5,9 @@ Spans are told in characters of text, never in tokens, so that models with diffe
 
 How a span is found: of the text only every eighth byte is looked at. Two aligned words of 8 bytes lie in every span of at
 least SHORTEST bytes, wherever it stands; two such words that a sample holds as well are followed to both sides, byte by
-byte. What is shorter is not looked for, nor what is the same 8 bytes again and again, as the spaces of a table or a ruled
-line are: from every one of its places to every other they would be followed. With 8 bytes of something else it is found.
+byte. What is shorter is not looked for, nor what is the same 8 bytes or fewer again and again, as the spaces of a table, a
+ruled line and `0, 0, 0,` are: from every one of its places to every other they would be followed. With 8 bytes of something
+else it is found.
 """
 
 from __future__ import annotations
@@ -163,13 +164,13 @@ class Samples:
         aligned = window[: len(window) // STEP * STEP].view("<u8")
         first, end = self.reach // STEP, -(-stop // STEP)
         known = self._table[_slot(aligned[first : end + 1])]
-        changes = aligned[first:end] != aligned[first + 1 : end + 1]
-        blocks = first + np.flatnonzero(known[:-1] & known[1:] & changes)
+        everywhere = _words_everywhere(window)
+        blocks = first + np.flatnonzero(known[:-1] & known[1:])
+        blocks = blocks[~_is_repetition(everywhere, STEP * blocks)]
         keys = _key(aligned[blocks], aligned[blocks + 1])
         low = np.searchsorted(self._keys, keys)
         counts = np.searchsorted(self._keys, keys, "right") - low
         blocks, low, counts = blocks[counts > 0], low[counts > 0], counts[counts > 0]
-        everywhere = _words_everywhere(window)
         for some in _slices(counts):
             repeated = np.repeat(np.arange(len(counts))[some], counts[some])
             rank = np.arange(len(repeated)) - np.repeat(np.cumsum(counts[some]) - counts[some], counts[some])
@@ -177,7 +178,7 @@ class Samples:
 
     def _follow(self, text: np.ndarray[Any, Any], at: Numbers, own: Numbers, base: int) -> None:
         """Follow pairs of equal places, `at` in the window and `own` here, to both sides, and keep the longest spans."""
-        first = (text[at - STEP] != self._words[own - STEP]) | (text[at - STEP] == text[at])
+        first = (text[at - STEP] != self._words[own - STEP]) | _is_repetition(text, at - STEP)
         first &= (text[at] == self._words[own]) & (text[at + STEP] == self._words[own + STEP])
         at, own = at[first], own[first]  # a span is followed from its first anchor only, and from those behind a repetition
         left, right = np.zeros(len(at), np.int64), np.full(len(at), 2 * STEP)
@@ -348,6 +349,15 @@ def _slices(counts: Numbers) -> Iterator[slice]:
 def _words_everywhere(data: Bytes) -> np.ndarray[Any, Any]:
     """Return the 8 bytes from each byte on as one number, without copying them."""
     return np.ndarray((len(data) - STEP + 1,), "<u8", np.ascontiguousarray(data), 0, (1,))
+
+
+def _is_repetition(words: np.ndarray[Any, Any], at: Numbers) -> np.ndarray[Any, Any]:
+    """Return whether the 16 bytes from these places on are the same 1 to 8 again and again."""
+    word, following = words[at], words[at + STEP]
+    found = word == following  # of 1, 2, 4 or 8
+    for period in (5, 6, 7):  # and of 3, which is half of 6
+        found |= (word == words[at + period]) & (words[at + STEP - period] == following)
+    return found  # type: ignore[no-any-return]
 
 
 def _slot(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -39,6 +39,7 @@ SUFFIX = ".jsonl"
 ROLLING, ROLLING_CHARS = "text.json", 100_000  # what lm-eval takes bits per byte of
 
 _END = r"""(?:[.!?…](?=[\s"'”’)\]]|\Z)|[。！？])"""  # of a sentence: a mark inside a word, as in `3.5`, is none
+_PARAGRAPH = regex.compile(r"\n\r?\n")
 _SENTENCE = regex.compile(rf"(?:(?!{_END})[\s\S])++(?:{_END}|\Z)")
 _WHOLE = regex.compile(rf"""["'“„«¿¡]?\p{{L}}[\s\S]*{_END}""")
 _LAST_WORD = regex.compile(rf"(?<=[\p{{L}},;] )\p{{L}}{{3,}}(?={_END})")
@@ -323,7 +324,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for number, match in enumerate(_SENTENCE.finditer(text)):
             sentence = match[0].strip()
-            fits = number and least <= len(sentence.encode()) <= most and "\n\n" not in sentence
+            fits = number and least <= len(sentence.encode()) <= most and not _PARAGRAPH.search(sentence)
             if fits and _WHOLE.fullmatch(sentence):
                 yield sentence
 

@@ -59,19 +59,23 @@ def token_nats(features: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor
 def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ranked: bool = True) -> tuple[Tensor, Tensor]:
     """Return the nats of each target, as `token_nats`, and its rank among all tokens, (...) int64: 1 is the first choice.
 
+    Of equal logits, of which bfloat16 gives many, the smaller id comes first, as for argmax: two cannot be the first choice.
     Without `ranked`, and where a target is `IGNORE`, the rank is 0.
     """
     nats = torch.zeros(targets.numel(), device=features.device)
     ranks = torch.zeros(targets.numel(), dtype=torch.int64, device=features.device)
     rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
     table, n_words = _table(head_weight, rows.dtype), len(head_weight)
+    ids = torch.arange(n_words, device=features.device)
     nats_of, item_bytes = _form(table, n_words, compiled=False), RANK_BYTES if ranked else table.element_size()
     for chunk, padded in _logits(rows, table, item_bytes):
         wanted, logits = flat[chunk], padded[:, :n_words]
         nats[chunk] = nats_of(padded, wanted, gradient=False)
         if ranked:
-            own = logits.gather(1, wanted.clamp(min=0)[:, None])
-            ranks[chunk] = ((logits > own).sum(1) + 1) * (wanted != IGNORE)
+            word = wanted.clamp(min=0)[:, None]
+            own = logits.gather(1, word)
+            ahead = torch.where(ids < word, logits >= own, logits > own)
+            ranks[chunk] = (ahead.sum(1) + 1) * (wanted != IGNORE)
     return nats.view(targets.shape), ranks.view(targets.shape)
 
 

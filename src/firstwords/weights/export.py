@@ -9,7 +9,7 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ TOLERANCE = 1e-4  # of the largest logit, or of 1, in float32
 COMPARED_TOKENS = 32
 
 
-def to_hf(lm: LanguageModel, out: Path, card: str) -> float:
-    """Publish the folder `out` for transformers and return the largest difference between its logits and ours.
+def to_hf(lm: LanguageModel, out: Path, card: str, notice: Callable[[str], None] = lambda _: None) -> tuple[float, str]:
+    """Publish the folder `out` for transformers; return how far its logits are from ours at most, and who read it back.
 
     Args:
         lm: In float32.
         out: Must not exist.
         card: The text of README.md.
+        notice: Told where transformers is there and cannot read it back.
 
     Raises:
         CannotCreateError: `out` exists.
@@ -64,7 +65,8 @@ def to_hf(lm: LanguageModel, out: Path, card: str) -> float:
         **_shards(tensors),
     }
     store.publish(out, files, lambda: {"kind": "export"})
-    return _require_equal(lm, _their_logits(lm, out), out)
+    logits, reader_of_it = _logits_read_back(lm, out, notice)
+    return _require_equal(lm, logits, out), reader_of_it
 
 
 def to_pth(lm: LanguageModel, out: Path) -> float:
@@ -83,8 +85,9 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
         if store.exists(place) and not (place == beside and reading.read_bytes(beside) == lm.tokenizer.json):
             raise CannotCreateError("is there already", where=str(place), do="give another --out")
     of_gpt2 = config.block == "gpt2" and config.hidden_dim == 4 * config.emb_dim
-    if not of_gpt2 or config.gelu_exact or config.gelu_cubic != GELU_CUBIC:
-        why = "it has GPT-2's block and GELU, with a feed-forward layer four times as wide as the model"
+    epsilon = ModelConfig().norm_eps
+    if not of_gpt2 or config.gelu_exact or config.gelu_cubic != GELU_CUBIC or config.norm_eps != epsilon:
+        why = f"it has GPT-2's block and GELU, norm_eps = {epsilon:g}, a feed-forward layer four times as wide as the model"
         raise ConfigError("the chapter's model is of another shape", where="--to pth", why=why, do="use --to hf")
     tensors = names.to_theirs(config, "chapter", _tensors(lm))
     mask = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
@@ -115,17 +118,25 @@ def to_gguf(lm: LanguageModel, out: Path, kind: str) -> float:
         return _require_equal(lm, model(_ids(lm)), out, gguf_file.KINDS[kind])
 
 
-def model_card(run: str, figures: Mapping[str, Any]) -> str:
-    """Return a README.md with the run's own figures."""
+def model_card(name: str, figures: Mapping[str, Any], *, trained_here: bool) -> str:
+    """Return a README.md with a model's own figures; of one from elsewhere it does not say how it came to be."""
+    told = [
+        "A small language model, pretrained with firstwords on one person's text. It continues text; it was not taught to",
+        "answer questions, and it repeats what its text says, be it right or wrong.",
+    ]
+    if not trained_here:
+        told = [
+            "A language model from elsewhere, which firstwords only wrote in this form. It continues text, and repeats what",
+            "its text said, be it right or wrong.",
+        ]
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
-        f"# {Path(run).name}",
+        f"# {Path(name).name}",
         "",
-        "A small language model, pretrained with firstwords on one person's text. It continues text; it was not taught to",
-        "answer questions, and it repeats what its text says, be it right or wrong.",
+        *told,
         "",
         "| | |",
         "|---|---|",
@@ -177,24 +188,27 @@ def _ids(lm: LanguageModel) -> Tensor:
     return torch.linspace(0, min(config.vocab_size, lm.tokenizer.vocab_size) - 1, length).long()[None]
 
 
-def reads_back(to: str) -> str:
-    """Return what reads an export of that format back here."""
-    return "transformers" if to == "hf" and importlib.util.find_spec("transformers") else "firstwords"
+def _logits_read_back(lm: LanguageModel, out: Path, notice: Callable[[str], None]) -> tuple[Tensor, str]:
+    """Return the logits of the exported model, and who read it: we ourselves where transformers is not there or too old."""
+    if importlib.util.find_spec("transformers"):
+        try:
+            model = _their_model(out)
+        except (ImportError, ValueError, KeyError) as error:  # an older one does not know every type of model
+            why = str(error).strip().partition("\n")[0][:200]
+            notice(f"transformers cannot read it ({why}), so firstwords itself reads it back")
+        else:
+            with torch.no_grad():  # it comes in eval mode
+                return model(_ids(lm)).logits, "transformers"
+    with torch.no_grad():
+        return reader.read(out).model(_ids(lm)), "firstwords"
 
 
-def _their_logits(lm: LanguageModel, out: Path) -> Tensor:
-    """Return what transformers gives for the exported model, or our own reader where it is not installed."""
-    if reads_back("hf") == "firstwords":
-        with torch.no_grad():
-            return reader.read(out).model(_ids(lm))  # type: ignore[no-any-return]
+def _their_model(out: Path) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     with _without_progress(logging):  # its own, of reading what was just written
-        model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
-    with torch.no_grad():  # it comes in eval mode
-        logits: Tensor = model(_ids(lm)).logits
-    return logits
+        return AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype=torch.float32)
 
 
 @contextmanager

@@ -90,6 +90,8 @@ def _describe(writer: gguf.GGUFWriter, gguf: Any, config: ModelConfig, kind: str
     file_types = gguf.LlamaFileType
     types = {"f32": file_types.ALL_F32, "f16": file_types.MOSTLY_F16, "q8_0": file_types.MOSTLY_Q8_0}
     writer.add_file_type(types[kind])
+    if kind == "q8_0":  # how such blocks are laid out; llama.cpp wants to be told wherever a file has some
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.emb_dim)
     writer.add_block_count(config.n_layers)

@@ -214,8 +214,14 @@ def _parts(row: Row, tensor: Tensor, where: str) -> Iterator[tuple[str, Tensor]]
     yield from zip(row.ours, whole.chunk(len(row.ours)), strict=True)
 
 
+def bare(name: str) -> str:
+    """Return a tensor's name without the prefixes of wrappers, which stand in any order: one may wrap the other."""
+    while found := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(found)
+    return name
+
+
 def _plain(name: str, rows: Mapping[str, Row]) -> str:
     """Return a name as the table has it: without the prefixes of wrappers, with that of the language model's body."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    name = bare(name)
     return f"transformer.{name}" if f"transformer.{name}" in rows else name

@@ -1,7 +1,8 @@
-"""A model from elsewhere becomes ours: a folder of transformers, the chapter's `.pth`, nanoGPT's `ckpt.pt`."""
+"""A model from elsewhere becomes ours: a folder of transformers, the chapter's state dict, nanoGPT's `ckpt.pt`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,14 +17,15 @@ from firstwords.errors import ConfigError, DataError, NoInputError
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel, unfilled
 from firstwords.model.language_model import LanguageModel
+from firstwords.runs import tensor_file
 from firstwords.text import corpus
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
 from firstwords.weights import folder, names, pickled, shapes
 from firstwords.weights.folder import Weights
-from firstwords.weights.names import HEAD, Dialect
+from firstwords.weights.names import HEAD, Dialect, bare
 
-CONFIG, TOKENIZER, PICKLED = "config.json", "tokenizer.json", "pytorch_model.bin"
+CONFIG, TOKENIZER, MERGES, PICKLED = "config.json", "tokenizer.json", "merges.txt", "pytorch_model.bin"
 NANOGPT_SHAPE = "model_args"
 GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
 
@@ -34,7 +36,7 @@ def read(
     """Return the model with its tokenizer, in float32. Its weights are read one tensor at a time.
 
     Args:
-        source: A folder with `config.json` and weights, or a file of `torch.save`.
+        source: A folder with `config.json` and weights, a file of `torch.save`, a `.safetensors` with the chapter's names.
         tokenizer: Where the source has none: gpt2, bytes, or the path of a `tokenizer.json`.
         n_heads: Of a state dict of the chapter's that is no size of GPT-2's.
         notice: Told of what was assumed.
@@ -61,21 +63,36 @@ def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Di
             config, dialect = shapes.from_hf(reading.read_json(source / CONFIG), str(source / CONFIG))
             only_pickled = (source / PICKLED).is_file() and not any(source.glob(f"*{folder.WHOLE}*"))
             found = pickled.convert(source / PICKLED, Path(name) / "out").weights if only_pickled else folder.find(source)
+            if dialect == "gpt2" and not config.qkv_bias:  # transformers trains the zeros that stand for it in an export
+                config = dataclasses.replace(config, qkv_bias=_has_qkv_bias(found))
             yield config, dialect, found
+            return
+        if source.suffix == tensor_file.SUFFIX:
+            found = folder.find(source)
+            yield _chapter_shape(found, n_heads), "chapter", found
             return
         taken = pickled.convert(source, Path(name) / "out")
         if isinstance(arguments := taken.scalars.get(NANOGPT_SHAPE), dict):
             yield shapes.from_nanogpt(arguments, str(source)), "nanogpt", taken.weights
             return
-        described = {name: one.shape for name, one in taken.weights.described.items()}
-        tied = described.get(HEAD) == described.get("tok_emb.weight") and _is_tied(taken.weights)
-        yield shapes.from_tensors(described, n_heads, tied=tied, where=str(source)), "chapter", taken.weights
+        found = dataclasses.replace(taken.weights, where=str(source))
+        yield _chapter_shape(found, n_heads), "chapter", found
+
+
+def _chapter_shape(weights: Weights, n_heads: int | None) -> ModelConfig:
+    described = {bare(name): one.shape for name, one in weights.described.items()}
+    tied = HEAD in described and described[HEAD] == described.get("tok_emb.weight") and _is_tied(weights)
+    return shapes.from_tensors(described, n_heads, tied=tied, where=weights.where)
 
 
 def _is_tied(weights: Weights) -> bool:
     """Whether the head holds the very numbers of the table of tokens, as in GPT-2."""
-    two = {name: tensor for name, tensor in weights.tensors() if name in (HEAD, "tok_emb.weight")}
+    two = {bare(name): tensor for name, tensor in weights.tensors() if bare(name) in (HEAD, "tok_emb.weight")}
     return torch.equal(two[HEAD], two["tok_emb.weight"])
+
+
+def _has_qkv_bias(weights: Weights) -> bool:
+    return any(bool(tensor.any()) for name, tensor in weights.tensors() if name.endswith(".attn.c_attn.bias"))
 
 
 def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel:
@@ -104,6 +121,11 @@ def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Cal
         return corpus.make_tokenizer(given, (), 0)
     if (source / TOKENIZER).is_file():
         return tokenizers.read(source / TOKENIZER)
+    merges = source / MERGES
+    if merges.is_file() and not tokenizers.are_gpt2s_merges(reading.read_bytes(merges)):
+        why = f"its {MERGES} is not GPT-2's, and it has no {TOKENIZER}"
+        do = f"AutoTokenizer.from_pretrained({str(source)!r}).save_pretrained({str(source)!r}) of transformers writes one"
+        raise ConfigError("which tokenizer has it?", where=str(source), why=why, do=do)
     if config.vocab_size in GPT2_ROWS:
         notice(f"{source} has no tokenizer.json; with {config.vocab_size} ids it is taken to have GPT-2's")
         return tokenizers.gpt2()

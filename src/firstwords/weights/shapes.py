@@ -17,6 +17,7 @@ DROPOUTS = frozenset(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pd
 # In a config.json, what changes no logit: with anything else changed, our own configuration there is out of date.
 NO_SHAPE = frozenset((OWN, "architectures", "dtype", "bos_token_id", "eos_token_id", "initializer_range")) | DROPOUTS
 KNOWN_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # of GPT-2's releases (Radford et al. 2019)
+MOST_TOLD_HEADS = 128  # that a message names
 GELUS = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}  # their names; whether it is the exact one
 QWEN_ROPE_BASE = 10_000.0  # transformers' default
 
@@ -179,19 +180,25 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], n_heads: int | None, *, 
 
     Raises:
         DataError: A tensor that shows the shape is missing.
-        ConfigError: The number of heads is neither given nor that of a known width.
+        ConfigError: The number of heads is neither given nor that of a known width, or does not divide the width.
     """
     try:
         vocab_size, emb_dim = shapes["tok_emb.weight"]
         context_length, ff_dim = shapes["pos_emb.weight"][0], shapes["trf_blocks.0.ff.layers.0.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
-        raise DataError(f"is no model of the chapter's: {error}", where=where) from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        do = "of a model for transformers, name the folder with its config.json"
+        raise DataError("is no model of the chapter's", where=where, why=why, do=do) from error
     layers = [int(found[1]) for name in shapes if (found := re.match(r"trf_blocks\.(\d{1,6})\.", name))]
     heads = n_heads or KNOWN_HEADS.get(emb_dim)
     if heads is None:
         why = f"the weights do not tell, and {emb_dim} is no width of GPT-2's"
         do = f"firstwords import {where} --n-heads N --out RUN makes it ours"
         raise ConfigError("how many heads has it?", where="--n-heads", why=why, do=do)
+    if emb_dim % heads:
+        possible = ", ".join(str(n) for n in range(1, min(emb_dim, MOST_TOLD_HEADS) + 1) if emb_dim % n == 0)
+        what = f"{heads} heads cannot share the model's {emb_dim} channels"
+        raise ConfigError(what, where="--n-heads", do=f"give the number that it was trained with: {possible}")
     saved = {
         "vocab_size": vocab_size,
         "context_length": context_length,
