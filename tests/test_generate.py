@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -210,15 +211,30 @@ def test_explaining_shows_parts_of_characters_without_failing() -> None:
     assert len(explain(lm, "漢字").tokens) == 6
 
 
+def test_one_text_and_several_are_read_in_their_own_way_and_say_the_same_within_bfloat16() -> None:
+    """Of one row PyTorch's own products are taken, of several oneDNN's; both sum in float32 and round once."""
+    torch.manual_seed(0)
+    lm = LanguageModel(GPTModel(ModelConfig(257, 32, 48, 3, 2)).eval(), byte_tokenizer(), dtype=torch.bfloat16)
+    mkldnn: Any = torch.backends.mkldnn
+    before, greedy = mkldnn.enabled, Sampling(0)
+    for token in range(20):
+        (alone,) = next(generate_batch(lm._in_precision(several=False), [[token]], greedy, [seeded(0)]))
+        assert mkldnn.enabled == before  # between tokens everything is as it was
+        first, second = next(generate_batch(lm._in_precision(several=True), [[token]] * 2, greedy, [seeded(0), seeded(1)]))
+        assert first == second
+        # Logits of up to 4 are rounded to 2^-7 of them; where two words are so near, either may be the likeliest.
+        assert alone.log_probability == pytest.approx(first.log_probability, abs=0.03)
+
+
 def test_the_copy_that_speaks_is_made_once_and_follows_the_weights(small: ModelConfig) -> None:
     torch.manual_seed(0)
     config = ModelConfig(257, 16, 24, 3, 2, 0.5, block=small.block, init_std=0.3)
     lm = LanguageModel(GPTModel(config).eval(), byte_tokenizer(), dtype=torch.bfloat16)
     greedy = Sampling(0)
     said = lm.generate("a", max_new_tokens=20, sampling=greedy)
-    made = lm._in_precision()
+    made = lm._in_precision(several=False)
     assert lm.generate("a", max_new_tokens=20, sampling=greedy) == said
-    assert lm._in_precision() is made
+    assert lm._in_precision(several=False) is made
     with torch.no_grad():
         lm.model.out_head.weight.neg_()
     changed = lm.generate("a", max_new_tokens=20, sampling=greedy)

@@ -38,7 +38,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     step: int = 0  # updates that the weights have behind them
     dtype: torch.dtype = torch.float32  # of the matrix products, in whatever it does
-    _rounded: dict[int, GPTModel] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _rounded: dict[tuple[int, bool], GPTModel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows, ids = self.model.config.vocab_size, self.tokenizer.vocab_size
@@ -87,7 +87,7 @@ class LanguageModel:
         ids = self._prompt_ids(prompt, max_new_tokens, notice)
         generator = torch.Generator().manual_seed(seed)
         was_training = self.model.training
-        model = self._in_precision()
+        model = self._in_precision(several=False)
         drawn = islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens)
         try:
             yield from _until(self._decoded(drawn), stop)
@@ -121,7 +121,7 @@ class LanguageModel:
         seeds = range(123, 123 + len(ids)) if seeds is None else seeds
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         was_training = self.model.training
-        model = self._in_precision()
+        model = self._in_precision(several=len(ids) > 1)
         try:
             for start in range(0, len(ids), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
@@ -170,17 +170,18 @@ class LanguageModel:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
-    def _in_precision(self) -> GPTModel:
-        """Return the model as it speaks, in eval mode; made once for weights that nobody trains."""
+    def _in_precision(self, *, several: bool) -> GPTModel:
+        """Return the model as it speaks, one text or several, in eval mode; made once for weights that nobody trains."""
         is_trained, version = self.model.training, sum(parameter._version for parameter in self.model.parameters())
         self.model.eval()
-        if version not in self._rounded:
+        key = version, several
+        if key not in self._rounded:
             self._rounded.clear()
-            made = in_precision(self.model, self.dtype)
+            made = in_precision(self.model, self.dtype, several=several)
             if is_trained:  # the copy would only take memory until the weights change
                 return made
-            self._rounded[version] = made
-        return self._rounded[version]
+            self._rounded[key] = made
+        return self._rounded[key]
 
 
 def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
