@@ -238,7 +238,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def linear(x: Tensor, layers: Sequence[nn.Module], activation: Activation = "none") -> Tensor:
+def linear(x: Tensor, layers: Sequence[nn.Module | None], activation: Activation = "none") -> Tensor:
     """Return what the layers give for the activation of x, side by side in (..., Σ C'): one matrix product for all of them.
 
     On a processor it keeps for the gradient neither what the activation gives nor, in low precision, the weights as
@@ -246,14 +246,15 @@ def linear(x: Tensor, layers: Sequence[nn.Module], activation: Activation = "non
 
     Args:
         x: (..., C), for swiglu (..., 2 C).
-        layers: At least one; all read the same channels. Layers of another kind are asked one by one.
+        layers: At least one; all read the same channels. Layers of another kind are asked one by one; None is one that the
+            layer before it answers for.
         activation: none; gelu, in its tanh form; or swiglu, silu(first half) * second half.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if x.numel() // x.shape[-1] < FEW_ROWS or len(plain) < len(layers):
         activated = _activated(activation, x)
-        return _joined([_applied(layer, activated) for layer in layers], dim=-1)
+        return _joined([_applied(layer, activated) for layer in layers if layer is not None], dim=-1)
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
     by_autograd = dtype == torch.float32 and activation == "none"
@@ -299,8 +300,8 @@ class _Linear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, *parameters)
         weights, biases = parameters[:n_layers], parameters[n_layers:]
-        bias = _stacked(biases, dtype) if biases else None
-        return F.linear(_activated(activation, x), _stacked(weights, dtype), bias)
+        bias = stacked(biases, dtype) if biases else None
+        return F.linear(_activated(activation, x), stacked(weights, dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -309,7 +310,7 @@ class _Linear(torch.autograd.Function):
         weights, biases = parameters[: ctx.n_layers], parameters[ctx.n_layers :]
         d_y, heights = upstream[0].flatten(0, -2), [len(w) for w in weights]
         if ctx.needs_x:
-            d_a = (d_y @ _stacked(weights, ctx.dtype)).view(*upstream[0].shape[:-1], -1)
+            d_a = (d_y @ stacked(weights, ctx.dtype)).view(*upstream[0].shape[:-1], -1)
             activated, d_x = _activated_again(ctx.activation, x, d_a)
             del d_a
         else:
@@ -321,7 +322,8 @@ class _Linear(torch.autograd.Function):
         return None, None, None, *cast
 
 
-def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return all their rows in one tensor."""
     return _joined([tensor.to(dtype) for tensor in tensors])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
 from firstwords.model import cost
-from firstwords.model.functional import linear
-from firstwords.model.gpt import GPTModel, KVCache
+from firstwords.model.functional import linear, stacked
+from firstwords.model.gpt import GPTModel, KVCache, MultiHeadAttention, SwiGLU
 from firstwords.model.sampling import Sampling
 
 # A token of a model below this size is so little work that a second core saves nothing; and where another program uses the
@@ -52,23 +53,24 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
 
 
 class RoundedLinear(nn.Module):
-    """A linear layer for speaking: a copy of its weights in low precision.
+    """Linear layers for speaking, side by side: a copy of their weights in low precision.
 
     Args:
-        layer: To be copied.
+        layers: To be copied; all read the same channels, and all have a bias or none has.
         dtype: Of the copy.
         packed: Keep the weights in the order in which oneDNN reads them: it multiplies 2 to 64 rows in half of the time.
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype, *, packed: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype, *, packed: bool) -> None:
         super().__init__()
-        weight = layer.weight.detach().to(dtype)
-        self.dtype, self.bias = dtype, None if layer.bias is None else layer.bias.detach().to(dtype)
+        weight = stacked([layer.weight.detach() for layer in layers], dtype)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.dtype, self.bias = dtype, stacked(biases, dtype) if biases else None
         self.packed = packed and dtype == torch.bfloat16 and weight.device.type == "cpu" and _can_pack()
         self.weights = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., C') for (..., C)."""
+        """Return (..., Σ C') for (..., C)."""
         if not self.packed:
             return F.linear(x.to(self.dtype), self.weights, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weights, self.bias, "none", [], "")
@@ -97,9 +99,22 @@ def in_precision(model: GPTModel, dtype: torch.dtype, *, several: bool) -> GPTMo
     if dtype == model.tok_emb.weight.dtype:
         return model
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
-    memo |= {id(layer): RoundedLinear(layer, dtype, packed=several) for layer in layers}
+    for layers in _read_together(model):
+        memo |= {id(layer): None for layer in layers}
+        memo[id(layers[0])] = RoundedLinear(layers, dtype, packed=several)  # speaks for all of them
     return copy.deepcopy(model, memo)
+
+
+def _read_together(model: GPTModel) -> list[list[nn.Linear]]:
+    """Return the model's linear layers, in one list those that `functional.linear` is asked for at once."""
+    joined: list[list[nn.Linear]] = []
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            joined.append([module.W_query, module.W_key, module.W_value])
+        elif isinstance(module, SwiGLU):
+            joined.append([module.gate, module.up])
+    known = {id(layer) for layers in joined for layer in layers}
+    return joined + [[one] for one in model.modules() if isinstance(one, nn.Linear) and id(one) not in known]
 
 
 @dataclass(frozen=True)
@@ -203,7 +218,7 @@ def _as_one_row_is_read(n_rows: int) -> Iterator[None]:
 def _drawn(logits: Tensor, seen: Sequence[int], generator: torch.Generator, sampling: Sampling) -> Drawn:
     """Draw from the logits (V) of one row."""
     probabilities = next_probabilities(logits, sampling, seen)
-    if not torch.isfinite(probabilities).all():
+    if not math.isfinite(float(probabilities.sum())):
         raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
     if sampling.temperature == 0:  # what a draw gives too, for a number drawn for each word
         token = int(probabilities.argmax())
