@@ -17,6 +17,7 @@ import torch
 from command import ESC, TEXT, TINY, Command, Refused, error_of, write
 from firstwords import api
 from firstwords.app.cli import main
+from firstwords.config import from_toml
 from firstwords.text.tokenizer import Tokenizer, train_bpe
 from rows import row
 
@@ -55,6 +56,11 @@ def test_far_more_threads_than_cores_are_refused(refused: Refused, text: Path):
         ("[model]\nn_layer = 2", "model.n_layer", "did you mean 'model.n_layers'?"),
         ("[optimizer]\npeak_lr = 2", "optimizer.peak_lr", "did you mean 'optim.peak_lr'?"),
         ("steps = 0", "--steps", "from 1"),
+        ("steps = " + "9" * 400, "--steps", "from 1"),
+        ("steps = 0x" + "f" * 5000, "--steps", "from 1"),  # which Python cannot write in base 10
+        ("[optim]\npeak_lr = " + "9" * 400, "optim.peak_lr", "from 1e-12"),
+        ("precision = 0x" + "f" * 5000, "my.toml, precision", "shorter"),
+        ("text = [0x" + "f" * 5000 + "]", "my.toml, text", "shorter"),
         ("steps = 1.5", "my.toml, steps", ""),
         ("steps = true", "my.toml, steps", ""),
         ("seed = -1", "--seed", "from 0"),
@@ -103,7 +109,11 @@ def test_a_configuration_file_that_cannot_be_read(refused: Refused, text: Path, 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("--steps", value) for value in ("-1", "0", "1000000001", "9" * 30)),
+        *(("--steps", value) for value in ("-1", "0", "1000000001", "9" * 30, "9" * 400)),
+        ("--micro-batch-size", "9" * 400),
+        ("--eval-every", "9" * 400),
+        ("--sample-every", "9" * 400),
+        ("--eval-tokens", "9" * 400),
         *(("--optim.peak-lr", value) for value in ("-1", "0", "nan", "inf", "-inf", "1e400", "1e13")),
         ("--optim.floor-lr", "-1"),
         ("--optim.beta2", "1"),
@@ -165,6 +175,26 @@ def test_an_odd_head_cannot_be_rotated_and_the_nearest_widths_are_offered(refuse
 def test_a_micro_batch_that_does_not_divide_offers_the_nearest(refused: Refused, text: Path):
     error = refused(78, "train", text, *TINY, "--batch-size", "12", "--micro-batch-size", "5")
     assert "4 and 6" in error["do"]
+
+
+@pytest.mark.parametrize("micro", [3, 64])
+def test_a_batch_that_nobody_named_is_a_multiple_of_the_micro_batch_that_is_named(command: Command, text: Path, micro: int):
+    tiny = [word for word in TINY if not word.startswith("--batch-size")]
+    ended = command("train", text, "--out", "run", *tiny, "--micro-batch-size", str(micro))
+    assert ended.code == 0, ended.err
+    recorded = from_toml(Path("run/config.toml").read_text(), "config.toml")
+    assert recorded["micro_batch_size"] == micro
+    assert recorded["batch_size"] % micro == 0
+
+
+def test_the_keys_of_a_file_that_come_before_a_preset_that_is_named_are_told(command: Command, a_run: Path):
+    again = ("train", "text.txt", "--config", a_run / "config.toml", "--steps", "1", "--out")
+    ended = command(*again, "large", "--preset", "laptop-large")
+    assert ended.code == 0
+    assert "comes before --preset laptop-large" in ended.err
+    assert "--model.emb-dim" in ended.err
+    assert "--model.tied-head" not in ended.err  # the file and the preset have the same
+    assert "comes before" not in command(*again, "plain").err  # the negative control
 
 
 @row(56, 59)

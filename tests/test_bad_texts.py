@@ -460,3 +460,11 @@ def test_a_tokenizer_is_trained_on_a_text_of_one_character(command: Command, cac
     ended = command("train", "a.txt", *TINY, "--steps=1", "--val-fraction=0", "--tokenizer=bpe:300")
     assert ended.code == 0, ended.err
     assert learnt(cache) == piece * MB
+
+
+@pytest.mark.parametrize("words", ["Привет", "山山山", "🦆🦆"])
+def test_a_text_whose_last_tenth_is_no_whole_letter_is_learnt(command: Command, here: Path, words: str):
+    write(here / "tiny.txt", words)
+    tiny = [word for word in TINY if not word.startswith("--model.context-length")]
+    ended = command("train", "tiny.txt", "--out", "run", *tiny, "--val-fraction=0", "--model.context-length=4")
+    assert ended.code == 0, ended.err

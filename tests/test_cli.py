@@ -567,6 +567,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_says_so(command: Command):
     first = command("train", "text.txt", "--out", "run", *TINY, "--json").json
     for path in Path("run/checkpoints").iterdir():
         path.rename(f"damaged-{path.name}")
+    Path("run/metrics.jsonl").unlink()  # as if it was never saved
     again = command("train", "--resume", "--out", "run", "--json")
     assert "step 0" in again.err
     assert again.json["weights_sha256"] == first["weights_sha256"]

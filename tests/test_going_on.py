@@ -39,6 +39,12 @@ def going_on(*more: str | Path) -> tuple[str | Path, ...]:
     return ("train", "other.txt", "--from", "learnt", "--out", "run", "--steps", "20", "--keep", "1000", *machine, *more)
 
 
+def as_never_saved() -> None:
+    """Leave of the run what there is before its first save."""
+    shutil.rmtree("run/checkpoints")
+    Path("run/metrics.jsonl").unlink()
+
+
 def test_it_begins_where_the_other_model_stands_and_gets_better(learnt: Path, command: Command) -> None:
     before = api.evaluate(learnt, "other.txt").bits_per_byte
     assert command(*going_on()).code == 0
@@ -54,12 +60,24 @@ def test_it_begins_where_the_other_model_stands_and_gets_better(learnt: Path, co
 def test_it_is_resumed_as_any_run_also_before_its_first_checkpoint(learnt: Path, command: Command) -> None:
     assert command(*going_on()).code == 0
     wanted = api.info("run")["weights_sha256"]
-    shutil.rmtree("run/checkpoints")
+    as_never_saved()
     assert command("train", "--resume", "--out", "run").code == 0
     assert api.info("run")["weights_sha256"] == wanted
     assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
     shutil.rmtree(learnt)  # what it began with is in its checkpoints
     assert command("train", "--resume", "--out", "run", "--steps", "24").code == 0
+
+
+def test_it_is_judged_and_goes_on_where_its_folder_was_moved(learnt: Path, command: Command, cache: Path) -> None:
+    assert command(*going_on("--steps", "2")).code == 0
+    Path("run").rename("moved")
+    for verb in (("eval", "moved"), ("train", "--resume", "--out", "moved", "--steps", "3")):
+        shutil.rmtree(cache)  # as on another machine
+        ended = command(*verb)
+        assert ended.code == 0, ended.err
+    assert api.info("moved")["steps"] == 3
+    recorded = from_toml(Path("moved/config.toml").read_text(), "config.toml")["tokenizer"]
+    assert recorded == str(Path("moved/tokenizer.json").absolute())
 
 
 def test_it_begins_anew_where_only_weights_were_saved(
@@ -68,11 +86,12 @@ def test_it_begins_anew_where_only_weights_were_saved(
     """A disk had room for the weights that were the best so far, not for the save that they belong to."""
     assert command(*going_on()).code == 0
     wanted = api.info("run")["weights_sha256"]
-    shutil.rmtree("run/checkpoints")
+    as_never_saved()
     monkeypatch.setattr(states, "optimizer_tensors", lambda _: None)
     assert command("train", "--resume", "--out", "run").code == 0
     monkeypatch.undo()
     monkeypatch.chdir(learnt.parent)
+    Path("run/metrics.jsonl").unlink()  # a save that was refused is not journaled
     assert command("train", "--resume", "--out", "run").code == 0
     assert api.info("run")["weights_sha256"] == wanted
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +25,24 @@ from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputEr
 from firstwords.insight import memorisation, record
 from firstwords.planning import budget, machine, measure, system
 from firstwords.recorder import TrainResult
-from firstwords.runs import checkpoint
+from firstwords.runs import checkpoint, signals
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus, tokenizer
 from firstwords.text.tokenizer import train_bpe
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import Evaluated, Listener, Notice, Sampled, SaveDue, Started, StepDone, Told, ignore
+from firstwords.training.events import (
+    Evaluated,
+    Listener,
+    Notice,
+    Preparing,
+    Sampled,
+    SaveDue,
+    Started,
+    StepDone,
+    Told,
+    ignore,
+)
 
 STEPS = 24
 
@@ -137,6 +149,17 @@ def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
     assert "bit-exact resume" not in said
 
 
+@pytest.mark.parametrize("length", [{"steps": STEPS + 2}, {"for_s": 1}])
+def test_a_run_that_is_planned_anew_promises_its_state_to_the_last_bit_and_not_what_follows(
+    tmp_path: Path, whole: TrainResult, length: dict[str, Any]
+) -> None:
+    told: list[Told] = []
+    api.train(out=tmp_path / "whole", resume=True, listener=told.append, **length)
+    said = [notice.text for notice in told if isinstance(notice, Notice)]
+    assert "resumed as it was saved, to the last bit; what is left is planned anew" in said
+    assert "bit-exact resume" not in said
+
+
 def test_a_run_of_one_setting_equals_itself_and_not_another_seed(tmp_path: Path, whole: TrainResult) -> None:
     assert same(whole, train(tmp_path, "again"))
     assert not same(whole, train(tmp_path, "other", seed=2))
@@ -193,6 +216,25 @@ def test_a_run_without_a_checkpoint_begins_at_step_0_and_says_so(tmp_path: Path,
     resumed = train(tmp_path, "killed", resume=True, listener=told.append)
     assert any(isinstance(t, Notice) and "step 0" in t.text for t in told)
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("best_is_left", [False, True])
+def test_a_run_that_was_saved_is_not_begun_anew_where_no_checkpoint_to_go_on_from_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_is_left: bool
+) -> None:
+    best_step = seldom_saved(tmp_path, "run", monkeypatch).best_step
+    run = RunFolder(tmp_path / "run")
+    for folder in checkpoint.existing(run.checkpoints):
+        if not (best_is_left and checkpoint.step_of(folder) == best_step):  # which has its weights alone
+            shutil.rmtree(folder)
+    before = contents(run.path)
+    with pytest.raises(NoInputError, match="no checkpoint to go on from is there"):
+        train(tmp_path, "run", resume=True)
+    assert contents(run.path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
 
 
 def test_the_best_and_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -382,6 +424,17 @@ def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Pat
         train(tmp_path, "killed", stop_at=(StepDone, 13), **options)
     (tmp_path / gone).unlink()
     assert same(whole, api.train(out=tmp_path / "killed", resume=True))
+
+
+@pytest.mark.parametrize("changed", ["story.txt", "other.txt"])
+def test_a_changed_text_is_refused_before_it_is_prepared(tmp_path: Path, changed: str) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 3))
+    prepared, told = sorted((tmp_path / "cache/corpora").iterdir()), list[Told]()
+    (tmp_path / changed).write_text(STORY + "and one more line\n")
+    with pytest.raises(DataError, match="changed since the run began"):
+        api.train(out=tmp_path / "run", resume=True, listener=told.append)
+    assert sorted((tmp_path / "cache/corpora").iterdir()) == prepared
+    assert {event.what for event in told if isinstance(event, Preparing)} == {"reading the text"}
 
 
 def failing_saves(
@@ -694,6 +747,32 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
 
 
+def test_a_checkpoint_is_read_back_once_however_many_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, real = Counter[str](), store.verify
+
+    def verify(folder: Path, **options: bool) -> store.Json:
+        read[folder.name] += folder.name.startswith("step-")
+        return real(folder, **options)
+
+    monkeypatch.setattr(store, "verify", verify)
+    best_step = train(tmp_path, "run", keep=4).best_step
+    assert {read[checkpoint.folder_of(tmp_path, step).name] for step in range(STEPS + 1)} == {1}
+    kept = {checkpoint.step_of(path) for path in checkpoint.existing(tmp_path / "run/checkpoints")}
+    assert kept == {best_step, *range(STEPS - 3, STEPS + 1)}
+
+
+def test_nothing_is_read_back_where_no_more_checkpoints_are_there_than_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, last = (checkpoint.save(tmp_path, step, {}, {}, {}, b"", {}) for step in range(3))
+    read = list[Path]()
+    monkeypatch.setattr(store, "verify", lambda folder, **_: read.append(folder) or store.read_manifest(folder))
+    checkpoint.rotate(last, 3, None)
+    assert read == []
+    checkpoint.rotate(last, 2, None)  # the negative control
+    assert len(read) == 1
+
+
 def test_rotation_neither_counts_nor_removes_another_runs_checkpoints(tmp_path: Path) -> None:
     theirs, ours = {"config_sha256": "theirs"}, {"config_sha256": "ours"}
     for step, run in ((1, theirs), (2, ours), (3, ours), (4, theirs)):
@@ -830,6 +909,18 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, 
     assert f"--resume --out {tmp_path / 'run'}" in out
     last = journal(tmp_path / "run", "step")[-1]["step"]
     assert checkpoint.existing(tmp_path / "run" / "checkpoints")[-1].name.endswith(f"{last:08d}")
+
+
+def test_only_a_second_ctrl_c_ends_at_once_and_the_first_signal_keeps_its_name() -> None:
+    with signals.stop_requests() as stop:
+        try:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):  # a system that ends sends several
+                signal.raise_signal(number)
+                assert stop() == "SIGTERM"
+        except KeyboardInterrupt:
+            pytest.fail(f"{number.name} ended it at once")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.system

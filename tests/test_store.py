@@ -11,6 +11,7 @@ import pytest
 from faults import Failing
 from firstwords import store
 from firstwords.errors import CannotCreateError, DataError, StorageError
+from firstwords.runs.folder import RunFolder
 
 FILES = {"weights": [b"abc", b"", b"defg"], "words": [b"hello\n"]}
 
@@ -149,6 +150,66 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     (kept[2] / "deep").mkdir(parents=True)
     store.remove_leftovers(tmp_path)
     assert {*tmp_path.iterdir()} == {*kept}
+
+
+def test_what_other_programs_put_into_a_folder_goes_with_it_but_nothing_that_a_link_leads_to(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "deep").mkdir(parents=True)
+    (theirs / "deep" / "letter").write_bytes(b"precious")
+    folder = published(tmp_path)
+    (folder / ".ipynb_checkpoints" / "deeper").mkdir(parents=True)
+    (folder / ".ipynb_checkpoints" / "deeper" / "copy").write_bytes(b"")
+    (folder / ".ipynb_checkpoints" / "link").symlink_to(theirs, target_is_directory=True)
+    (folder / "link").symlink_to(theirs / "deep" / "letter")
+    store.remove_folder(folder)
+    assert [*tmp_path.iterdir()] == [theirs]
+    assert (theirs / "deep" / "letter").read_bytes() == b"precious"
+
+
+def test_a_leftover_that_cannot_be_removed_keeps_no_other_and_hinders_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = RunFolder(tmp_path), list[str]()
+    run.checkpoints.mkdir()
+    first, second = (run.checkpoints / f"tmp-step-{n}-x0123abcd" for n in (1, 2))
+    for path in (first, second):
+        path.write_bytes(b"")
+    real = os.unlink
+
+    def unlink(path: Path) -> None:
+        if path == first:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with run.writing(told.append):
+            pass
+    assert [*run.checkpoints.iterdir()] == [first]
+    assert ["stays" in line and first.name in line for line in told] == [True]
+    with run.writing(pytest.fail):
+        pass  # the negative control
+    assert [*run.checkpoints.iterdir()] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_where_a_file_system_has_no_locks_nobody_is_refused_and_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The answer is made up: such a file system, of a network or in FUSE, cannot be had where the tests run."""
+    fcntl, path, told = pytest.importorskip("fcntl"), tmp_path / "run.lock", list[str]()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number == errno.EIO:  # the negative control
+        with pytest.raises(StorageError), store.lock(path, told.append):
+            pass
+        return
+    with store.lock(path, told.append):
+        assert not store.is_locked(path)
+    assert [str(path) in line and "no locks" in line for line in told] == [True]
 
 
 def test_who_only_looks_whether_a_lock_is_held_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

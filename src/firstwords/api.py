@@ -93,7 +93,7 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
-    with asked.run.writing():
+    with asked.run.writing(resolve.noticed(listener)):
         prepared = resolve.prepare(asked, listener, started_s)
         listener(Preparing("starting PyTorch", None))
         with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free

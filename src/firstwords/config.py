@@ -144,10 +144,16 @@ class RunConfig:
     meter: bool = option(True, "measure where evaluation and sample meet how much of what the model says is copied")
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
     batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
-    micro_batch_size: int | None = option(None, "sequences a forward pass; by default from the model's size", least=1)
-    eval_every: int | None = option(None, "steps between evaluations; by default a twentieth of the run", least=1)
-    eval_tokens: int | None = option(None, "held-out tokens of an evaluation, at most; by default from the time", least=1)
-    sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1)
+    micro_batch_size: int | None = option(
+        None, "sequences a forward pass; by default from the model's size", least=1, most=2**20
+    )
+    eval_every: int | None = option(
+        None, "steps between evaluations; by default a twentieth of the run", least=1, most=10**9
+    )
+    eval_tokens: int | None = option(
+        None, "held-out tokens of an evaluation, at most; by default from the time", least=1, most=10**15
+    )
+    sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1, most=10**9)
     sample_prompt: str = option("", "how the samples during training begin; by default as a document does")
     save_every_s: float | None = option(
         None, "time between checkpoints; by default a minute, or 50 times what the last save took", least=0.0, most=1e9
@@ -375,6 +381,8 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
             converted(key, value, types_of[key])
         except ConfigError as error:
             raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
+        except ValueError as error:  # Python writes no whole number of over 4,300 digits, which TOML can have in base 16
+            raise ConfigError("holds too long a number", where=f"{where}, {key}", do="give a shorter one") from error
     return found
 
 
@@ -474,8 +482,16 @@ def _check_ranges(part: Any, prefix: str) -> None:
         value, least, most = getattr(part, field.name), field.metadata.get("least"), field.metadata.get("most")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
-            raise ConfigError(f"cannot be {value}", where=flag(prefix + field.name), do=_allowed(field))
+        is_number = isinstance(value, int) or math.isfinite(value)  # no float holds a whole number of 400 digits
+        if not is_number or (least is not None and value < least) or (most is not None and value > most):
+            raise ConfigError(f"cannot be {_shown(value)}", where=flag(prefix + field.name), do=_allowed(field))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # as in `from_toml`
+        return "so long a number"
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:

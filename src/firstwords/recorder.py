@@ -14,7 +14,15 @@ from torch import Tensor
 
 from firstwords import store
 from firstwords.config import RunConfig, to_toml
-from firstwords.errors import ConfigError, DataError, DivergedError, FirstwordsError, PermissionDeniedError, StorageError
+from firstwords.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    FirstwordsError,
+    NoInputError,
+    PermissionDeniedError,
+    StorageError,
+)
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
 from firstwords.planning import machine
@@ -99,6 +107,7 @@ class Recorder:
     budget: Budget | None = None
     newest: Checkpoint | None = None
     copy: BestCopy | None = None  # newer than `newest`
+    whole: set[Path] = dataclasses.field(default_factory=set)  # checkpoints that were read back here
     last_evaluated: int | None = None  # step of the last evaluation
     last_train: float | None = None  # its nats per token on training text
     last_held_out: float | None = None  # and on held-out text
@@ -223,7 +232,7 @@ class Recorder:
         self.newest, self.copy, self.failed_saves = saved, None, 0
         self.note("save", {"step": saved.step})
         try:
-            checkpoint.rotate(saved, self.config.keep, self.state.best_step)
+            checkpoint.rotate(saved, self.config.keep, self.state.best_step, self.whole)
         except FirstwordsError as error:
             self._notice(f"{error}; an old checkpoint stays until the next save")
         self.listener(Saved(saved.step, saved.folder))
@@ -355,9 +364,14 @@ class Recorder:
             more_time: A new time budget was given: it is planned anew.
 
         Raises:
+            NoInputError: It was saved, and no checkpoint to go on from is there any more; nothing is touched.
             DataError: There are checkpoints, but none is whole and of this run.
             ConfigError: The wanted number of steps is behind it already.
         """
+        if not checkpoint.has_begun(self.run.checkpoints) and self.run.was_saved:
+            what, why = "no checkpoint to go on from is there", "the run was saved, so they were removed or not copied"
+            do = "put them back, or begin a new run with another --out"
+            raise NoInputError(what, where=str(self.run.checkpoints), why=why, do=do)
         found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
         if found is None:
             for journal in (self.run.metrics, self.run.samples):
@@ -375,13 +389,20 @@ class Recorder:
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
-        same = "bit-exact resume" if self.config.on_cpu else "resumed; on a GPU the last bits of a step may differ each time"
-        self._notice(f"not bit-exact because: {changed}" if changed else same)
+        self._notice(f"not bit-exact because: {changed}" if changed else self._sameness(saved))
         before, ways = saved["fingerprint"], ("threads", "precision")
         elsewhere = before.get("processor", self.fingerprint["processor"]) != self.fingerprint["processor"]
         if elsewhere and self.config.on_cpu and all(before.get(way) == self.fingerprint[way] for way in ways):
             what = f"this is another processor, and the run goes on as it began: --threads {self.config.threads}"
             self._notice(f"{what} --precision {self.config.precision}; given anew, they may suit it better")
+
+    def _sameness(self, saved: store.Json) -> str:
+        """Return how exactly a run goes on that computes as before: its learning rates are those of its new length."""
+        if not self.config.on_cpu:
+            return "resumed; on a GPU the last bits of a step may differ each time"
+        if self.config.for_s is not None or self.state.total_steps != saved["total_steps"]:
+            return "resumed as it was saved, to the last bit; what is left is planned anew"
+        return "bit-exact resume"
 
     def _load(self, found: Checkpoint) -> tuple[store.Json, Any]:
         """Make a checkpoint the state of the run and cut the journals back to it.

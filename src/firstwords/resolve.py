@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from firstwords import reading, store
-from firstwords.config import AS_DRAWN, NONES, Precision, RunConfig, flag, flatten, from_toml, key_types, run_config
+from firstwords.config import (
+    AS_DRAWN,
+    NONES,
+    Precision,
+    RunConfig,
+    flag,
+    flatten,
+    from_toml,
+    key_types,
+    presets,
+    run_config,
+)
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
 from firstwords.model import cost
 from firstwords.planning import budget, known
@@ -144,6 +155,8 @@ def new(
         given = {**shape, **given, "from_": place}
         _require_shape(shape, given)
         asked = run_config(*layers, given)
+    elif config is not None and "preset" in given:
+        _tell_of_a_preset(str(config), layers[0], given, asked, listener)
     corpora.parse_tokenizer(asked.tokenizer)
     if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
@@ -158,6 +171,17 @@ def new(
     store.make_folder(run.path)
     every_key = frozenset(key for layer in (*layers, given) for key in layer)
     return Asked(run, asked, texts, every_key, tokenizer_json=tokenizer_json)
+
+
+def _tell_of_a_preset(file: str, layer: dict[str, Any], given: dict[str, Any], asked: RunConfig, listener: Listener) -> None:
+    """Say which keys of a preset that was named do not count, because the configuration file has others."""
+    its_own = flatten(dataclasses.asdict(run_config({"preset": asked.preset})))
+    chosen = flatten(dataclasses.asdict(asked))
+    kept = [key for key in presets()[asked.preset] if key in layer and key not in given and chosen[key] != its_own[key]]
+    if kept:
+        names = ", ".join(map(flag, kept))
+        told = f"{file} comes before --preset {asked.preset}: as the file has them, unless you name them too, are {names}"
+        listener(Notice(told))
 
 
 def _require_cores(threads: int | None) -> None:
@@ -193,7 +217,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     if config is not None:
         raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
-    recorded = recorded_config(run)
+    recorded = _with_its_tokenizer(recorded_config(run), run)
     moved = _moved(given, recorded)
     given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
     given = {key: value for key, value in given.items() if not (key in PLACES and _is_place(value, recorded.get(key)))}
@@ -214,6 +238,14 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     if "threads" in given:
         _require_cores(asked.threads)
     return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=bool(moved))
+
+
+def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Return the keys with the place of the run's own tokenizer by now, where its folder was moved."""
+    is_own = recorded.get("from_") not in (None, *NONES) and run.tokenizer.is_file()
+    if not is_own or Path(str(recorded.get("tokenizer"))).is_file():
+        return recorded
+    return {**recorded, "tokenizer": str(run.tokenizer.absolute())}
 
 
 def _moved(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
@@ -256,13 +288,6 @@ def prepare(asked: Asked, listener: Listener, started_s: float | None = None) ->
         prepared = _prepare_anew(config, asked.texts, within)
     else:
         prepared = _prepare_again(asked, listener)
-    if config.text_sha256 not in (None, prepared.text_sha256):
-        raise DataError(
-            "the text is not the one that the run was made from",
-            where=", ".join(config.text) or "text",
-            why=f"its SHA-256 is {prepared.text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
-            do="restore the text, or begin a new run",
-        )
     n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
     corpora.require_context(prepared.train, SHORTEST_CONTEXT if _is_free(asked) else context_length)
     if not n_held_out:
@@ -280,20 +305,33 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        prepared = _prepare_anew(asked.config, texts, listener, _n_ids(asked))
+        return _prepare_anew(asked.config, texts, listener, _n_ids(asked), recorded)
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not recorded.is_dir():
             raise _with_its_place(error, asked) from error
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
-        return corpora.load(recorded)
-    if recorded is not None and prepared.folder != recorded:
+        prepared = corpora.load(recorded)
+        _require_unchanged(asked.config, recorded, prepared.text_sha256, prepared.folder)
+        return prepared
+
+
+def _require_unchanged(config: RunConfig, recorded: Path | None, text_sha256: str, folder: Path) -> None:
+    """Raise a DataError for a text whose preparation would not be the recorded one, or that has another hash."""
+    where = ", ".join(config.text) or "text"
+    if recorded is not None and folder != recorded:
         raise DataError(
             "the text, its held-out part or its tokenizer changed since the run began",
-            where=", ".join(asked.config.text) or "text",
-            why=f"it is {prepared.folder.name[:12]} now, the run was made from {recorded.name[:12]}",
+            where=where,
+            why=f"it is {folder.name[:12]} now, the run was made from {recorded.name[:12]}",
             do="restore it, or begin a new run",
         )
-    return prepared
+    if config.text_sha256 not in (None, text_sha256):
+        raise DataError(
+            "the text is not the one that the run was made from",
+            where=where,
+            why=f"its SHA-256 is {text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
+            do="restore the text, or begin a new run",
+        )
 
 
 def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
@@ -339,7 +377,9 @@ def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener
     return heard
 
 
-def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, n_ids: int | None = None) -> Corpus:
+def _prepare_anew(
+    config: RunConfig, texts: Texts, listener: Listener, n_ids: int | None = None, recorded: Path | None = None
+) -> Corpus:
     notice = noticed(listener)
     val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
@@ -349,6 +389,7 @@ def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, n_ids: in
         held_out=config.val_fraction if val is None else val,
         special=_special(config),
         n_ids=n_ids,
+        check=functools.partial(_require_unchanged, config, recorded),
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )
@@ -593,7 +634,8 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
         learnt = recipe.expected_tokens(for_s, rate, tokens.beside)
         if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
             config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))
-    batch_size = config.batch_size or recipe.batch_size(context_length, learnt, ring)
+    micro = config.micro_batch_size or 1  # which fits into a batch whose size nobody named
+    batch_size = config.batch_size or micro * max(1, round(recipe.batch_size(context_length, learnt, ring) / micro))
     config = dataclasses.replace(config, batch_size=batch_size, for_s=for_s)
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:

@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -41,6 +42,7 @@ CAN_UNCACHE = hasattr(os, "posix_fadvise")  # neither macOS nor Windows
 HASHING_THREADS = 2  # a checkpoint has two large files
 BESIDE_BYTES = 1 << 20  # are hashed in half a millisecond; a thread begins in a tenth of one, or more where cores are busy
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # some network and FUSE file systems
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
 
 
@@ -269,12 +271,22 @@ def _temporary(path: Path) -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock."""
+    """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock.
+
+    Raises:
+        PermissionDeniedError, StorageError: The first one that could not be removed; the others are, where they can be.
+    """
+    failed: FirstwordsError | None = None
     for path in folders(parent, TEMPORARY):
         if not LEFT.search(path.name):  # a person's own
             continue
-        with _speaking_of(path):
-            _remove(path)
+        try:
+            with _speaking_of(path):
+                _remove(path)
+        except FirstwordsError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def folders(parent: Path, prefix: str) -> list[Path]:
@@ -304,8 +316,12 @@ def require_space(folder: Path, size_bytes: int) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, notice: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends.
+
+    Args:
+        path: The file.
+        notice: Told where the file system has no locks: then nothing is held.
 
     Raises:
         CannotCreateError: Another process holds it; the message names its pid and host.
@@ -314,10 +330,10 @@ def lock(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with _speaking_of(path):
-            locked = _try_lock(descriptor)
+            locked = _try_lock(descriptor, path, notice)
             if not locked:
                 time.sleep(PROBED_S)
-                locked = _try_lock(descriptor)
+                locked = _try_lock(descriptor, path, notice)
         if not locked:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             raise CannotCreateError(
@@ -339,22 +355,27 @@ def is_locked(path: Path) -> bool:
     except OSError:  # there is none, or none of ours
         return False
     try:
-        return not _try_lock(descriptor)
-    except OSError:  # there are no locks on this file system
+        return not _try_lock(descriptor, path)
+    except OSError:  # it cannot be asked
         return False
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, path: Path, notice: Callable[[str], None] = lambda _: None) -> bool:
+    """Return whether the lock is ours now; where there are no locks it is a courtesy only, and always ours."""
     try:
         import fcntl
-    except ImportError:  # Windows has no flock; there the lock is a courtesy only
+    except ImportError:  # Windows has no flock
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        notice(f"{path}: its file system has no locks, so see to it yourself that no other process trains here")
     return True
 
 
@@ -421,12 +442,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a folder of files: firstwords makes no deeper ones."""
-    if path.is_symlink() or not path.is_dir():
+    """Remove a file or a folder; other programs put folders into ours (`.ipynb_checkpoints`). No link is followed."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or getattr(found, "st_reparse_tag", 0) != 0:  # Windows has links that are folders
         os.unlink(path)
         return
     for name in os.listdir(path):
-        os.unlink(path / name)
+        _remove(path / name)
     os.rmdir(path)
 
 

@@ -74,7 +74,7 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
     machine.flush_denormals()
     found = [(folder, _checkpoint(folder)) for folder in checkpoint.existing(run.checkpoints)]
     checkpoints = tuple(one for folder, one in found if one.ok or folder.is_dir())  # a run that goes on removes old ones
-    if not checkpoints and any(line["event"] == "save" for line in run.metrics.lines()):
+    if not checkpoints and run.was_saved:
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
         checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
     return Verdict(checkpoints, _corpus(run), None if replay_steps is None else replay(run, replay_steps))

@@ -42,7 +42,10 @@ class Sample:
             cut = len(training) - max(1, len(training) // 10)
             training, held_out = training[:cut], training[cut:]
             packed = [training[-difficulty.PACKED_TRAINING :], held_out[: difficulty.PACKED_HELD_OUT]]
-        known, new = (np.concatenate([*tokenizer.stream([part.decode(errors="ignore")])]) for part in (training, held_out))
+        no_id = np.empty(0, np.uint32)  # a tenth of a tiny text may be a part of a letter
+        known, new = (
+            np.concatenate([no_id, *tokenizer.stream([part.decode(errors="ignore")])]) for part in (training, held_out)
+        )
         grams = (bits / len(held_out) for bits in difficulty.ngram_bits(known, new, tokenizer.vocab_size, most=3))
         return difficulty.bits_per_byte(*grams, difficulty.xz_bits(*packed))
 

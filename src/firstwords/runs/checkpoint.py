@@ -258,19 +258,32 @@ def at_step(parent: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, store.verify(folder, from_disk=True))
 
 
-def rotate(saved: Checkpoint, keep: int, best_step: int | None) -> None:
+def rotate(saved: Checkpoint, keep: int, best_step: int | None, whole: set[Path] | None = None) -> None:
     """Remove all but `saved`, the newest `keep - 1` whole ones before it, and the best; only checkpoints of its run.
 
     What is kept is verified first, so that a damaged one does not count; nothing is removed while fewer are whole.
     `saved` itself was read back when it was published.
+
+    Args:
+        saved: The newest.
+        keep: How many whole ones stay.
+        best_step: Of the one that stays wherever it is.
+        whole: What the run that goes on has found whole before: it is not read again, and what is found now joins it.
     """
+    whole = set() if whole is None else whole
+    whole.add(saved.folder)
     others = [folder for folder in reversed(existing(saved.folder.parent)) if folder != saved.folder]
-    whole = 1
+    if len(others) < keep:
+        return
+    kept = 1
     for folder in others:
-        if whole < keep:
-            whole += _is_whole(folder, saved.manifest["run"])
+        if kept < keep:
+            if folder in whole or _is_whole(folder, saved.manifest["run"]):
+                whole.add(folder)
+                kept += 1
         elif step_of(folder) != best_step and _run_of(folder) == saved.manifest["run"]:
             store.remove_folder(folder)
+            whole.discard(folder)
 
 
 def _is_whole(folder: Path, run: Mapping[str, str]) -> bool:

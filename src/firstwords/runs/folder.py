@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from firstwords import reading, store
-from firstwords.errors import CannotCreateError, NoInputError
+from firstwords.errors import CannotCreateError, FirstwordsError, NoInputError
 from firstwords.runs.journal import Journal
 
 LOCK = "run.lock"
@@ -61,18 +61,33 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file()
 
+    @property
+    def was_saved(self) -> bool:
+        """Whether it had a checkpoint, there or not by now.
+
+        Raises:
+            DataError: Its journal cannot be read.
+        """
+        return any(line["event"] == "save" for line in self.metrics.lines())
+
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, notice: Callable[[str], None] = lambda _: None) -> Iterator[None]:
         """Hold the run's lock, having removed what a killed process left half-written.
+
+        Args:
+            notice: Told what could not be removed, which hinders no run, and where there are no locks.
 
         Raises:
             CannotCreateError: Another process trains here, or no folder can be made.
         """
         store.make_folder(self.path)
-        with store.lock(self.path / LOCK):
+        with store.lock(self.path / LOCK, notice):
             store.make_folder(self.checkpoints)
-            store.remove_leftovers(self.path)
-            store.remove_leftovers(self.checkpoints)
+            for folder in (self.path, self.checkpoints):
+                try:
+                    store.remove_leftovers(folder)
+                except FirstwordsError as error:
+                    notice(f"what was left half-written stays: {error}")
             yield
 
 

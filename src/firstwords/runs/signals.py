@@ -30,11 +30,13 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    came = list[int]()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if request.signal_name is not None:  # safe at any moment: checkpoints appear whole or not at all
+        if number == signal.SIGINT and number in came:  # safe at any moment: checkpoints appear whole or not at all
             signal.default_int_handler(number, frame)
-        request.signal_name = signal.Signals(number).name
+        came.append(number)  # others come in pairs: a system that ends sends SIGTERM and SIGHUP
+        request.signal_name = request.signal_name or signal.Signals(number).name
 
     heard = [number for number in numbers if not _is_nohup(number)]
     before = {number: signal.signal(number, ask) for number in heard}

@@ -147,6 +147,7 @@ def prepare(
     held_out: float | Texts = 0.1,
     special: tuple[str, ...] = (),
     n_ids: int | None = None,
+    check: Callable[[str, Path], None] = lambda *_: None,
     notice: Notice = lambda _: None,
     progress: Progress = silent,
 ) -> Corpus:
@@ -160,6 +161,8 @@ def prepare(
         held_out: The share of each document's end that is held out, in characters; or texts that are held out as a whole.
         special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
         n_ids: Of a `bpe` whose size nobody named; None: `fitting_vocab_size`.
+        check: Given the SHA-256 of the text and the corpus's folder, before anything is tokenized; raises where they will
+            not do.
         notice: Told what a person should know.
         progress: Told how far it is.
 
@@ -170,15 +173,9 @@ def prepare(
     if isinstance(tokenizer, str):
         parse_tokenizer(tokenizer)
     val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
-    held, both = set[bytes](), Counter[bool]()
-    found_val = None if val is None else survey(val, progress, held.add)
-    found = survey(texts, progress, lambda digest: both.update([digest in held]))
-    if found_val is not None and found_val.sha256 == found.sha256:
-        notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
-    elif both[True]:
-        which = "1 document is" if both[True] == 1 else f"{both[True]} documents are"
-        notice(f"{which} both learnt from and held out: the held-out figures will be too good")
+    found, found_val = _surveyed(texts, val, notice, progress)
     folder = cache / _key(found, found_val, fraction, tokenizer, special)
+    check(found.sha256, folder)
     store.make_folder(cache)
     _remove_abandoned(cache)
     if folder.exists():
@@ -199,6 +196,19 @@ def prepare(
         if not folder.is_dir():
             raise
     return load(folder, made)
+
+
+def _surveyed(texts: Texts, val: Texts | None, notice: Notice, progress: Progress) -> tuple[Survey, Survey | None]:
+    """Return what a pass over the text tells, and one over its held-out text; shared documents are told."""
+    held, both = set[bytes](), Counter[bool]()
+    found_val = None if val is None else survey(val, progress, held.add)
+    found = survey(texts, progress, lambda digest: both.update([digest in held]))
+    if found_val is not None and found_val.sha256 == found.sha256:
+        notice("training and held-out text are the same: the held-out figures will only show what was learnt by heart")
+    elif both[True]:
+        which = "1 document is" if both[True] == 1 else f"{both[True]} documents are"
+        notice(f"{which} both learnt from and held out: the held-out figures will be too good")
+    return found, found_val
 
 
 def again(documents: Iterable[Document], *found: Iterable[int]) -> Iterator[tuple[Any, ...]]:
