@@ -10,7 +10,7 @@ import torch
 
 from conftest import STORY, seeded
 from firstwords.config import ModelConfig
-from firstwords.errors import ConfigError
+from firstwords.errors import ConfigError, DivergedError
 from firstwords.insight.explain import explain
 from firstwords.model import generate as generating
 from firstwords.model.generate import generate, generate_batch, generate_text_simple, next_probabilities
@@ -124,6 +124,14 @@ def test_top_p_keeps_the_fewest_that_reach_p() -> None:
         left = next_probabilities(probabilities.log(), Sampling(1.0, top_p=top_p))
         assert int((left > 0).sum()) == kept, top_p
         assert left.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_without_finite_logits_says_nothing(model: GPTModel, temperature: float) -> None:
+    with torch.no_grad():
+        model.final_norm.scale[0] = torch.nan
+    with pytest.raises(DivergedError, match="no probabilities"):
+        next(generate(model, [5], Sampling(temperature), seeded(0)))
 
 
 def test_zero_temperature_takes_the_likeliest() -> None:

@@ -32,11 +32,7 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
     likeliest whose sum reaches p (Holtzman et al. 2020, arXiv:1904.09751); min-p keeps what is at least p times as likely as
     the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
     """
-    logits = logits.float()
-    if sampling.repetition_penalty is not None and seen:
-        index = torch.tensor(sorted(set(seen)), device=logits.device)
-        chosen, penalty = logits[index], sampling.repetition_penalty
-        logits = logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    logits = _penalised(logits.float(), sampling, seen)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(0, logits.argmax(keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -50,6 +46,14 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
     if sampling.min_p is not None:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
     return probabilities / probabilities.sum()
+
+
+def _penalised(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
+    if sampling.repetition_penalty is None or not seen:
+        return logits
+    index = torch.tensor(sorted(set(seen)), device=logits.device)
+    chosen, penalty = logits[index], sampling.repetition_penalty
+    return logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
 class RoundedLinear(nn.Module):
@@ -217,13 +221,11 @@ def _as_one_row_is_read(n_rows: int) -> Iterator[None]:
 
 def _drawn(logits: Tensor, seen: Sequence[int], generator: torch.Generator, sampling: Sampling) -> Drawn:
     """Draw from the logits (V) of one row."""
-    probabilities = next_probabilities(logits, sampling, seen)
-    if not math.isfinite(float(probabilities.sum())):
+    greedy = sampling.temperature == 0
+    weighed = _penalised(logits, sampling, seen) if greedy else next_probabilities(logits, sampling, seen)
+    if not math.isfinite(float(weighed.sum())):
         raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")
-    if sampling.temperature == 0:  # what a draw gives too, for a number drawn for each word
-        token = int(probabilities.argmax())
-    else:
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
+    token = int(weighed.argmax()) if greedy else int(torch.multinomial(weighed, 1, generator=generator))
     return Drawn(token, float(logits[token] - logits.logsumexp(0)))
 
 
