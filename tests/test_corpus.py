@@ -244,3 +244,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     # 4 MiB more text may not cost 2 MiB more memory: pieces are 1 MiB, and one in flight more or less is noise; a text of
     # fewer than are in flight takes less
     assert peak_bytes(8 << 20) < peak_bytes(4 << 20) + (2 << 20)
+
+
+def test_a_long_document_is_given_back_without_a_number_of_python_for_each_of_its_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(corpora, "IDS_AT_ONCE", 1000)
+    text, tokenizer = STORY.encode() * 100, tokenizers.byte_tokenizer()
+    part = corpora.part_of([text], tokenizer)
+    assert len(part.ids) > 100 * corpora.IDS_AT_ONCE
+    tracemalloc.start()
+    found = corpora.documents(part, tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [text]
+    # A copy of the ids (4 bytes each, and a truth), the text twice; a list alone has a pointer of 8 bytes for each.
+    assert peak < 9 * len(part.ids)

@@ -149,6 +149,12 @@ def test_uniform_is_8_bits_and_every_mark_is_on_the_axis_in_order(seen: Tokens) 
     names = {mark["name"] for mark in found["scale"]}
     assert {"model", "xz alone", "bzip2 alone", "xz given the training text", "n-gram of the training text"} <= names
     assert len(found["differences"]) == len(found["scale"]) - 1
+    told = [row for row in rows if row.block_nats is not None]
+    assert {"uniform", "n-gram of the training text"} <= {row.name for row in told}
+    for row in told:  # what the blocks cost is what the whole costs
+        assert len(row.block_nats) == len(blocks().starts)  # type: ignore[arg-type]
+        whole_bits = row.block_nats.sum() / math.log(2)  # type: ignore[union-attr]
+        assert whole_bits / len(b"".join(HELD_OUT)) == pytest.approx(row.bits_per_byte)
     alone, after = (row.bits_per_byte for row in rows if row.name.startswith("xz"))
     assert after < alone / 4  # nearly all of it was there already
     assert {row.name for row in baselines(HELD_OUT, None, blocks().starts)} & names == {

@@ -35,7 +35,7 @@ class Baseline:
     name: str
     kind: str  # uniform, compressor or n-gram
     bits_per_byte: float
-    byte_nats: Array | None = None  # (N,) what each byte costs, or a stretch up to it; None: only the whole is known
+    block_nats: Array | None = None  # what each block costs; None: only the whole is known
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ def baselines(held_out: Sequence[bytes], given: Given | None, cuts: Array, *, qu
     Args:
         held_out: Its documents.
         given: The training text; None: it is not known.
-        cuts: Where the blocks begin by which intervals are made; PPMd's costs are taken at them.
+        cuts: Where the blocks begin by which intervals are made.
         quick: Of the compressors only bzip2, which takes a tenth of xz's time.
     """
     text = b"".join(held_out)
-    yield Baseline(UNIFORM, "uniform", 8.0, np.full(len(text), math.log(256)))
+    yield Baseline(UNIFORM, "uniform", 8.0, np.diff([*cuts, len(text)]) * math.log(256))
     if len(text) <= LONGEST_HELD_OUT:
         yield from _compressors(text, given, cuts, quick=quick)
     if given is not None:
         nats = ngram.train(given.last(COUNTED_BYTES)).nats(held_out)
-        name = f"{NGRAM} of {given.named(COUNTED_BYTES)}"
-        yield Baseline(name, "n-gram", float(nats.sum()) / math.log(2) / len(text), nats)
+        name, per_block = f"{NGRAM} of {given.named(COUNTED_BYTES)}", np.add.reduceat(nats, cuts, dtype=np.float64)
+        yield Baseline(name, "n-gram", float(per_block.sum()) / math.log(2) / len(text), per_block)
 
 
 def xz_bytes(text: bytes) -> int:
@@ -114,6 +114,4 @@ def _compressors(text: bytes, given: Given | None, cuts: Array, *, quick: bool) 
     for name, before in {"PPMd alone": b"", **({f"PPMd{after}": known} if known else {})}.items():
         stretches = ppmd_bytes(text, before, cuts)
         if stretches is not None:
-            nats = np.zeros(len(text))
-            nats[cuts] = stretches * math.log(256)
-            yield Baseline(name, "compressor", 8 * float(stretches.sum()) / len(text), nats)
+            yield Baseline(name, "compressor", 8 * float(stretches.sum()) / len(text), stretches * math.log(256))

@@ -198,12 +198,11 @@ def scale(
     own = blocks.sums(byte_nats(tokens))
     own_bits = tokens.evaluation.bits_per_byte
     rows: list[tuple[str, str, float, Array | None]] = [
-        (other, "other", found.evaluation.bits_per_byte, byte_nats(found)) for other, found in others
+        (other, "other", found.evaluation.bits_per_byte, blocks.sums(byte_nats(found))) for other, found in others
     ]
-    rows += [(base.name, base.kind, base.bits_per_byte, base.byte_nats) for base in baselines]
+    rows += [(base.name, base.kind, base.bits_per_byte, base.block_nats) for base in baselines]
     marks, differences = [Mark(name, "model", own_bits, interval(own, blocks.n_bytes))], []
-    for other, kind, bits, nats in rows:
-        sums = None if nats is None else blocks.sums(nats)
+    for other, kind, bits, sums in rows:
         around = None if sums is None else interval(sums, blocks.n_bytes)
         marks.append(Mark(other, kind, bits, Interval(bits, bits) if kind == "uniform" else around))
         between = None if sums is None else interval(sums - own, blocks.n_bytes)

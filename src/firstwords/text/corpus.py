@@ -39,7 +39,7 @@ TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
 SMALLEST_FITTING, LARGEST_FITTING = 512, 8192  # ids of a `bpe` whose size nobody named
 BPE_CHARS = 16 << 20  # from which a `bpe` learns, at most; a second for every few megabytes
-CHECKED_IDS = 1 << 20  # at once
+IDS_AT_ONCE = 1 << 20  # that are checked, or become numbers of Python
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,14 @@ def documents(part: Part, tokenizer: Tokenizer, most_bytes: int | None = None) -
     if most_bytes is not None:
         ids = ids[np.cumsum(part.id_bytes[ids][::-1])[::-1] <= most_bytes]
     pieces = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))
-    texts = [tokenizer.encoding.decode_bytes(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces]
+    texts = (_bytes_of(piece[piece != tokenizer.end_of_text], tokenizer) for piece in pieces)
     return [text for text in texts if text]
+
+
+def _bytes_of(ids: np.ndarray[Any, Any], tokenizer: Tokenizer) -> bytes:
+    """Return the text of ids; as numbers of Python, all of them at once would take 36 bytes each."""
+    slices = (ids[start : start + IDS_AT_ONCE].tolist() for start in range(0, len(ids), IDS_AT_ONCE))
+    return b"".join(map(tokenizer.encoding.decode_bytes, slices))
 
 
 def part_of(texts: Iterable[bytes], tokenizer: Tokenizer) -> Part:
@@ -438,7 +444,7 @@ def _check_ids(path: Path, dtype: np.dtype[Any], vocab_size: int) -> None:
     """Raise a DataError for the first id beyond the vocabulary. Read in pieces: a map would bring all ids into memory."""
     with path.open("rb") as file:
         at = 0
-        while len(ids := np.fromfile(file, dtype, CHECKED_IDS)):
+        while len(ids := np.fromfile(file, dtype, IDS_AT_ONCE)):
             if int(ids.max()) >= vocab_size:
                 first = int(np.argmax(ids >= vocab_size))
                 raise DataError(
