@@ -301,7 +301,7 @@ class Run:
             row["parameters"],
             repeated,
             induction_heads=INDUCTION in row["case"],
-            table_from_text=FROM_TEXT in row["case"],
+            table_from_text=FROM_TEXT in row["case"] and not run_config({"preset": row["case"][2]}).model.tied_head,
         )
         return cls(row["case"][0], at, row["bits_per_byte"])
 

@@ -133,6 +133,13 @@ def candidate(preset: str, mid: float, *, fits: bool = True, tokenizer: str = "b
     return dataclasses.replace(laptop(60), preset=preset, tokenizer=tokenizer, fits=fits, expected=expected)
 
 
+def test_of_presets_that_are_nearly_as_good_the_largest_is_recommended() -> None:
+    usual, small = candidate("laptop", 2.0), dataclasses.replace(candidate("laptop-small", 1.8), parameters=900_000)
+    near, worse = (dataclasses.replace(candidate("laptop-mini", mid), parameters=500_000) for mid in (1.78, 1.75))
+    assert plan.recommended([near, small, usual]) == small
+    assert plan.recommended([worse, small, usual]) == worse
+
+
 def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
     usual = candidate("laptop", 2.0)
     assert plan.recommended([usual, candidate("laptop-large", 1.97)]) == usual

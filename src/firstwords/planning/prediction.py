@@ -11,12 +11,13 @@ h is the text's own difficulty (`planning.difficulty`), which seems larger where
 what a small text lacks is in D' already. c is the share of its passages that stood somewhere before, to the letter: the
 more of such a text is read, the more of the rest is known, and no more where it is read again; that term is our own, as
 is the last: i counts where a model begins with heads that copy (`model.induction`), t where its table begins with what
-stands beside each token (`model.neighbours`), and in the smaller presets louder. N parameters, D bytes of text learnt
-from, repetitions included, U bytes of the training text: bytes, so that the law does not depend on how a tokenizer
-counts. The two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the floor: Hoffmann et al. 2022 (arXiv:2203.15556,
-eq. 2), whose plain sum of the powers promises a small model too much of a long run. That a text read again and again is
-worth ever less: Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The coefficients are those of small models in minutes,
-fitted by benchmarks/prediction.py to runs of this program; `prediction.json` holds them, with their date.
+stands beside each token (`model.neighbours`) and, as the model has a head of its own, louder; one that is the head too
+gains little. N parameters, D bytes of text learnt from, repetitions included, U bytes of the training text: bytes, so
+that the law does not depend on how a tokenizer counts. The two powers: Kaplan et al. 2020 (arXiv:2001.08361, eq. 1.5); the
+floor: Hoffmann et al. 2022 (arXiv:2203.15556, eq. 2), whose plain sum of the powers promises a small model too much of a
+long run. That a text read again and again is worth ever less: Muennighoff et al. 2023 (arXiv:2305.16264, eq. 5). The
+coefficients are those of small models in minutes, fitted by benchmarks/prediction.py to runs of this program;
+`prediction.json` holds them, with their date.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Situation:
     parameters: float  # N
     repeated: float = 0.0  # share of the text: c
     induction_heads: bool = False  # whether the model begins with them
-    table_from_text: bool = False  # and with such a table
+    table_from_text: bool = False  # and with such a table, beside a head of its own
 
     @property
     def epochs(self) -> float:
