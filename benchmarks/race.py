@@ -6,7 +6,8 @@ Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT 
 and its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
 the chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the
 training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out
-text. Processors with fast bfloat16 have one table, those without another.
+text. Processors with fast bfloat16 have one table, those without another. `texts.py` makes the texts of the tables but
+tinyshakespeare.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from firstwords.planning import known, machine, measure, system
 from firstwords.planning.known import Compiling, Known, Learning
 from firstwords.planning.plan import Machine, Tokens
 from firstwords.planning.speed import Speed, guessed
+from firstwords.training.events import Event, Notice
 
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
@@ -266,7 +267,7 @@ def test_on_a_gpu_a_long_run_that_keeps_it_busy_is_compiled() -> None:
     assert [busy.pays(seconds * tokens_per_s) for seconds in (60, 3600)] == [False, True]
 
 
-def test_a_gpu_that_cannot_compute_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_compute_is_not_taken_and_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build for the CPU alone, told that there is a GPU, fails as one for another kind does: at its first product."""
     if torch.version.cuda is not None:
         pytest.skip("this PyTorch can use a GPU")
@@ -278,6 +279,9 @@ def test_a_gpu_that_cannot_compute_is_not_taken(monkeypatch: pytest.MonkeyPatch)
         machine.device("cuda")
     assert "CUDA" in failed.value.why
     assert "--device cpu" in failed.value.do
+    told: list[Event] = []
+    api.train(write(tmp_path / "story.txt", STORY), out=tmp_path / "run", steps=1, listener=told.append, **{**TINY, "device": "auto"})
+    assert any(isinstance(one, Notice) and "the GPU cannot compute" in one.text for one in told)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])

@@ -197,6 +197,8 @@ def _begin(
     if not resume:  # from here on the folder holds a run, which can be resumed
         store.write(run.config, to_toml(config).encode())
         _tell_of_a_late_start(config.for_s, started_s, listener)
+        if asked.config.device == "auto" and (why := machine.unusable_gpu()):
+            listener(Notice(f"the GPU cannot compute ({why}): training on the CPU"))
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, config.eval_every
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)

@@ -246,7 +246,7 @@ def _torch() -> Torch:
     from firstwords.planning import machine as machines
 
     devices = {"cpu": system.processor()}
-    fault = machines.gpu_fault("cuda") if torch.cuda.is_available() else ""
+    fault = machines.unusable_gpu()
     n_gpus = torch.cuda.device_count()
     devices |= {f"cuda:{i}": "not usable" if fault else torch.cuda.get_device_name(i) for i in range(n_gpus)}
     devices |= {"mps": "Apple GPU"} if torch.backends.mps.is_available() else {}

@@ -40,7 +40,7 @@ def device(name: str) -> torch.device:
         ConfigError: No such device here, or one that cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not gpu_fault("cuda") else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not unusable_gpu() else "cpu"
     try:
         found = torch.device(name)
     except RuntimeError as error:
@@ -53,9 +53,14 @@ def device(name: str) -> torch.device:
     return found
 
 
+def unusable_gpu() -> str:
+    """Return why the first GPU that PyTorch sees cannot compute, empty where it can or there is none."""
+    return gpu_fault("cuda") if torch.cuda.is_available() else ""
+
+
 @functools.cache
 def gpu_fault(name: str) -> str:
-    """Return why a GPU that PyTorch sees cannot compute, empty where it can.
+    """Return why a GPU cannot compute, empty where it can.
 
     PyTorch's build may lack its kind, or another process may hold it alone.
     """
