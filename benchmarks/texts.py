@@ -48,7 +48,7 @@ def bible(root: Path) -> str:
 
 
 def manual(pages: Path, *, every: int) -> str:
-    """Return each so-manieth page: what is said in it, without how it is set."""
+    """Return one page of so many, sorted by name: what is said in it, without how it is set."""
     text = "\n".join(gzip.decompress(path.read_bytes()).decode() for path in sorted(pages.glob("man*/*.gz"))[::every])
     return re.sub(r"^[.'](\\\".*|\w+ ?)\n?|\\f.|\\[&/|,]", "", text, flags=re.MULTILINE).replace(r"\-", "-")
 

@@ -280,7 +280,13 @@ def test_a_gpu_that_cannot_compute_is_not_taken_and_that_is_told(tmp_path: Path,
     assert "CUDA" in failed.value.why
     assert "--device cpu" in failed.value.do
     told: list[Event] = []
-    api.train(write(tmp_path / "story.txt", STORY), out=tmp_path / "run", steps=1, listener=told.append, **{**TINY, "device": "auto"})
+    api.train(
+        write(tmp_path / "story.txt", STORY),
+        out=tmp_path / "run",
+        steps=1,
+        listener=told.append,
+        **{**TINY, "device": "auto"},
+    )
     assert any(isinstance(one, Notice) and "the GPU cannot compute" in one.text for one in told)
 
 

@@ -137,6 +137,9 @@ def test_of_presets_that_are_nearly_as_good_the_largest_is_recommended() -> None
     usual, small = candidate("laptop", 2.0), dataclasses.replace(candidate("laptop-small", 1.8), parameters=900_000)
     near, worse = (dataclasses.replace(candidate("laptop-mini", mid), parameters=500_000) for mid in (1.78, 1.75))
     assert plan.recommended([near, small, usual]) == small
+    said = "it is expected to be better than laptop by 10%"
+    assert plan.why(small, [near, small, usual], None) == f"{said}, and a smaller one to be better still by no more than 2%"
+    assert plan.why(small, [small, usual], None) == said
     assert plan.recommended([worse, small, usual]) == worse
 
 

@@ -228,7 +228,7 @@ def recommended(candidates: Sequence[Candidate]) -> Candidate | None:
     Only what fits into memory and time, and whose recipe was tried, is recommended; and instead of `laptop` only what lies
     beyond nothing that was tried which `laptop` does not lie beyond too, such as by its text, or in a shorter run: the less
     a run learns from, the smaller is what it learns best. Of several that are expected to be nearly as good as the best,
-    the largest is taken: on four texts of five it was better than the smallest.
+    the largest is taken; docs/recipe.md has what both came to.
     """
     known = _eligible(candidates)
     usual = next((one for one in known if one.preset == "laptop"), None)
@@ -371,7 +371,9 @@ def why(best: Candidate | None, candidates: Sequence[Candidate], target: float |
         return "it is expected to be the best of those that can learn from so short a text"
     if not (usual.fits and usual.has_time):
         return "it is expected to be the best of those that fit into memory and time"
-    return f"it is expected to be better than laptop by {1 - _bits(best) / _bits(usual):.0%}"
+    gain = f"it is expected to be better than laptop by {1 - _bits(best) / _bits(usual):.0%}"
+    near = [one for one in _eligible(candidates) if BETTER * _bits(best) <= _bits(one) < _bits(best)]
+    return f"{gain}, and a smaller one to be better still by no more than {1 - BETTER:.0%}" if near else gain
 
 
 def hint(facts: TextFacts) -> str | None:
