@@ -67,6 +67,19 @@ def test_without_a_network_it_says_which_files_to_bring(cache: Path, refused: Re
     assert "openai-community/gpt2-medium" in said
 
 
+def test_a_name_that_no_network_knows_is_asked_for_once(
+    cache: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # a name that never is one (RFC 6761)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert "not known" in refused(66, "import", "gpt2", "--out", "mine")["why"]
+    assert not caplog.records  # the hub's library tells of each time that it asks again
+
+
 def test_a_file_that_changed_since_its_first_use_is_refused(cache: Path) -> None:
     snapshot = put_into(cache, "gpt2")
     api.load("gpt2")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from firstwords import reading, store
 from firstwords.errors import DataError, NoInputError
@@ -36,7 +39,7 @@ def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
     repository, revision = NAMES[name]
     bring = f"bring {', '.join(FILES)} of {repository} (revision {revision[:12]}) in a folder, and name that folder"
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError as error:
         why, do = "huggingface_hub is not installed", f"pip install 'firstwords[hub]', or {bring}"
         raise NoInputError("cannot be fetched", where=name, why=why, do=do) from error
@@ -48,6 +51,7 @@ def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
     if missing:
         notice(f"fetching {', '.join(missing)} of {repository}")
         try:
+            _require_name(constants.ENDPOINT)
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
             missing, why = _missing(folder), ""
         except Exception as error:  # whatever the network, the proxy or the hub's library comes to
@@ -56,6 +60,13 @@ def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
             raise NoInputError("cannot be fetched", where=name, why=why or f"{missing[0]} is not there", do=bring)
     _require_unchanged(name, folder, record)
     return folder
+
+
+def _require_name(address: str) -> None:
+    """Raise an OSError where the name in an address is not known: the hub's library would ask again for half a minute."""
+    host = urlsplit(address).hostname
+    if not urllib.request.getproxies():  # which know names that this machine does not
+        socket.getaddrinfo(host, None)
 
 
 def _missing(folder: Path) -> list[str]:
