@@ -134,8 +134,11 @@ def test_a_model_without_finite_logits_says_nothing(model: GPTModel, temperature
         next(generate(model, [5], Sampling(temperature), seeded(0)))
 
 
-def test_zero_temperature_takes_the_likeliest() -> None:
-    assert next_probabilities(CHAPTER, Sampling(0)).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-38, 1e-7, 1e-5])
+def test_zero_temperature_takes_the_likeliest_and_so_does_what_is_next_to_it(model: GPTModel, temperature: float) -> None:
+    sampling = Sampling(temperature)
+    assert next_probabilities(CHAPTER, sampling).tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert next(generate(model, [5], sampling, seeded(0))) == next(generate(model, [5], Sampling(0), seeded(0)))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
     the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
     """
     logits = _penalised(logits.float(), sampling, seen)
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(0, logits.argmax(keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(logits):
@@ -221,7 +221,7 @@ def _as_one_row_is_read(n_rows: int) -> Iterator[None]:
 
 def _drawn(logits: Tensor, seen: Sequence[int], generator: torch.Generator, sampling: Sampling) -> Drawn:
     """Draw from the logits (V) of one row."""
-    greedy = sampling.temperature == 0
+    greedy = sampling.is_greedy
     weighed = _penalised(logits, sampling, seen) if greedy else next_probabilities(logits, sampling, seen)
     if not math.isfinite(float(weighed.sum())):
         raise DivergedError("the model gives no probabilities", why="its weights or logits are not finite")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from firstwords.errors import ConfigError
 
+COLDEST = 1e-6  # below, all but the likeliest are out of reach: float32 does not tell logits of 10 nearer than that
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -29,3 +31,8 @@ class Sampling:
             raise ConfigError(what, where="--repetition-penalty", do=do)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"cannot be {self.top_p}", where="--top-p", do="allowed: above 0, to 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature < COLDEST
