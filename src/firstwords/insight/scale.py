@@ -50,7 +50,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Mark:
-    """One place on the scale."""
+    """One place on the scale, or how far the model is from it."""
 
     name: str
     kind: str  # model, other (a model named beside it), n-gram, compressor or uniform
@@ -59,21 +59,8 @@ class Mark:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON of the mark."""
-        return {"name": self.name, "kind": self.kind, "bits_per_byte": self.bits_per_byte, **_ends(self.interval)}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """By how many bits per byte the model is better than another on the same blocks; below 0: worse."""
-
-    name: str
-    kind: str
-    bits_per_byte: float
-    interval: Interval | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON of the difference."""
-        return {"name": self.name, "kind": self.kind, "bits_per_byte": self.bits_per_byte, **_ends(self.interval)}
+        ends = {"low": None, "high": None} if self.interval is None else asdict(self.interval)
+        return {"name": self.name, "kind": self.kind, "bits_per_byte": self.bits_per_byte, **ends}
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class Scale:
     top5: float
     by_position: tuple[Position, ...]
     marks: tuple[Mark, ...]  # the best first
-    differences: tuple[Difference, ...]  # the model against each of the other marks
+    differences: tuple[Mark, ...]  # by how many bits per byte each other mark needs more than the model, on the same blocks
     n_blocks: int  # that the intervals stand on
     words: tuple[str, ...]
     caveat: str | None  # what the intervals do not say
@@ -206,7 +193,7 @@ def scale(
         around = None if sums is None else interval(sums, blocks.n_bytes)
         marks.append(Mark(other, kind, bits, Interval(bits, bits) if kind == "uniform" else around))
         between = None if sums is None else interval(sums - own, blocks.n_bytes)
-        differences.append(Difference(other, kind, bits - own_bits, between))
+        differences.append(Mark(other, kind, bits - own_bits, between))
     return Scale(
         name,
         tokens.evaluation,
@@ -234,14 +221,14 @@ def by_position(tokens: Tokens) -> tuple[Position, ...]:
     return tuple(found)
 
 
-def words(differences: Sequence[Difference]) -> list[str]:
+def words(differences: Sequence[Mark]) -> list[str]:
     """Return what the scale says, in plain lines: the n-gram model, the best compressor, each other model."""
     kinds = {kind: [d for d in differences if d.kind == kind] for kind in ("n-gram", "compressor", "other")}
     best = sorted(kinds["compressor"], key=lambda difference: difference.bits_per_byte)[:1]
     return [_in_words(difference) for difference in (*kinds["n-gram"], *best, *kinds["other"])]
 
 
-def _in_words(difference: Difference) -> str:
+def _in_words(difference: Mark) -> str:
     """Return one line on one difference, with what to do where the model is worse."""
     bits, found = difference.bits_per_byte, difference.interval
     around = "" if found is None else f" ± {found.half:.2f}"
@@ -260,7 +247,3 @@ def _ratio(bits: Array, n_bytes: Array) -> tuple[Array, Array]:
     ratio = bits.sum(1) / n_bytes.sum(1)
     spread = ((bits - ratio[:, None] * n_bytes) ** 2).sum(1)
     return ratio, np.sqrt(spread * n / (n - 1)) / n_bytes.sum(1)
-
-
-def _ends(found: Interval | None) -> dict[str, float | None]:
-    return {"low": None, "high": None} if found is None else {"low": found.low, "high": found.high}

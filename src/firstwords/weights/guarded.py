@@ -36,10 +36,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Do what `pickled.convert` asks: file, folder, key, seconds. Ends the process."""
-    path, out, key, limit_s = Path(arguments[0]), Path(arguments[1]), arguments[2], float(arguments[3])
+    """Do what `pickled.convert` asks: file, folder, seconds. Ends the process."""
+    path, out, limit_s = Path(arguments[0]), Path(arguments[1]), float(arguments[2])
     try:
-        _extract(path, out, key, limit_s)
+        _extract(path, out, limit_s)
     except FirstwordsError as error:
         refuse(error.what, error.why, error.do)
     except MemoryError:
@@ -59,7 +59,7 @@ def refuse(what: str, why: str = "", do: str = "") -> NoReturn:
     os._exit(DataError.exit_code)
 
 
-def _extract(path: Path, out: Path, key: str, limit_s: float) -> None:
+def _extract(path: Path, out: Path, limit_s: float) -> None:
     size = path.stat().st_size
     limit_resources(size, limit_s)
     limit_memory(SPARE_BYTES, for_good=False)
@@ -78,7 +78,7 @@ def _extract(path: Path, out: Path, key: str, limit_s: float) -> None:
     guard = Guard()
     sys.addaudithook(guard)
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    tensors, scalars = choose(loaded, key)
+    tensors, scalars = choose(loaded)
     require_dense(tensors, 2 * size)
     guard.output = str(out)
     files = {MODEL: tensor_file.safetensors_bytes(tensors), SCALARS: [store.canonical_json(scalars)]}
@@ -120,20 +120,16 @@ class Guard:
         return isinstance(path, str | bytes | os.PathLike) and os.path.realpath(os.fsdecode(path)).startswith(inside)
 
 
-def choose(loaded: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def choose(loaded: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the table of tensors in what was loaded, and the plain values beside it.
 
     Raises:
-        DataError: There is none under `key`; or without a key none, or several.
+        DataError: There is none, or there are several.
     """
     if not isinstance(loaded, Mapping):
         raise DataError("holds no table of tensors", why=f"it is a {type(loaded).__name__}")
     scalars = {name: value for name, value in loaded.items() if isinstance(name, str) and is_plain(value)}
     inner = {name: value for name, value in loaded.items() if isinstance(name, str) and _is_table(value)}
-    if key:
-        if key not in inner:
-            raise DataError(f"has no table of tensors under {key!r}", do=f"there are: {', '.join(inner)[:200] or 'none'}")
-        return dict(inner[key]), scalars
     outer = {name: value for name, value in loaded.items() if _is_tensor(value)}
     if len(inner) > 1 or not (inner or outer):
         why = f"there are several: {', '.join(inner)[:200]}" if inner else ""

@@ -39,7 +39,7 @@ class Pickled:
     scalars: dict[str, Any]  # what stood beside the weights and JSON can hold, such as nanoGPT's model_args
 
 
-def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = None) -> Pickled:
+def convert(path: Path, out: Path, *, limit_s: float | None = None) -> Pickled:
     """Take the tensors out of a file of `torch.save`, and publish them as safetensors in the folder `out/weights`.
 
     A process of its own does it, with few rights: see `guarded`. Nothing is left where it fails.
@@ -47,7 +47,6 @@ def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = Non
     Args:
         path: The file.
         out: A folder to be made.
-        key: Under which key the weights are, such as `model`; by default found, where there is only one table of tensors.
         limit_s: Seconds of wall-clock and processor time; by default a minute and one second more per 20 MB.
 
     Raises:
@@ -60,7 +59,7 @@ def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = Non
         raise CannotCreateError("is there already", where=str(out))
     store.make_folder(out)
     try:
-        _run(path.absolute(), out.absolute(), key, limit_s or LEAST_S + size / BYTES_A_SECOND)
+        _run(path.absolute(), out.absolute(), limit_s or LEAST_S + size / BYTES_A_SECOND)
         store.verify(out / WEIGHTS)
         return Pickled(folder.find(out / WEIGHTS / MODEL), reading.read_json(out / WEIGHTS / SCALARS))
     except BaseException:
@@ -71,9 +70,9 @@ def convert(path: Path, out: Path, *, key: str = "", limit_s: float | None = Non
         raise
 
 
-def _run(path: Path, out: Path, key: str, limit_s: float) -> None:
+def _run(path: Path, out: Path, limit_s: float) -> None:
     package, pytorch = (Path(str(module.__file__)).parent.parent for module in (firstwords, torch))
-    command = [sys.executable, "-I", "-c", CHILD, str(package), str(pytorch), str(path), str(out), key, str(limit_s)]
+    command = [sys.executable, "-I", "-c", CHILD, str(package), str(pytorch), str(path), str(out), str(limit_s)]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     with tempfile.TemporaryFile(dir=out) as answer:  # and no pipe: the limit on the size of files holds for it too
         try:
