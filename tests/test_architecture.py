@@ -27,6 +27,8 @@ ORDER = [
     "insight",
     "planning",
     "recorder",
+    "asking",
+    "preparing",
     "resolve",
     "verifying",
     "loading",

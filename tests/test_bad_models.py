@@ -203,7 +203,9 @@ def test_a_folder_that_may_not_be_looked_into_is_no_guess(a_run: Path, monkeypat
 
 def test_a_run_without_a_checkpoint_is_no_input(refused: Refused, a_run: Path):
     shutil.rmtree(a_run / "checkpoints")
-    assert "--resume" in refused(66, "generate", a_run)["do"]
+    assert "put them back" in refused(66, "generate", a_run)["do"]
+    (a_run / "metrics.jsonl").unlink()  # as before the first save
+    assert f"--resume --out {a_run}" in refused(66, "generate", a_run)["do"]
 
 
 @pytest.mark.parametrize("verb", [["generate", "--max-new-tokens", "3"], ["eval"], ["info"], ["explain", "some text"]])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
-from firstwords import resolve
+from firstwords import preparing
 from rows import row
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -95,7 +95,7 @@ def test_a_file_system_that_takes_no_writing_is_told_before_any_work(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(os, "mkdir", fail)
-    monkeypatch.setattr(resolve, "prepare", None)  # the work
+    monkeypatch.setattr(preparing, "prepare", None)  # the work
     error = refused(77, "train", text, "--out", "run", *TINY)
     assert os.strerror(code) in error["why"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from command import ESC, TEXT, TINY, Command, Refused, write
-from firstwords import resolve
 from firstwords.text import corpus as corpora
+from firstwords.text import sources
 from rows import row
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -90,7 +90,7 @@ def test_a_text_that_may_not_be_read_is_77(refused: Refused, text: Path, monkeyp
 def test_a_text_that_shrinks_while_it_is_read_is_bad_data(
     refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ):
-    read = resolve.sources.read
+    read = sources.read
     whole = TEXT.encode() if suffix == ".txt" else gzip.compress(TEXT.encode(), mtime=0)
 
     def read_then_shrink(*arguments: Any, **options: Any) -> Any:
@@ -99,7 +99,7 @@ def test_a_text_that_shrinks_while_it_is_read_is_bad_data(
         write(Path("text" + suffix), TEXT[:1000] if suffix == ".txt" else gzip.compress(TEXT[:1000].encode(), mtime=0))
         return found
 
-    monkeypatch.setattr(resolve.sources, "read", read_then_shrink)
+    monkeypatch.setattr(sources, "read", read_then_shrink)
     error = refused(65, "train", "text" + suffix, *TINY)
     assert (error["what"], error["where"]) == ("changed while being read", "text" + suffix)
 

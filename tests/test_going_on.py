@@ -80,6 +80,18 @@ def test_it_is_judged_and_goes_on_where_its_folder_was_moved(learnt: Path, comma
     assert recorded == str(Path("moved/tokenizer.json").absolute())
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_the_configuration_of_a_run_that_was_moved_begins_another(learnt: Path, command: Command, goes_on: bool) -> None:
+    Path("words.json").write_bytes(byte_tokenizer().json)
+    with_a_file = ("train", "other.txt", "--out", "run", *TINY, "--tokenizer", "words.json")
+    assert command(*(going_on("--steps", "2") if goes_on else with_a_file)).code == 0
+    Path("run").rename("moved")
+    Path("words.json").unlink()
+    ended = command("train", "--config", "moved/config.toml", "--out", "again")
+    assert ended.code == 0, ended.err
+    assert api.info("again")["weights_sha256"] == api.info("moved")["weights_sha256"]
+
+
 def test_it_begins_anew_where_only_weights_were_saved(
     learnt: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,9 @@ import pytest
 from command import TEXT, Command, Refused, write
 from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
-from firstwords import api, judging, resolve
+from firstwords import api, asking, judging, preparing, resolve
 from firstwords.app import plans
-from firstwords.config import RunConfig, run_config
+from firstwords.config import SHORTEST_CONTEXT, RunConfig, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
@@ -302,6 +302,8 @@ def test_plan_tells_how_long_a_wish_takes(command: Command, here: Path) -> None:
     never = command("plan", "story.txt", "--target-bits-per-byte", "0.001")
     assert never.code == 0
     assert "none of them" in never.out
+    assert "tokens/s" not in never.out  # no table without rows
+    assert "epochs" not in never.out
 
 
 @pytest.mark.usefixtures("measured")
@@ -317,22 +319,22 @@ def test_the_command_that_a_plan_ends_with_names_all_that_the_plan_is_of(command
 
 def test_a_text_too_short_for_most_presets_is_learnt_by_one_that_can(tmp_path: Path) -> None:
     contexts = [run_config({"preset": preset}).model.context_length for preset in plan.PRESETS]
-    assert min(contexts) == resolve.SHORTEST_CONTEXT < max(contexts)
+    assert min(contexts) == SHORTEST_CONTEXT < max(contexts)
     words = " ".join(f"{n * n}" for n in range(190))  # about as many tokens as bytes: no two are alike
     story = write(tmp_path / "story.txt", words)
     made = plan.plan(facts.read(sources.read([write(tmp_path / "part.txt", words[:400])])), here(), for_s=60)
     assert made.recommended is not None
-    assert run_config({"preset": made.recommended.preset}).model.context_length == resolve.SHORTEST_CONTEXT
+    assert run_config({"preset": made.recommended.preset}).model.context_length == SHORTEST_CONTEXT
     assert "so short a text" in made.why
     given = {"text": (str(story),), "for_s": 60.0}
-    asked = resolve.new(tmp_path / "run", None, given, lambda source: ({}, b""), ignore)
-    prepared = resolve.prepare(asked, ignore)
-    assert resolve.SHORTEST_CONTEXT < prepared.train.n_tokens <= max(contexts)
+    asked = asking.new(tmp_path / "run", None, given, lambda source: ({}, b""), ignore)
+    prepared = preparing.prepare(asked, ignore)
+    assert SHORTEST_CONTEXT < prepared.train.n_tokens <= max(contexts)
     config, _ = resolve.settled(asked, prepared, difficulty=1.0)
-    assert config.model.context_length == resolve.SHORTEST_CONTEXT
-    named = resolve.new(tmp_path / "named", None, {**given, "preset": "laptop"}, lambda source: ({}, b""), ignore)
+    assert config.model.context_length == SHORTEST_CONTEXT
+    named = asking.new(tmp_path / "named", None, {**given, "preset": "laptop"}, lambda source: ({}, b""), ignore)
     with pytest.raises(DataError, match="a context of 256"):  # the negative control: what was named is not changed
-        resolve.prepare(named, ignore)
+        preparing.prepare(named, ignore)
     with pytest.raises(DataError, match="no candidate"):
         plan.plan(facts.read(sources.read([write(tmp_path / "short.txt", words[:150])])), here(), for_s=60)
 
@@ -372,10 +374,10 @@ def test_another_preset_is_taken_where_it_is_clearly_better_and_none_was_named(
     monkeypatch.setattr(plan, "recommended", lambda candidates: next(c for c in candidates if c.preset == "laptop-small"))
 
     def settled(**given: Any) -> tuple[str, int]:
-        asked = resolve.new(
+        asked = asking.new(
             tmp_path / f"run-{len(given)}", None, {"text": (story,), **given}, lambda source: ({}, b""), ignore
         )
-        config, _ = resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)
+        config, _ = resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)
         return config.preset, config.model.emb_dim
 
     assert settled() == settled(for_s=60.0) == ("laptop-small", 128)
@@ -395,8 +397,8 @@ def test_the_size_that_is_taken_is_one_whose_speed_was_measured(tmp_path: Path, 
 
     monkeypatch.setattr(measure, "point_now", spied)
     monkeypatch.setattr(plan, "recommended", lambda candidates: next(c for c in candidates if c.preset == best[0]))
-    asked = resolve.new(tmp_path / "run", None, {"text": (story,), "for_s": 60.0}, lambda source: ({}, b""), ignore)
-    config, _ = resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)
+    asked = asking.new(tmp_path / "run", None, {"text": (story,), "for_s": 60.0}, lambda source: ({}, b""), ignore)
+    config, _ = resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)
     assert config.preset == best[0] == "laptop-mini"
     assert measured == ["laptop-small", "laptop-mini"]
 
@@ -405,8 +407,8 @@ def test_memory_that_the_process_had_before_its_first_step_is_foretold_too(tmp_p
     story = str(write(tmp_path / "story.txt", STORY))
 
     def foretold() -> int:
-        asked = resolve.new(tmp_path / "run", None, {"text": (story,), "preset": "laptop-tiny"}, lambda _: ({}, b""), ignore)
-        return resolve.settled(asked, resolve.prepare(asked, ignore), difficulty=1.0)[1].memory_bytes
+        asked = asking.new(tmp_path / "run", None, {"text": (story,), "preset": "laptop-tiny"}, lambda _: ({}, b""), ignore)
+        return resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)[1].memory_bytes
 
     taken = foretold() + (64 << 20)  # beyond all that this process had, and all that the model needs
     assert foretold() < taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from firstwords import api
 from firstwords.insight import memorisation
 from firstwords.planning import recipe
 from firstwords.planning.recipe import Beside
-from firstwords.training.evaluate import HELD_OUT_TOKENS
+from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
 
 UNSEEN: dict[str, Any] = {"report": False, "meter": False, "eval_every": 10**6}  # nobody looks at what was learnt
 
@@ -67,6 +68,26 @@ def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
     for seconds, tokens_per_s in ((75, 2500), (10, 25_000), (180, 5000)):
         share = recipe.look_s(seconds, tokens_per_s, 1e6) / seconds
         assert share < recipe.EVALUATION_SHARE + recipe.SPOKEN_S / seconds + 0.001  # of the training tokens beside it
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 100, 2000])
+@pytest.mark.parametrize("held_out_tokens", [0, FIRST_TOKENS, 30_000, HELD_OUT_TOKENS])
+def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: int, held_out_tokens: int) -> None:
+    every = recipe.eval_every(steps, 4096, held_out_tokens)
+    looks = math.ceil(steps / every)
+    assert 1 <= looks <= recipe.MOST_LOOKS + 1  # what does not divide has one more, at its end
+    if held_out_tokens > FIRST_TOKENS and looks > 1:
+        assert (looks - 1) * cost_in_tokens(held_out_tokens) <= 1.1 * recipe.LOOKS_SHARE * steps * 4096  # whole steps
+    if steps >= 2000:  # which has the time for all of them
+        assert every == steps // recipe.MOST_LOOKS
+
+
+def test_the_time_of_a_run_of_known_length_counts_each_evaluation() -> None:
+    rate, beside = 1e4, Beside(1e6, start_s=3.0)
+    once, twice = (recipe.steps_s(1e5, rate, beside, looks, HELD_OUT_TOKENS) for looks in (1, 2))
+    assert twice - once == pytest.approx(recipe.SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / rate)
+    longer = recipe.steps_s(2e5, rate, beside, 1, HELD_OUT_TOKENS)
+    assert longer - once == pytest.approx(1e5 / rate)
 
 
 @pytest.mark.parametrize("seconds", [30.0, 180.0, 3600.0])

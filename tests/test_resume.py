@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, exchange, recorder, resolve, store
+from firstwords import api, exchange, recorder, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
@@ -402,12 +402,12 @@ def test_a_text_that_cannot_be_looked_up_does_not_end_the_run(
     assert any(isinstance(line, Notice) and "by heart" in line.text for line in told)
 
 
-@pytest.mark.parametrize("changed", ["tokenizer.json", "other.txt"])
+@pytest.mark.parametrize("changed", ["killed/tokenizer.json", "other.txt"])
 def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(train_bpe([STORY], 280).json)
     with pytest.raises(KilledError):
         train(tmp_path, "killed", stop_at=(StepDone, 13), tokenizer=str(tmp_path / "tokenizer.json"))
-    if changed == "tokenizer.json":
+    if changed == "killed/tokenizer.json":
         (tmp_path / changed).write_bytes(train_bpe([STORY[::-1]], 280).json)
     else:
         (tmp_path / changed).write_text("another text")
@@ -415,15 +415,38 @@ def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed
         api.train(out=tmp_path / "killed", resume=True)
 
 
-@pytest.mark.parametrize("gone", ["story.txt", "tokenizer.json", "other.txt"])
+@pytest.mark.parametrize("gone", ["story.txt", "other.txt"])
 def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Path, gone: str) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(train_bpe([STORY], 280).json)
-    options = {"tokenizer": str(tmp_path / "tokenizer.json")}
-    whole = train(tmp_path, "whole", **options)
+    whole = train(tmp_path, "whole")
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13), **options)
+        train(tmp_path, "killed", stop_at=(StepDone, 13))
     (tmp_path / gone).unlink()
     assert same(whole, api.train(out=tmp_path / "killed", resume=True))
+
+
+@pytest.mark.parametrize("then", ["changed", "gone", "named again"])
+def test_a_run_keeps_the_tokenizer_that_it_was_given(tmp_path: Path, then: str) -> None:
+    file = tmp_path / "words.json"
+    file.write_bytes(train_bpe([STORY], 280).json)
+    whole = train(tmp_path, "whole", tokenizer=str(file))
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", stop_at=(StepDone, 13), tokenizer=str(file))
+    match then:
+        case "changed":
+            file.write_bytes(train_bpe([STORY[::-1]], 280).json)
+        case "gone":
+            file.unlink()
+    shutil.rmtree(tmp_path / "cache/corpora")
+    again = {"tokenizer": str(file)} if then == "named again" else {}
+    assert same(whole, api.train(out=tmp_path / "killed", resume=True, **again))
+
+
+def test_another_tokenizer_than_a_run_keeps_is_refused_when_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_bytes(train_bpe([STORY], 280).json)
+    (tmp_path / "other.json").write_bytes(train_bpe([STORY[::-1]], 280).json)
+    train(tmp_path, "run", stop_by=(StepDone, 3), tokenizer=str(tmp_path / "words.json"))
+    with pytest.raises(ConfigError, match="goes on with what it recorded"):
+        api.train(out=tmp_path / "run", resume=True, tokenizer=str(tmp_path / "other.json"))
 
 
 @pytest.mark.parametrize("changed", ["story.txt", "other.txt"])
@@ -948,5 +971,5 @@ def test_a_run_from_before_a_way_to_begin_goes_on_without_it(tmp_path: Path) -> 
     assert all(getattr(preset, key) != value for key, value in before.items())  # so that what is missing would mean that
     (out / "config.toml").write_text("".join(old))
     assert api.train(resume=True, out=out, steps=3).steps == 3
-    recorded = run_config(resolve.recorded_config(RunFolder(out))).model
+    recorded = run_config(RunFolder(out).recorded_config()).model
     assert {key: getattr(recorded, key) for key in before} == before

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firstwords import resolve, store
-from firstwords.config import RunConfig, flatten, from_toml, model_config, run_config, to_toml
+from firstwords import asking, preparing, resolve, store
+from firstwords.config import DEFAULT_FOR_S, SHORTEST_CONTEXT, RunConfig, flatten, model_config, run_config, to_toml
 from firstwords.errors import ConfigError, DataError, DivergedError
 from firstwords.exchange import Exported as Exported
 from firstwords.exchange import Imported as Imported
@@ -40,18 +40,18 @@ from firstwords.runs import signals
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus
-from firstwords.training.events import Listener, Notice, Preparing, Trained, ignore
+from firstwords.training.events import Listener, Notice, Preparing, Trained, ignore, noticed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from firstwords.asking import Asked
     from firstwords.insight.memorisation import Memorisation
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.doctor import Diagnosis
     from firstwords.planning.measure import Mark
     from firstwords.planning.plan import Candidate, Plan
     from firstwords.recorder import Recorder, TrainResult
-    from firstwords.resolve import Asked
     from firstwords.training.evaluate import Evaluation
     from firstwords.training.evaluate import Tokens as EvaluatedTokens
     from firstwords.training.state import TrainState
@@ -92,9 +92,9 @@ def train(
     if text is not None:
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
-    asked = resolve.resumed(folder, config, given) if resume else resolve.new(folder, config, given, _described, listener)
-    with asked.run.writing(resolve.noticed(listener)):
-        prepared = resolve.prepare(asked, listener, started_s)
+    asked = asking.resumed(folder, config, given) if resume else asking.new(folder, config, given, _described, listener)
+    with asked.run.writing(noticed(listener)):
+        prepared = preparing.prepare(asked, listener, started_s)
         listener(Preparing("starting PyTorch", None))
         with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
             looked_at = beside.submit(_looked_at, prepared)
@@ -190,7 +190,7 @@ def _begin(
     from firstwords.recorder import Recorder
     from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
-    run, resume = asked.run, asked.texts is None
+    run, resume = asked.run, not asked.begins
     store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))
@@ -256,9 +256,9 @@ def _trusted(
         ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
-        lambda: machine.precision(asked.config.precision, torch.device("cpu"), resolve.cache_folder().parent),
+        lambda: machine.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
         insist=config.trust_device,
-        notice=resolve.noticed(listener),
+        notice=noticed(listener),
     )
     if way.device != config.device and "micro_batch_size" not in asked.given:  # it was for the memory of a GPU
         config = dataclasses.replace(config, micro_batch_size=cost.micro_batch_size(config.model, config.batch_size or 1))
@@ -292,12 +292,12 @@ def plan(
         raise ConfigError(what, where="--target-bits-per-byte", do="give a number above 0, such as 2.1")
     config = run_config({} if for_s is None else {"for_s": for_s})
     named = () if text is None else named_texts(text)
-    texts = sources.read(named, encoding=encoding, notice=resolve.noticed(listener))
+    texts = sources.read(named, encoding=encoding, notice=noticed(listener))
     found = facts.read(
         texts, val_fraction=config.val_fraction, progress=lambda what, share: listener(Preparing(what, share))
     )
-    if found.training_bytes <= resolve.SHORTEST_CONTEXT:  # and a token is a byte at least
-        what = f"{found.training_bytes} bytes to learn from are less than one context of {resolve.SHORTEST_CONTEXT} tokens"
+    if found.training_bytes <= SHORTEST_CONTEXT:  # and a token is a byte at least
+        what = f"{found.training_bytes} bytes to learn from are less than one context of {SHORTEST_CONTEXT} tokens"
         raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
@@ -309,13 +309,13 @@ def plan(
         precision = machine.precision("auto", where)
         listener(Preparing("measuring this machine", None))
         measured = measure.learning_speed(where, precision)
-        key, cache = machine.key(where), resolve.cache_folder().parent
+        key, cache = machine.key(where), store.cache_folder()
         fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
     now = known.Learning(time.time(), measured)
     known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
     here = plans.Machine(measured, precision, machine.free_bytes(), on_gpu=where.type != "cpu")
     listener(Preparing("planning", None))
-    made = plans.plan(found, here, config.for_s or resolve.DEFAULT_FOR_S, target_bits_per_byte)
+    made = plans.plan(found, here, config.for_s or DEFAULT_FOR_S, target_bits_per_byte)
     return dataclasses.replace(made, machine=made.machine | fingerprint)
 
 
@@ -349,7 +349,7 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
     import torch
     import torch.nn.functional as F
 
-    lm = read_model(config.from_, resolve.noticed(listener))
+    lm = read_model(config.from_, noticed(listener))
     tensors = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
     positions, wanted = tensors.get("pos_emb.weight"), config.model.context_length
     if positions is not None and len(positions) < wanted:
@@ -428,7 +428,7 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
     Raises:
         NoInputError: None of them is there.
     """
-    notice = resolve.noticed(listener)
+    notice = noticed(listener)
     place = located(source, notice)
     if is_foreign(place):
         model = load(place, notice=notice).model.config
@@ -451,7 +451,7 @@ def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
         "weights_sha256": found.weights_sha256,
         "precision": config.get("precision"),
         "config": config["model"],
-        "text": run_config(from_toml(resolve.read(run.config), str(run.config))).text if run.exists else None,
+        "text": run_config(run.recorded_config()).text if run.exists else None,
     }
 
 
@@ -489,11 +489,11 @@ def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> 
     from firstwords.planning import machine, measure
 
     with machine.threads(None):
-        yield from measure.compiled_marks(presets, resolve.cache_folder().parent) if compiled else measure.marks(presets)
+        yield from measure.compiled_marks(presets, store.cache_folder()) if compiled else measure.marks(presets)
 
 
 def doctor() -> Diagnosis:
     """Return what this machine is, what firstwords will use of it and what is wrong, measured anew in some seconds."""
     from firstwords.planning.doctor import examine
 
-    return examine(resolve.cache_folder().parent, Path("runs"))
+    return examine(store.cache_folder(), Path("runs"))

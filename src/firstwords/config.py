@@ -16,11 +16,13 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from firstwords.errors import ConfigError
+from firstwords import reading
+from firstwords.errors import ConfigError, DataError, NoInputError
 
 # Dotted key -> value: `{"steps": 500, "model.n_layers": 6}`. Values may still be text, as flags are.
 Overrides = Mapping[str, Any]
@@ -36,6 +38,8 @@ OnNan = Literal["stop", "rollback"]
 Until = Literal["end", "best"]
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
+DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
 
 GPT_CONFIG_124M: dict[str, int | float | bool] = {
     "vocab_size": 50257,
@@ -148,7 +152,10 @@ class RunConfig:
         None, "sequences a forward pass; by default from the model's size", least=1, most=2**20
     )
     eval_every: int | None = option(
-        None, "steps between evaluations; by default a twentieth of the run", least=1, most=10**9
+        None,
+        "steps between evaluations; by default a twentieth of the run, or more where that is short",
+        least=1,
+        most=10**9,
     )
     eval_tokens: int | None = option(
         None, "held-out tokens of an evaluation, at most; by default from the time", least=1, most=10**15
@@ -190,6 +197,16 @@ class RunConfig:
         """Whether a processor learns, once the device is decided."""
         return self.device.startswith("cpu")
 
+    @property
+    def budget_s(self) -> float | None:
+        """The seconds that the run may take; None where it counts steps or epochs."""
+        return self.for_s or (DEFAULT_FOR_S if self.steps is None and self.epochs is None else None)
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """The texts that become tokens of their own."""
+        return tuple(filter(None, self.special_tokens.split(",")))
+
 
 PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
 PART_NAMES = ("model", "optim")
@@ -229,7 +246,7 @@ def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
 def _smaller(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
     """Return the recipe for a machine, or a time, in which few tokens are learnt from: in shorter sequences."""
     shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "ff_dim": 16 * round(emb_dim / 6)}
-    return {**SMALLER, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": 128}
+    return {**SMALLER, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": SHORTEST_CONTEXT}
 
 
 def presets() -> dict[str, Overrides]:
@@ -358,8 +375,24 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_toml(text: str, where: str) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Return the overrides in a TOML file.
+
+    Raises:
+        NoInputError, DataError: It is not there, or cannot be read.
+        ConfigError: As `from_toml`.
+    """
+    if not path.exists():
+        raise NoInputError("no such file", where=str(path), do="check the name")
+    try:
+        text = reading.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise DataError("cannot be read", where=str(path), why=str(error)) from error
+    return from_toml(text, str(path))
+
+
+def from_toml(text: str, where: str) -> dict[str, Any]:
+    """Return the overrides in the text of a TOML file.
 
     Raises:
         ConfigError: It is no TOML; the line and column are in the message. Or a line has over 100 dots outside strings.

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firstwords import resolve, store
-from firstwords.config import did_you_mean, from_toml, run_config
+from firstwords import store
+from firstwords.config import did_you_mean, run_config
 from firstwords.errors import CannotCreateError, ConfigError
 from firstwords.loading import load, located, run_of
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Listener, Preparing, ignore
+from firstwords.training.events import Listener, Preparing, ignore, noticed
 
 EXPORTS = ("hf", "gguf", "pth")
 KNOWN_PROMPT = "Every effort moves you"  # the chapter's
@@ -78,7 +78,7 @@ def import_model(
     from firstwords.runs import checkpoint
     from firstwords.weights import reader
 
-    notice = resolve.noticed(listener)
+    notice = noticed(listener)
     place = located(source, notice)
     lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
     weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
@@ -129,7 +129,7 @@ def export(
         raise ConfigError("only a GGUF file has kinds", where="--type", do="leave it out")
     if store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --out")
-    lm = load(source, notice=resolve.noticed(listener))
+    lm = load(source, notice=noticed(listener))
 
     import torch
 
@@ -147,7 +147,7 @@ def export(
         shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
         figures = {**shape, **_figures(Path(source), lm.step)}
         card = exporting.model_card(str(source), figures, trained_here=run_of(Path(source)).exists)
-        difference, read_by = exporting.to_hf(lm, Path(out), card, resolve.noticed(listener))
+        difference, read_by = exporting.to_hf(lm, Path(out), card, noticed(listener))
     return Exported(str(out), read_by, difference)
 
 
@@ -161,7 +161,7 @@ def _figures(source: Path, at_step: int) -> dict[str, Any]:
         if line["event"] in ("evaluation", "step") and line["step"] == at_step:
             last[line["event"]] = line
     found, step = last.get("evaluation"), last.get("step")
-    text = run_config(from_toml(resolve.read(run.config), str(run.config))).text
+    text = run_config(run.recorded_config()).text
     figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
     if found is not None and found["bits_per_byte"] is not None:
         figures["held-out bits per byte"] = f"{found['bits_per_byte']:.3f} (step {found['step']})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from firstwords import reading, resolve, store
+from firstwords import reading, store
 from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
 from firstwords.exchange import KNOWN_PROMPT
 from firstwords.loading import (
@@ -30,7 +30,7 @@ from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text.corpus import Corpus
-from firstwords.training.events import Listener, Notice, Preparing, ignore
+from firstwords.training.events import Listener, Notice, Preparing, ignore, noticed
 
 if TYPE_CHECKING:
     from firstwords.insight.baselines import Given
@@ -107,7 +107,7 @@ def scale(
         DataError: The text is empty, or the run has no held-out part.
     """
     for other in against:
-        require_there(located(other, resolve.noticed(listener)))
+        require_there(located(other, noticed(listener)))
     lm, part = model_and_text(source, text, encoding, listener)
 
     from firstwords.insight import scale as scales
@@ -123,7 +123,7 @@ def scale(
     others = []
     for other in against:
         tell(Preparing(f"reading it with {other}", None))
-        peer = load(other, notice=resolve.noticed(listener))
+        peer = load(other, notice=noticed(listener))
         found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
         assert found is not None
         others.append((str(other), found))
@@ -200,7 +200,7 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     Raises:
         NoInputError: No such model.
     """
-    lm, corpus = load(source, notice=resolve.noticed(listener)), kept_corpus(Path(source))
+    lm, corpus = load(source, notice=noticed(listener)), kept_corpus(Path(source))
     if corpus is None or corpus.tokenizer.sha256 != lm.tokenizer.sha256:
         return None
 
@@ -259,7 +259,7 @@ def evaluate_tasks(
     if out is not None and store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --tasks-out")
     if folder is not None:
-        tasks, lm = making.read(Path(folder)), load(source, notice=resolve.noticed(listener))
+        tasks, lm = making.read(Path(folder)), load(source, notice=noticed(listener))
     else:
         lm, part = model_and_text(source, text, encoding, listener)
         texts = making.documents(part, lm.tokenizer)
@@ -304,7 +304,7 @@ def explain(source: str | Path, text: str, *, html: str | Path | None = None, li
         CannotCreateError: Another file than a report of ours stands where the page is to be.
     """
     _require_free(html, "--html")
-    lm = load(source, notice=resolve.noticed(listener))
+    lm = load(source, notice=noticed(listener))
 
     from firstwords.insight import report
     from firstwords.insight.explain import explain as explain_text

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from firstwords import reading, resolve, store
-from firstwords.errors import DataError, NoInputError
+from firstwords import asking, preparing, reading, store
+from firstwords.errors import DataError, NoInputError, quoted
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Notice
+from firstwords.training.events import Listener, Notice, noticed
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def model_and_text(
     source: str | Path, text: str | Path | Sequence[str | Path] | None, encoding: str | None, listener: Listener
 ) -> tuple[LanguageModel, Part]:
     """Return a model and the text that it is to be judged on."""
-    lm = load(source, notice=resolve.noticed(listener))
+    lm = load(source, notice=noticed(listener))
     if text is None:
         return lm, _held_out(Path(source), listener)
-    texts = sources.read(named_texts(text), encoding=encoding, notice=resolve.noticed(listener))
-    prepared = corpora.prepare(texts, lm.tokenizer, cache=resolve.cache_folder(), held_out=0.0)
+    texts = sources.read(named_texts(text), encoding=encoding, notice=noticed(listener))
+    prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
     return lm, prepared.train
@@ -105,7 +105,7 @@ def located(source: str | Path, notice: Callable[[str], None]) -> Path:
     from firstwords.weights import hub
 
     if str(source) in hub.NAMES and not Path(source).exists():
-        return hub.fetch(str(source), resolve.cache_folder().parent / "hub.json", notice)
+        return hub.fetch(str(source), store.cache_folder() / "hub.json", notice)
     return Path(source)
 
 
@@ -148,9 +148,14 @@ def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:
 
     if (source / store.MANIFEST).is_file():
         return checkpoint.Checkpoint(source, store.verify(source, from_disk=True))
-    found = checkpoint.best(RunFolder(source).checkpoints, notice)
+    run = RunFolder(source)
+    found = checkpoint.best(run.checkpoints, notice)
+    if found is None and run.was_saved:
+        what, why = "no checkpoint is there", "the run was saved, so they were removed or not copied"
+        raise NoInputError(what, where=str(run.checkpoints), why=why, do="put them back, or begin a new run")
     if found is None:
-        raise NoInputError("the run has no checkpoint yet", where=str(source), do="go on with train --resume")
+        do = quoted("firstwords", "train", "--resume", "--out", str(source))
+        raise NoInputError("the run has no checkpoint yet", where=str(source), do=f"go on with it: {do}")
     return found
 
 
@@ -158,7 +163,7 @@ def kept_corpus(source: Path) -> Corpus | None:
     """Return the prepared text of the run that a source is or belongs to; None where it is not here, or damaged."""
     run = run_of(source)
     try:
-        recorded = resolve.recorded_corpus(run) if run.exists else None
+        recorded = run.recorded_corpus() if run.exists else None
         return None if recorded is None else corpora.load(recorded)
     except (DataError, NoInputError):
         return None
@@ -173,10 +178,10 @@ def _held_out(source: Path, listener: Listener) -> Part:
 
 def prepared_text(run: RunFolder, listener: Listener) -> Corpus:
     """Return the prepared text of a run, made again where the cache has lost it."""
-    recorded = resolve.recorded_corpus(run)
+    recorded = run.recorded_corpus()
     if recorded is not None and recorded.is_dir():
         return corpora.load(recorded)
-    return resolve.prepare(resolve.resumed(run.path, None, {}), listener)
+    return preparing.prepare(asking.resumed(run.path, None, {}), listener)
 
 
 def run_of(source: Path) -> RunFolder:

@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import platformdirs
+
 from firstwords import reading
 from firstwords.errors import CannotCreateError, DataError, FirstwordsError, PermissionDeniedError, StorageError
 
@@ -44,6 +46,12 @@ BESIDE_BYTES = 1 << 20  # are hashed in half a millisecond; a thread begins in a
 PROBE_BYTES = 1 << 20  # written and removed before a run: a quota is not told by the free space (mmdetection#12069)
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # some network and FUSE file systems
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn each newline byte into two
+
+
+def cache_folder() -> Path:
+    """Return where is kept what can be made again: `FIRSTWORDS_CACHE`, or the user's cache folder."""
+    given = os.environ.get("FIRSTWORDS_CACHE")
+    return Path(given) if given else platformdirs.user_cache_path("firstwords")
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:

@@ -93,7 +93,7 @@ def _checkpoint(folder: Path) -> Finding:
 
 def _corpus(run: RunFolder) -> Finding:
     try:
-        folder = resolve.recorded_corpus(run)
+        folder = run.recorded_corpus()
         if folder is None:
             raise DataError("no prepared text is recorded", where=str(run.corpus))
         corpora.load(folder)
@@ -107,7 +107,7 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
 
     Equal means equal to the last bit, which holds on the machine and with the threads of the run.
     """
-    config = run_config(resolve.recorded_config(run))
+    config = run_config(run.recorded_config())
     last = max((line["step"] for line in run.metrics.lines() if line["event"] == "step"), default=0)
     whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
@@ -141,7 +141,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> 
     plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
     rollbacks = {line["step"]: [line["first_batch"], line["last_batch"]] for line in lines if line["event"] == "rollback"}
     later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
-    folder = resolve.recorded_corpus(run)
+    folder = run.recorded_corpus()
     if folder is None:
         raise DataError("no prepared text is recorded", where=str(run.corpus))
     batches, fit_config = (

@@ -411,12 +411,13 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     _require_within(count, 1, LARGEST_COUNT, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
-    from firstwords import api, resolve
+    from firstwords import api
     from firstwords.model.sampling import Sampling
+    from firstwords.training.events import noticed
 
     sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
     with console.progress() as listener:
-        lm = api.load(options.model, notice=resolve.noticed(listener))
+        lm = api.load(options.model, notice=noticed(listener))
     if top_k is not None:
         _require_within(top_k, 1, lm.tokenizer.vocab_size, "--top-k")
     if count * len(prompts) == 1 and not console.as_json:

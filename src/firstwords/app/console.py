@@ -20,7 +20,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from firstwords import api, resolve
+from firstwords import api
 from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
@@ -149,7 +149,7 @@ class Console:
             self.out.print(f"report    {visible(str(report))}")
         lm = self._lm or api.load(result.run)
         self.out.print("\nit says:")
-        prompt = resolve.recorded_config(RunFolder(Path(result.run))).get("sample_prompt", "")
+        prompt = RunFolder(Path(result.run)).recorded_config().get("sample_prompt", "")
         said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=api.SAMPLE_TEMPERATURE))
         self._to_the_letter(prompt, "bold")
         self._to_the_letter(f"{said}\n")
@@ -167,15 +167,9 @@ class Console:
             self._json(found.as_dict())
             return
         self.out.print("\n".join(plans.text_lines(found)))
-        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        speed = "tokens/s" if found.target is None else "time"
-        for heading in ("candidate", "batch", "memory", speed, "steps", "epochs", "bits/byte", "by heart"):
-            table.add_column(heading, justify="left" if heading in ("candidate", "by heart") else "right", no_wrap=True)
-        for candidate in found.candidates:
-            style = "bold" if candidate == found.recommended else None
-            table.add_row(*plans.row(candidate, with_time=found.target is not None), style=style)
-        self.out.print(table)
-        self.out.print("bits/byte: held-out, in four runs of five; by heart: will it learn the text itself?")
+        if found.candidates:  # none where a target is beyond all of them
+            self.out.print(_candidate_table(found))
+            self.out.print("bits/byte: held-out, in four runs of five; by heart: will it learn the text itself?")
         beyond = dict.fromkeys(word for one in found.candidates if one.expected for word in one.expected.beyond)
         if not all(one.fits for one in found.candidates):
             self.out.print("! more memory than is free")
@@ -371,6 +365,18 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _candidate_table(found: Plan) -> Table:
+    """Return what could be trained as a table, what to take in bold."""
+    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    speed = "tokens/s" if found.target is None else "time"
+    for heading in ("candidate", "batch", "memory", speed, "steps", "epochs", "bits/byte", "by heart"):
+        table.add_column(heading, justify="left" if heading in ("candidate", "by heart") else "right", no_wrap=True)
+    for candidate in found.candidates:
+        style = "bold" if candidate == found.recommended else None
+        table.add_row(*plans.row(candidate, with_time=found.target is not None), style=style)
+    return table
 
 
 def _task_table(scores: Sequence[TaskScore]) -> Table:

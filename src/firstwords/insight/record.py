@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from firstwords import reading, store
-from firstwords.config import flatten, from_toml, run_config
+from firstwords import store
+from firstwords.config import flatten, run_config
 from firstwords.errors import FirstwordsError
 from firstwords.insight.memorisation import Place
 from firstwords.model import cost
@@ -150,7 +150,7 @@ def read(
     looks = [line for line in events if line["event"] == "memorisation"]
     places = steps.places({number(line.get("step")) for line in (*evaluations, *looks)}, text)
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
-    config = from_toml(reading.read_bytes(run.config).decode(errors="replace"), str(run.config))
+    config = run.recorded_config()
     environment, checksums = _checkpoints(run)
     return Record(
         name=run.path.name or str(run.path),

@@ -22,6 +22,7 @@ from firstwords.planning.speed import Speed
 from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
+from firstwords.training.evaluate import held_out_tokens
 
 # Among these a run that names none chooses.
 PRESETS = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop", "laptop-large")
@@ -140,7 +141,8 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
-    elapsed_s = config.for_s or recipe.elapsed_s(learnt, rate, tokens.beside)
+    looks = math.ceil(steps / (config.eval_every or steps))
+    elapsed_s = config.for_s or recipe.steps_s(learnt, rate, tokens.beside, looks, held_out_tokens(steps, config))
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
     step_tokens = batch_size * model.context_length
     least_s = 0.0 if config.for_s is None else recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)

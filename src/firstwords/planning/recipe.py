@@ -12,6 +12,7 @@ from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_
 START_S = 4.0  # pass before the first look at the model, about, but for preparing the text
 BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
 SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
+MOST_LOOKS, LOOKS_SHARE = 20, 0.25  # evaluations of a run of known length, and of the time of its steps for them, at most
 EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 2048  # of a run's time for one evaluation, and its held-out tokens at least
 UNSURE = 2.0  # times as slow as it is, a machine may be guessed to be for a model of which no step fits into a measurement
 NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is looked for
@@ -75,6 +76,36 @@ def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
         enough = tokens_per_s * _learning_s(middle_s, tokens_per_s, beside) >= tokens
         low_s, high_s = (low_s, middle_s) if enough else (middle_s, high_s)
     return high_s
+
+
+def eval_every(steps: int, step_tokens: int, held_out_tokens: float) -> int:
+    """Return after how many steps a run of known length judges itself: twenty times, or as often as that takes little time.
+
+    Args:
+        steps: Of the run.
+        step_tokens: Of one of them.
+        held_out_tokens: By which it judges itself; so few as at step 0 cost next to nothing.
+    """
+    looks: float = MOST_LOOKS
+    if held_out_tokens > FIRST_TOKENS:
+        looks = min(MOST_LOOKS, LOOKS_SHARE * steps * step_tokens / cost_in_tokens(held_out_tokens))
+    return max(1, int(steps / max(1.0, looks)))
+
+
+def steps_s(tokens: float, tokens_per_s: float, beside: Beside, looks: int, held_out_tokens: float) -> float:
+    """Return how long a run of known length takes, all in, about.
+
+    Args:
+        tokens: From which it learns.
+        tokens_per_s: At which this machine learns.
+        beside: What else takes time.
+        looks: Evaluations after the first.
+        held_out_tokens: Of one of them, at most.
+    """
+    first, each = (min(beside.held_out_tokens, most) for most in (FIRST_TOKENS, held_out_tokens))
+    judged = cost_in_tokens(first) + looks * cost_in_tokens(each)
+    end_s = budget.END_S + last_look_s(beside.text_bytes)
+    return beside.start_s + (tokens + judged) / tokens_per_s + (1 + looks) * SPOKEN_S + end_s
 
 
 def least_s(for_s: float, tokens_per_s: float, step_tokens: int, beside: Beside) -> float:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from firstwords import reading, store
-from firstwords.errors import CannotCreateError, FirstwordsError, NoInputError
+from firstwords.config import AS_DRAWN, read_toml
+from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError
 from firstwords.runs.journal import Journal
+from firstwords.text import corpus as corpora
 
 LOCK = "run.lock"
 
@@ -33,7 +36,7 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer of the model that the run goes on from, where there is one."""
+        """The tokenizer of a run that makes none: a file's, or that of the model that it goes on from."""
         return self.path / "tokenizer.json"
 
     @property
@@ -69,6 +72,30 @@ class RunFolder:
             DataError: Its journal cannot be read.
         """
         return any(line["event"] == "save" for line in self.metrics.lines())
+
+    def recorded_config(self) -> dict[str, Any]:
+        """Return the keys that it recorded; one of `AS_DRAWN` that came later is as it was then, whatever its preset has.
+
+        Raises:
+            FirstwordsError: As `config.read_toml`.
+        """
+        return {**AS_DRAWN, **read_toml(self.config)}
+
+    def recorded_corpus(self) -> Path | None:
+        """Return the folder of its prepared text, which may be gone; None where none was recorded.
+
+        Raises:
+            DataError: The record is damaged.
+        """
+        if not self.corpus.is_file():
+            return None
+        try:
+            name = str(reading.read_json(self.corpus)["folder"])
+            reading.require_plain_names([name], str(self.corpus))
+        except (DataError, KeyError) as error:
+            do = "remove it; the text is read again"
+            raise DataError("is damaged", where=str(self.corpus), why=str(error), do=do) from error
+        return corpora.cache_folder() / name
 
     @contextmanager
     def writing(self, notice: Callable[[str], None] = lambda _: None) -> Iterator[None]:

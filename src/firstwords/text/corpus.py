@@ -95,6 +95,11 @@ class Survey:
         return sum(self.n_chars)
 
 
+def cache_folder() -> Path:
+    """Return where prepared texts are kept."""
+    return store.cache_folder() / "corpora"
+
+
 def silent(what: str, share: float | None) -> None:
     """Show no progress."""
 

@@ -155,5 +155,10 @@ Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack | Mea
 Listener = Callable[[Told], None]
 
 
+def noticed(listener: Listener) -> Callable[[str], None]:
+    """Return a function that tells a listener a line for a person."""
+    return lambda line: listener(Notice(line))
+
+
 def ignore(told: Told) -> None:
     """Listen to nothing."""

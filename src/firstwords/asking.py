@@ -1,0 +1,254 @@
+"""What the caller wants of a run, new or to go on, before its text and the machine are looked at. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firstwords import reading, store
+from firstwords.config import NONES, RunConfig, flag, flatten, key_types, presets, read_toml, run_config
+from firstwords.errors import ConfigError, DataError
+from firstwords.runs import folder as run_folder
+from firstwords.runs.folder import RunFolder
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.sources import Texts
+from firstwords.training.events import Listener, Notice, noticed
+
+# What may change when a run goes on; all else is what the run recorded.
+RESUMABLE = frozenset(
+    (
+        "steps",
+        "epochs",
+        "for_s",
+        "device",
+        "precision",
+        "threads",
+        "compile",
+        "trust_device",
+        "micro_batch_size",
+        "save_every_s",
+        "on_nan",
+        "until",
+        "meter",
+        "keep",
+        "sample_prompt",
+        "report",
+    )
+)
+MOST_THREADS_A_CORE = 8
+PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
+# What of a model may change when training goes on from it.
+ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
+# How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
+GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller wants, before the text and the machine are looked at."""
+
+    run: RunFolder
+    config: RunConfig
+    texts: Texts | None  # None: what a resumed run recorded
+    given: frozenset[str]  # the keys that were named; nothing is decided for them
+    more_time: bool = False  # a resumed run is given a new time budget
+    moved: bool = False  # and its text is elsewhere by now
+    tokenizer_json: bytes = b""  # of a new run that makes none: a file's, or that of the model to go on from
+
+    @property
+    def begins(self) -> bool:
+        """Whether the run is a new one."""
+        return self.texts is not None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the size is to be chosen: in a time budget of a new run, where no preset and no part of one is named."""
+        named = any(key == "preset" or key.startswith(("model.", "optim.")) for key in self.given)
+        is_timed = self.config.steps is None and self.config.epochs is None
+        return self.begins and self.config.from_ is None and not named and is_timed
+
+
+def new(
+    out: Path | None,
+    config: str | Path | None,
+    given: dict[str, Any],
+    describe: Callable[[str], tuple[dict[str, Any], bytes]],
+    listener: Listener,
+) -> Asked:
+    """Return what is asked of a new run; its folder is made, with nothing in it.
+
+    Args:
+        out: The run folder, or None for one by the text's name.
+        config: A TOML file of keys.
+        given: Keys that override it.
+        describe: Returns the shape and the tokenizer's file of a model to go on from.
+        listener: Told what is worth knowing.
+
+    Raises:
+        FirstwordsError: An impossible configuration, no such text, a taken folder.
+    """
+    file = {} if config is None else _with_its_tokenizer(read_toml(Path(config)), RunFolder(Path(config).parent))
+    asked = run_config(file, given)
+    if asked.tokenizer == "bpe" and "text" in given:  # which another text than a run's own fills with other words
+        file.pop("model.vocab_size", None)
+        asked = run_config(file, given)
+    if asked.from_ is not None:
+        shape, tokenizer_json = describe(asked.from_)
+        given = _of_model(asked, file, given, shape, tokenizer_json)
+        if "preset" in given:
+            listener(Notice(f"the model is that of {asked.from_}: --preset {asked.preset} says only how it is trained"))
+        elif "preset" not in file:
+            file = {**GOING_ON, **file}
+        asked = run_config(file, given)
+    else:
+        tokenizer_json = _tokenizer_file(asked.tokenizer)
+        if "preset" in given:
+            _tell_of_a_preset(str(config), file, given, asked, listener)
+    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
+        what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
+        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
+    _require_utf8(asked)
+    _require_cores(asked.threads)
+    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
+    run = run_folder.new(out, texts.name)
+    if tokenizer_json:
+        asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
+        _require_utf8(asked)
+    store.make_folder(run.path)
+    return Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json)
+
+
+def _of_model(
+    asked: RunConfig, file: dict[str, Any], given: dict[str, Any], shape: dict[str, Any], tokenizer_json: bytes
+) -> dict[str, Any]:
+    """Return the given keys with the shape of the model to go on from, where `file` or they do not adapt it."""
+    assert asked.from_ is not None
+    enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(asked.special)
+    shape = {**shape, "model.vocab_size": max(shape["model.vocab_size"], enlarged.vocab_size)}
+    shape = {key: value for key, value in shape.items() if key not in ADAPTABLE & file.keys()}
+    place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
+    given = {**shape, **given, "from_": place}
+    _require_shape(shape, given)
+    return given
+
+
+def _tokenizer_file(name: str) -> bytes:
+    """Return the content of a tokenizer that is a file, which a run keeps; empty for another."""
+    if corpora.parse_tokenizer(name)[0] != "file":
+        return b""
+    content = reading.read_bytes(Path(name), reading.MOST_TOKENIZER_BYTES)
+    tokenizers.from_json(content, name)  # refused by the name that the person gave it
+    return content
+
+
+def _tell_of_a_preset(file: str, layer: dict[str, Any], given: dict[str, Any], asked: RunConfig, listener: Listener) -> None:
+    """Say which keys of a preset that was named do not count, because the configuration file has others."""
+    its_own = flatten(dataclasses.asdict(run_config({"preset": asked.preset})))
+    chosen = flatten(dataclasses.asdict(asked))
+    kept = [key for key in presets()[asked.preset] if key in layer and key not in given and chosen[key] != its_own[key]]
+    if kept:
+        names = ", ".join(map(flag, kept))
+        told = f"{file} comes before --preset {asked.preset}: as the file has them, unless you name them too, are {names}"
+        listener(Notice(told))
+
+
+def _require_cores(threads: int | None) -> None:
+    """Raise a ConfigError for threads that would do little but wait for each other, at every operation."""
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > MOST_THREADS_A_CORE * cores:
+        do = f"give {cores} or less, or leave it out"
+        raise ConfigError(f"{threads} threads are too many", where="--threads", why=f"cores here: {cores}", do=do)
+
+
+def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise a ConfigError for a key that would make another model of the one to go on from, or another tokenizer."""
+    if "tokenizer" in given:
+        what, do = "a model goes on with its own tokenizer", "leave --tokenizer out"
+        raise ConfigError(what, where="--tokenizer", why="its ids mean nothing in another", do=do)
+    for key, value in shape.items():
+        if key not in ADAPTABLE and run_config(shape, {key: given[key]}) != run_config(shape):
+            raise ConfigError(
+                "the model to go on from has another", where=flag(key), why=f"it is {value}", do="leave it out"
+            )
+
+
+def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> Asked:
+    """Return the recorded run with what may change on the way.
+
+    Raises:
+        ConfigError: No run is named, or something else than the length, the machine's keys and where its text is by now
+            is given.
+        NoInputError: There is no run; a fresh one is never begun instead.
+    """
+    if out is None:
+        raise ConfigError("--resume needs --out", where="--resume", do="name the run's folder with --out")
+    if config is not None:
+        raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
+    run = run_folder.existing(out)
+    recorded = _with_its_tokenizer(run.recorded_config(), run)
+    moved = _moved(given, recorded)
+    given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
+    given = {key: value for key, value in given.items() if not (key in PLACES and _is_the_file(value, recorded.get(key)))}
+    for key, value in given.items():
+        if (
+            key != "text_sha256"
+            and key in key_types()
+            and key not in RESUMABLE
+            and run_config(recorded, {key: value}) != run_config(recorded)
+        ):
+            raise ConfigError(
+                "a resumed run goes on with what it recorded",
+                where=flag(key),
+                do="leave it out, or begin a new run with another --out",
+            )
+    more_time, asked = given.get("for_s") is not None, run_config(recorded, given, moved)
+    _require_utf8(asked)
+    if "threads" in given:
+        _require_cores(asked.threads)
+    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=bool(moved))
+
+
+def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Return the keys with the place of the run's own tokenizer by now, where its folder was moved."""
+    recorded_place = Path(str(recorded.get("tokenizer")))
+    if recorded_place.name != run.tokenizer.name or recorded_place.is_file() or not run.tokenizer.is_file():
+        return recorded
+    return {**recorded, "tokenizer": str(run.tokenizer.absolute())}
+
+
+def _moved(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return where a run's text and its held-out text are by now, if elsewhere: that they are the same is seen later."""
+    text, val, was = given.get("text"), given.get("val"), {**recorded, "text": tuple(recorded.get("text", ()))}
+    here: dict[str, Any] = {} if text is None else {"text": tuple(absolute(text))}
+    if isinstance(val, str) and val not in NONES and was.get("val") not in (None, *NONES):
+        here["val"] = absolute((val,))[0]
+    return {key: place for key, place in here.items() if place != was.get(key)}
+
+
+def _is_the_file(named: Any, recorded: Any) -> bool:
+    """Whether a file is named that a run recorded, with all the folders that it is in, or that it keeps a copy of."""
+    if not (isinstance(named, str) and isinstance(recorded, str)):
+        return False
+    here, there = Path(named).absolute(), Path(recorded)
+    return here == there or (here.is_file() and there.is_file() and store.file_sha256(here) == store.file_sha256(there))
+
+
+def _require_utf8(config: RunConfig) -> None:
+    """Raise a DataError for a name or text that no configuration file can hold."""
+    named = [*config.text, *filter(None, (config.val, config.from_)), config.tokenizer]
+    recorded = absolute([*config.text, *filter(None, (config.val,))])  # with the folder that they are in
+    for name in (*named, *recorded, config.sample_prompt, config.special_tokens):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            do = "rename the file, or send it to standard input: -"
+            raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)
+
+
+def absolute(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return paths with the folders that they are in; `-` is none."""
+    return tuple(path if path == "-" else str(Path(path).absolute()) for path in paths)

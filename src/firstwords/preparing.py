@@ -1,0 +1,150 @@
+"""The text of a run: prepared for one that begins, and the very same again for one that goes on. Needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from firstwords import store
+from firstwords.asking import Asked
+from firstwords.config import SHORTEST_CONTEXT, RunConfig, flag
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
+from firstwords.planning import budget
+from firstwords.runs import folder as run_folder
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
+from firstwords.text import tokenizer as tokenizers
+from firstwords.text.corpus import Corpus
+from firstwords.text.sources import Texts
+from firstwords.training.events import Listener, Notice, Preparing, Told, noticed
+
+
+def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:
+    """Return the prepared text of a run; the caller holds its lock.
+
+    Args:
+        asked: What the caller wants.
+        listener: Told how far it is.
+        started_s: When the process began, on `time.perf_counter()`; by default now.
+
+    Raises:
+        ConfigError: A text that takes longer than the time budget of a new run.
+        DataError: Not the text that the configuration names by its hash, or too short for the context.
+    """
+    config = asked.config
+    if asked.texts:
+        run_folder.require_new(asked.run)  # another process may have begun here meanwhile
+        if asked.tokenizer_json:
+            store.write(asked.run.tokenizer, asked.tokenizer_json)
+        within = _within(config, listener, time.perf_counter() if started_s is None else started_s)
+        prepared = _prepare_anew(config, asked.texts, within)
+    else:
+        prepared = _prepare_again(asked, listener)
+    n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
+    corpora.require_context(prepared.train, SHORTEST_CONTEXT if asked.is_free else context_length)
+    if not n_held_out:
+        listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
+    elif n_held_out < context_length:
+        few = f"the held-out text has {n_held_out} tokens, less than one context of {context_length}"
+        listener(Notice(f"{few}: its figures are rough"))
+    return prepared
+
+
+def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
+    """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
+    recorded = asked.run.recorded_corpus()
+    try:
+        if "-" in (*asked.config.text, asked.config.val):
+            raise NoInputError("standard input cannot be read again", where="-")
+        texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
+        return _prepare_anew(asked.config, texts, listener, _n_ids(asked), recorded)
+    except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
+        if asked.moved or recorded is None or not recorded.is_dir():
+            raise _with_its_place(error, asked) from error
+        listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
+        prepared = corpora.load(recorded)
+        _require_unchanged(asked.config, recorded, prepared.text_sha256, prepared.folder)
+        return prepared
+
+
+def _require_unchanged(config: RunConfig, recorded: Path | None, text_sha256: str, folder: Path) -> None:
+    """Raise a DataError for a text whose preparation would not be the recorded one, or that has another hash."""
+    where = ", ".join(config.text) or "text"
+    if recorded is not None and folder != recorded:
+        raise DataError(
+            "the text, its held-out part or its tokenizer changed since the run began",
+            where=where,
+            why=f"it is {folder.name[:12]} now, the run was made from {recorded.name[:12]}",
+            do="restore it, or begin a new run",
+        )
+    if config.text_sha256 not in (None, text_sha256):
+        raise DataError(
+            "the text is not the one that the run was made from",
+            where=where,
+            why=f"its SHA-256 is {text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
+            do="restore the text, or begin a new run",
+        )
+
+
+def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
+    """Return what says how to name the new place of a text: no other text is what the run needs, however near its name."""
+    named = ["TEXT"] if error.where in asked.config.text else ["--val", "FILE"] if error.where == asked.config.val else []
+    if asked.moved or not named:
+        return error
+    command = quoted("firstwords", "train", "--resume", "--out", str(asked.run.path), *named)
+    do = f"put it there again, or say where it is: {command}"
+    return type(error)(error.what, where=error.where, why=error.why, do=do)
+
+
+def _n_ids(asked: Asked) -> int | None:
+    """Return how many ids the tokenizer of a run has that goes on, as the rule for them was when it began; None: no rule."""
+    if asked.config.tokenizer != "bpe":
+        return None
+    for folder in reversed(store.folders(asked.run.checkpoints, "")):
+        with suppress(FirstwordsError):  # a damaged one is told of where it is gone on from
+            found = tokenizers.read(folder / asked.run.tokenizer.name)
+            return found.vocab_size - len(found.special)
+    return asked.config.model.vocab_size - len(asked.config.special)
+
+
+def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener:
+    """Return the listener; where there is a time budget, one that refuses a text as soon as it is seen to be too large."""
+    for_s = config.budget_s
+    if for_s is None:
+        return listener
+    preparation = budget.Preparation(started_s, for_s)
+
+    def heard(told: Told) -> None:
+        listener(told)
+        if isinstance(told, Preparing) and told.share is not None:
+            took_s = preparation.too_long_s(time.perf_counter(), told.share)
+            if took_s is not None:
+                raise ConfigError(
+                    "no time is left to learn",
+                    where=flag("for_s"),
+                    why=f"it takes about {took_s:.0f} s to prepare this text, and the run has {for_s:.0f} s",
+                    do=f"give --for {math.ceil(2 * took_s / 60)}m or more, or a part of the text",
+                )
+
+    return heard
+
+
+def _prepare_anew(
+    config: RunConfig, texts: Texts, listener: Listener, n_ids: int | None = None, recorded: Path | None = None
+) -> Corpus:
+    notice = noticed(listener)
+    val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
+    return corpora.prepare(
+        texts,
+        config.tokenizer,
+        cache=corpora.cache_folder(),
+        held_out=config.val_fraction if val is None else val,
+        special=config.special,
+        n_ids=n_ids,
+        check=functools.partial(_require_unchanged, config, recorded),
+        notice=notice,
+        progress=lambda what, share: listener(Preparing(what, share)),
+    )
