@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import tracemalloc
@@ -48,6 +49,60 @@ def test_each_document_is_split_by_characters_and_its_end_held_out(tmp_path: Pat
     held_out = sum(len(text[cut:].encode()) for text, cut in zip(texts, cuts, strict=True))
     assert corpus.val.id_bytes[corpus.val.ids].sum() == held_out
     assert corpus.train.n_tokens == len(corpus.train.ids) - 3
+
+
+def lines(count: int) -> list[str]:
+    """Short documents, all different."""
+    return [f"the {number}th of them says {number * number}" for number in range(count)]
+
+
+def as_json_lines(tmp_path: Path, texts: list[str]) -> sources.Texts:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return sources.read([str(path)])
+
+
+def test_of_many_short_documents_some_are_held_out_whole(tmp_path: Path) -> None:
+    texts = [*lines(1000), *lines(1000)[::7]]  # some stand twice
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache")
+    train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
+    assert sorted(train + val) == sorted(texts)
+    assert set(train).isdisjoint(val)
+    assert 0.06 < len(val) / len(texts) < 0.14  # 0.1, and four standard deviations of a draw
+    more = [*lines(1100)[1000:], *texts]
+    again = corpora.prepare(as_json_lines(tmp_path, more), "bytes", cache=tmp_path / "cache")
+    assert set(val) <= set(documents(again.val, again))  # what is held out of a text that grows stays so
+    planned = facts.read(as_json_lines(tmp_path, texts))
+    assert (planned.training_bytes, planned.held_out_bytes) == (corpus.train.n_bytes, corpus.val.n_bytes)
+
+
+@pytest.mark.parametrize("texts", [lines(99), [*lines(200), STORY * 3], [line * 80 for line in lines(120)]])
+def test_of_few_documents_or_long_ones_each_end_is_held_out(tmp_path: Path, texts: list[str]) -> None:
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache")
+    assert documents(corpus.train, corpus) == [text[: int(0.9 * len(text))] for text in texts]
+
+
+def test_a_share_of_nothing_holds_nothing_out_of_short_documents(tmp_path: Path) -> None:
+    corpus = corpora.prepare(as_json_lines(tmp_path, lines(500)), "bytes", cache=tmp_path / "cache", held_out=0.0)
+    assert corpus.val.n_tokens == 0
+    assert corpus.train.n_documents == 500
+
+
+def test_a_tokenizer_learns_no_word_that_only_two_documents_make(tmp_path: Path) -> None:
+    texts = [name * 3 for name in ("ana", "bob", "eve", "kim", "lou")] * 100
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bpe:300", cache=tmp_path / "cache")
+    words = {word.decode() for word in corpus.tokenizer.ranks if len(word) > 1}
+    assert len(words) > 5  # as one document, a run of 4,500 letters, they would not be learnt from
+    assert not [word for word in words if not any(word in text for text in set(texts))]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_documents_that_are_encoded_together_have_the_ids_that_each_has(tmp_path: Path, tokenizer: str) -> None:
+    texts = [*lines(3000), STORY * 30, *lines(10)]
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), tokenizer, cache=tmp_path / "cache", held_out=0.0)
+    expected = [token for text in texts for token in (corpus.tokenizer.end_of_text, *corpus.tokenizer.encode(text))]
+    assert corpus.train.ids.tolist() == expected
+    assert (corpus.train.n_documents, corpus.train.n_bytes) == (len(texts), sum(len(text.encode()) for text in texts))
 
 
 def test_the_share_that_is_done_never_falls_within_a_pass() -> None:

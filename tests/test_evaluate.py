@@ -38,6 +38,15 @@ def test_each_target_is_counted_once_and_from_half_a_context_where_its_document_
     assert sorted(counted) == [place for a, b in zip(starts, ends, strict=True) for place in range(a + 1, b)]
 
 
+def test_short_documents_are_judged_many_at_once(small: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = GPTModel(small).eval(), list[int]()
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda tokens: (calls.append(len(tokens)), features(tokens))[1])
+    evaluate(model, part_of([3] * 1000))
+    assert sum(calls) == 1000
+    assert len(calls) <= 3000 // evaluation.TOKENS_AT_ONCE + 1
+
+
 def test_the_figures_are_those_of_one_token_at_a_time(small: ModelConfig) -> None:
     torch.manual_seed(0)
     model, part = GPTModel(small).eval(), part_of([5, 1, 40, 17])

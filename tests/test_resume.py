@@ -441,6 +441,32 @@ def test_a_run_keeps_the_tokenizer_that_it_was_given(tmp_path: Path, then: str) 
     assert same(whole, api.train(out=tmp_path / "killed", resume=True, **again))
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_goes_on_in_the_way_that_its_text_was_cut_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    """Short documents were held out by their ends before, and a run from then has lost its prepared text."""
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"text": f"{number} {STORY[number : number + 60]}"}) + "\n" for number in range(300)))
+    options = {**TINY, "tokenizer": "bpe:300", "steps": 12, "eval_every": 6, "save_every_s": 0.0}
+    with monkeypatch.context() as before:
+        before.setattr(corpus, "WAYS", (1,))
+        whole = api.train(many, out=tmp_path / "whole", **options)
+        with pytest.raises(KilledError):
+            api.train(many, out=tmp_path / "killed", listener=killing((StepDone, 7)), **options)
+    if not saved:
+        shutil.rmtree(tmp_path / "killed/checkpoints")
+        (tmp_path / "killed/metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "cache/corpora")
+    resumed = api.train(out=tmp_path / "killed", resume=True)
+    assert (tmp_path / "killed/corpus.json").read_text() == (tmp_path / "whole/corpus.json").read_text()
+    if saved:  # else its tokenizer is trained anew, which no weight depends on yet
+        assert resumed.weights_sha256 == whole.weights_sha256
+    new = api.train(many, out=tmp_path / "new", **options)
+    assert (tmp_path / "new/corpus.json").read_text() != (tmp_path / "whole/corpus.json").read_text()
+    assert new.weights_sha256 != whole.weights_sha256
+
+
 def test_another_tokenizer_than_a_run_keeps_is_refused_when_it_goes_on(tmp_path: Path) -> None:
     (tmp_path / "words.json").write_bytes(train_bpe([STORY], 280).json)
     (tmp_path / "other.json").write_bytes(train_bpe([STORY[::-1]], 280).json)

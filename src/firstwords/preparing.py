@@ -17,8 +17,9 @@ from firstwords.runs import folder as run_folder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
-from firstwords.text.corpus import Corpus
+from firstwords.text.corpus import Began, Corpus
 from firstwords.text.sources import Texts
+from firstwords.text.tokenizer import Tokenizer
 from firstwords.training.events import Listener, Notice, Preparing, Told, noticed
 
 
@@ -60,7 +61,7 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        return _prepare_anew(asked.config, texts, listener, _n_ids(asked), recorded)
+        return _prepare_anew(asked.config, texts, listener, Began(recorded, _became(asked)))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not recorded.is_dir():
             raise _with_its_place(error, asked) from error
@@ -99,15 +100,12 @@ def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
     return type(error)(error.what, where=error.where, why=error.why, do=do)
 
 
-def _n_ids(asked: Asked) -> int | None:
-    """Return how many ids the tokenizer of a run has that goes on, as the rule for them was when it began; None: no rule."""
-    if asked.config.tokenizer != "bpe":
-        return None
+def _became(asked: Asked) -> Tokenizer | int | None:
+    """Return the tokenizer of a run that goes on, from its checkpoints; where none is there, how many ids a `bpe` had."""
     for folder in reversed(store.folders(asked.run.checkpoints, "")):
         with suppress(FirstwordsError):  # a damaged one is told of where it is gone on from
-            found = tokenizers.read(folder / asked.run.tokenizer.name)
-            return found.vocab_size - len(found.special)
-    return asked.config.model.vocab_size - len(asked.config.special)
+            return tokenizers.read(folder / asked.run.tokenizer.name)
+    return asked.config.model.vocab_size - len(asked.config.special) if asked.config.tokenizer == "bpe" else None
 
 
 def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener:
@@ -132,9 +130,7 @@ def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener
     return heard
 
 
-def _prepare_anew(
-    config: RunConfig, texts: Texts, listener: Listener, n_ids: int | None = None, recorded: Path | None = None
-) -> Corpus:
+def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, began: Began | None = None) -> Corpus:
     notice = noticed(listener)
     val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
@@ -143,8 +139,8 @@ def _prepare_anew(
         cache=corpora.cache_folder(),
         held_out=config.val_fraction if val is None else val,
         special=config.special,
-        n_ids=n_ids,
-        check=functools.partial(_require_unchanged, config, recorded),
+        began=began,
+        check=functools.partial(_require_unchanged, config, began.folder if began else None),
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )

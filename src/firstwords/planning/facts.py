@@ -90,14 +90,14 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
 
     Args:
         texts: The documents.
-        val_fraction: The share of each document's end that is held out, as in training.
+        val_fraction: The share that is held out, as in training.
         progress: Told what is done.
 
     Raises:
         DataError: No text, or nothing but white space.
     """
     found = corpora.survey(texts, progress)
-    cuts = [int((1 - val_fraction) * n) for n in found.n_chars]
+    cuts = corpora.learnt_chars(found, val_fraction)
     training = _Spread(sum(cuts), difficulty.TRAINING_BYTES)
     held_out = _Spread(found.total_chars - sum(cuts), difficulty.HELD_OUT_BYTES)
     passages = _Passages()

@@ -33,7 +33,11 @@ from firstwords.text.tokenizer import Tokenizer
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
-LAYOUT = 1  # of the shards; part of the key under which they are cached
+# How a text is cut and its tokenizer trained, the newest way first; part of the key under which it is cached. A run goes on
+# in the way that it began. 1: of each document the end is held out, and a `bpe` reads all documents as one.
+WAYS = (2, 1)
+MANY_DOCUMENTS, SHORT_DOCUMENT = 100, 2000  # so many, of so few characters in the mean, are held out whole
+LARGEST_SHARE = 0.05  # of the text that one of them may be
 DTYPES = ("<u2", "<u4")
 TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
@@ -83,16 +87,49 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Began:
+    """How a run began that goes on."""
+
+    folder: Path | None  # of its prepared text, which may be gone
+    tokenizer: Tokenizer | int | None  # what a `bpe` became, or of how many ids, where its checkpoints are not there
+
+
+@dataclass(frozen=True)
 class Survey:
-    """What one pass over the documents tells: the hash of their texts in order, and their lengths in characters."""
+    """What one pass over the documents tells: the hash of their texts in order, and the length and a mark of each."""
 
     sha256: str
     n_chars: array.array[int]
+    marks: array.array[int]  # the first 32 bits of a document's own hash: the same for the same text, else drawn evenly
 
     @property
     def total_chars(self) -> int:
         """Characters of all documents."""
         return sum(self.n_chars)
+
+    @property
+    def is_of_short_documents(self) -> bool:
+        """Whether the end of a document is too little to be judged by, and there are enough to hold out some whole."""
+        n, total = len(self.n_chars), self.total_chars
+        return n >= MANY_DOCUMENTS and total <= SHORT_DOCUMENT * n and max(self.n_chars) <= LARGEST_SHARE * total
+
+
+def learnt_chars(found: Survey, held_out: float, way: int = WAYS[0]) -> array.array[int]:
+    """Return from how many characters of each document a run learns; the rest, its end or all of it, is held out.
+
+    Of short documents a share is held out whole, the same text always on the same side: their ends, cut off from what they
+    end, would say little of a model, and it would learn to stop in the middle.
+
+    Args:
+        found: The text.
+        held_out: The share that is held out.
+        way: One of `WAYS`.
+    """
+    if way > 1 and found.is_of_short_documents:
+        learns = [mark >= held_out * 2**32 for mark in found.marks]
+        if any(learns) and not all(learns):
+            return array.array("q", (n if one else 0 for n, one in zip(found.n_chars, learns, strict=True)))
+    return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
 
 
 def cache_folder() -> Path:
@@ -117,7 +154,7 @@ def survey(
     Raises:
         DataError: Nothing but white space in all of them.
     """
-    whole, n_chars, blank, name = hashlib.sha256(), array.array("q"), True, "text"
+    whole, n_chars, marks, blank, name = hashlib.sha256(), array.array("q"), array.array("I"), True, "text"
     for document in documents:
         progress("reading the text", None)
         digest, length, name = hashlib.sha256(), 0, document.name
@@ -127,12 +164,13 @@ def survey(
             blank = blank and not piece.strip()
         whole.update(digest.digest())
         n_chars.append(length)
+        marks.append(int.from_bytes(digest.digest()[:4], "big"))
         if length:
             take(digest.digest())
     if blank:
         what = "there is no text, only white space" if n_chars else "there is no text"
         raise DataError(what, where=name, why="there is nothing to learn from", do="name another text")
-    return Survey(whole.hexdigest(), n_chars)
+    return Survey(whole.hexdigest(), n_chars, marks)
 
 
 def _encoded(piece: str, where: str) -> bytes:
@@ -151,7 +189,7 @@ def prepare(
     cache: Path,
     held_out: float | Texts = 0.1,
     special: tuple[str, ...] = (),
-    n_ids: int | None = None,
+    began: Began | None = None,
     check: Callable[[str, Path], None] = lambda *_: None,
     notice: Notice = lambda _: None,
     progress: Progress = silent,
@@ -163,9 +201,9 @@ def prepare(
         tokenizer: `gpt2`, `bytes`, `bpe` (`fitting_vocab_size`), `bpe:N`, the path of a `tokenizer.json`, or one that is
             there already.
         cache: Folder of prepared corpora, named by content hash.
-        held_out: The share of each document's end that is held out, in characters; or texts that are held out as a whole.
+        held_out: The share that is held out, as `learnt_chars` says; or texts that are held out as a whole.
         special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
-        n_ids: Of a `bpe` whose size nobody named; None: `fitting_vocab_size`.
+        began: How a run that goes on began; None: a new one.
         check: Given the SHA-256 of the text and the corpus's folder, before anything is tokenized; raises where they will
             not do.
         notice: Told what a person should know.
@@ -179,7 +217,9 @@ def prepare(
         parse_tokenizer(tokenizer)
     val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
     found, found_val = _surveyed(texts, val, notice, progress)
-    folder = cache / _key(found, found_val, fraction, tokenizer, special)
+    folders = {way: cache / _key(found, found_val, fraction, tokenizer, special, way) for way in WAYS}
+    way = next((way for way in WAYS if began and folders[way] == began.folder), WAYS[0])
+    folder = folders[way]
     check(found.sha256, folder)
     store.make_folder(cache)
     _remove_abandoned(cache)
@@ -188,13 +228,13 @@ def prepare(
             return load(folder)
         except DataError as error:
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
-    cuts = array.array("q", (int((1 - fraction) * n) for n in found.n_chars))
+    cuts = learnt_chars(found, fraction, way)
     training = _Slices(texts, None, cuts, found.total_chars, progress)
     if val is not None and found_val is not None:
         validation = _Slices(val, None, found_val.n_chars, found_val.total_chars, progress)
     else:
         validation = _Slices(texts, cuts, found.n_chars, found.total_chars, progress)
-    made = make_tokenizer(tokenizer, training, sum(cuts), n_ids).with_special(special)
+    made = make_tokenizer(tokenizer, training, sum(cuts), began.tokenizer if began else None).with_special(special)
     try:
         _publish(folder, training, validation, made, found.sha256)
     except CannotCreateError:  # another process was faster with the same text
@@ -312,10 +352,13 @@ def fitting_vocab_size(n_chars: int) -> int:
     return min(LARGEST_FITTING, max(SMALLEST_FITTING, 1 << round(wanted)))
 
 
-def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars: int, n_ids: int | None = None) -> Tokenizer:
+def make_tokenizer(
+    name: str | Tokenizer, training: Iterable[Document], n_chars: int, became: Tokenizer | int | None = None
+) -> Tokenizer:
     """Return the tokenizer of that name; a `bpe` is trained on the training part only, which has `n_chars` characters.
 
-    Of a large text it learns from pieces at even distances: from half of 12 MB, it needs 0.5 % more ids than from all.
+    One that it `became` when the run began is taken as it is. Of a large text it learns from pieces at even distances: from
+    half of 12 MB, it needs 0.5 % more ids than from all.
     """
     if isinstance(name, Tokenizer):
         return name
@@ -326,11 +369,20 @@ def make_tokenizer(name: str | Tokenizer, training: Iterable[Document], n_chars:
         case "bytes":
             return tokenizers.byte_tokenizer()
         case "bpe":
-            pieces = tokenizers.safe_pieces(piece for document in training for piece in document.pieces())
-            spread = islice(pieces, 0, None, max(1, math.ceil(n_chars / BPE_CHARS)))
-            return tokenizers.train_bpe(spread, size or n_ids or fitting_vocab_size(n_chars))
+            if isinstance(became, Tokenizer):
+                return became
+            spread = islice(tokenizers.safe_pieces(_apart(training)), 0, None, max(1, math.ceil(n_chars / BPE_CHARS)))
+            return tokenizers.train_bpe(spread, size or became or fitting_vocab_size(n_chars))
         case _:
             return tokenizers.read(Path(name))
+
+
+def _apart(documents: Iterable[Document]) -> Iterator[str]:
+    """Yield the text of documents, a newline between each two: what ends one is no word with what begins the next."""
+    for number, document in enumerate(documents):
+        if number:
+            yield "\n"
+        yield from document.pieces()
 
 
 @dataclass(frozen=True)
@@ -360,14 +412,14 @@ class _Slices:
 
 
 def _key(
-    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...]
+    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...], way: int
 ) -> str:
     """Return the cache folder's name: a hash of all that decides the shards."""
     if isinstance(tokenizer, Tokenizer):
         tokenizer = "ranks:" + tokenizer.sha256
     elif parse_tokenizer(tokenizer)[0] == "file":
         tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
-    wanted = [LAYOUT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
+    wanted = [way, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
     return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
@@ -377,16 +429,15 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
         count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
-        for n_bytes, ids in _in_order(encoded, _pieces(documents)):
-            count["documents"] += n_bytes is None
-            count["bytes"] += n_bytes or 0
+        for group, ids in _in_order(encoded, _groups(_pieces(documents))):
+            count["documents"] += group.count(None)
+            count["bytes"] += sum(len(piece.encode()) for piece in group if piece is not None)
             count["ids"] += len(ids)
             yield ids.tobytes()
 
-    def encoded(piece: str | None) -> tuple[int | None, np.ndarray[Any, Any]]:
-        if piece is None:
-            return None, np.array([tokenizer.end_of_text], dtype)
-        return len(piece.encode()), tokenizer.piece_ids(piece).astype(dtype)
+    def encoded(group: list[str | None]) -> tuple[list[str | None], np.ndarray[Any, Any]]:
+        end = np.array([tokenizer.end_of_text], dtype)
+        return group, np.concatenate([end if piece is None else tokenizer.piece_ids(piece).astype(dtype) for piece in group])
 
     store.publish(
         folder,
@@ -419,6 +470,19 @@ def _pieces(documents: Iterable[Document]) -> Iterator[str | None]:
     for document in documents:
         yield None
         yield from tokenizers.safe_pieces(document.pieces())
+
+
+def _groups(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Yield the pieces in groups of many characters: one of a short document is less work than handing it to a thread."""
+    group, n_chars = list[str | None](), 0
+    for piece in pieces:
+        group.append(piece)
+        n_chars += 1 if piece is None else len(piece)
+        if n_chars >= tokenizers.PIECE_CHARS:
+            yield group
+            group, n_chars = [], 0
+    if group:
+        yield group
 
 
 def _in_order(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

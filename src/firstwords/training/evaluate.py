@@ -5,6 +5,7 @@ What is judged while a run goes on is a spread of the held-out text that costs l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from firstwords.errors import DivergedError
 from firstwords.model.cost import EVALUATED_AT_ONCE
 from firstwords.model.gpt import GPTModel
 from firstwords.model.loss import bits_per_byte, perplexity, token_figures, token_nats
@@ -49,8 +51,14 @@ class Evaluation:
         return cls(nats_per_token, perplexity(nats_per_token), bits, n_tokens, n_bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON has them."""
-        return asdict(self)
+        """Return the figures as JSON has them; a perplexity beyond the largest number is None."""
+        return {**asdict(self), "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
+
+    def require_finite(self, model: str) -> None:
+        """Raise a DivergedError where the model has no probabilities, which are then no figures of it either."""
+        if not math.isfinite(self.nats_per_token):
+            why = "its weights or logits are not finite"
+            raise DivergedError("the model gives no probabilities", where=model, why=why)
 
 
 @dataclass(frozen=True)
@@ -112,11 +120,10 @@ def evaluate(
     if not part.n_tokens:
         return None
     plan = _plan(part, model.config.context_length, most_tokens)
-    rows = max(1, TOKENS_AT_ONCE // model.config.context_length)
     was_training = model.training
     model.eval()
     try:
-        nats = sum(_nats(model, part, plan[i : i + rows], dtype) for i in range(0, len(plan), rows))
+        nats = sum(_nats(model, part, group, dtype) for group in _groups(plan))
     finally:
         model.train(was_training)
     return Evaluation.of(nats, *_counts(part, plan))
@@ -140,14 +147,12 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
     if not part.n_tokens:
         return None
     plan = _plan(part, model.config.context_length, None)
-    rows = max(1, TOKENS_AT_ONCE // model.config.context_length)
     nats, ranks = np.zeros(len(part.ids), np.float32), np.zeros(len(part.ids), np.int32)
     at = np.zeros((2, model.config.context_length))
     was_training, total = model.training, 0.0
     model.eval()
     try:
-        for i in range(0, len(plan), rows):
-            group = plan[i : i + rows]
+        for group in _groups(plan):
             tokens, targets = _stacked(model, part, group, skipping=False)
             with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
                 found = token_figures(model.features(tokens), model.out_head.weight, targets)
@@ -203,6 +208,15 @@ def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Wind
         chosen = zip(starts[documents].tolist(), n_targets[documents].tolist(), places.tolist(), strict=True)
         plan = [_window(*one, context_length) for one in chosen]
     return sorted(plan, key=lambda window: -window.length)
+
+
+def _groups(plan: list[Window]) -> Iterator[list[Window]]:
+    """Yield the windows, the longest first, as many together as are `TOKENS_AT_ONCE`: of short documents there are many."""
+    first = 0
+    while first < len(plan):
+        rows = max(1, TOKENS_AT_ONCE // plan[first].length)
+        yield plan[first : first + rows]
+        first += rows
 
 
 def _counts(part: Part, plan: list[Window]) -> tuple[int, int]:
