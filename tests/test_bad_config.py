@@ -361,7 +361,7 @@ def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path, c
         (ids_that(a=1000), "no word has id"),
         (ids_that(a=5), "id 5 stands for "),
         (ids_that(**{"<|endoftext|>": 0}), "id 0 stands for "),
-        (ids_that(**{"<|endoftext|>": None}), "must have the last id"),
+        (ids_that(**{"<|endoftext|>": None}), "must have the last ids"),
         (lambda model: model["merges"].append(model["merges"][0]), "by the ids it must be None"),
         (lambda model: model["merges"].__setitem__(1, model["merges"][0]), "merge 1 is "),
         (lambda model: model["merges"].__setitem__(2, ["qqq", "zzz"]), "merge 2 is ('qqq', 'zzz')"),

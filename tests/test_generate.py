@@ -118,6 +118,12 @@ def test_a_thousand_draws_are_the_chapters() -> None:
     assert counts[5.0] == [165, 75, 42, 239, 71, 46, 32, 227, 103]
 
 
+@pytest.mark.parametrize(("k", "kept"), [(1, [1]), (2, [1, 3]), (3, [1, 3, 0]), (4, [1, 3, 0, 2]), (5, [1, 3, 0, 2, 4])])
+def test_top_k_keeps_k_also_where_several_are_as_likely(k: int, kept: list[int]) -> None:
+    left = next_probabilities(torch.tensor([1.0, 2.0, 1.0, 2.0, 0.0]), Sampling(1.0, top_k=k))
+    assert sorted(left.nonzero().flatten().tolist()) == sorted(kept)
+
+
 def test_top_p_keeps_the_fewest_that_reach_p() -> None:
     probabilities = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04])
     for top_p, kept in ((0.5, 1), (0.51, 2), (0.7, 2), (0.9, 3), (0.91, 4), (1.0, 5), (1e-6, 1)):

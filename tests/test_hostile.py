@@ -210,7 +210,7 @@ def test_a_thread_may_start_where_the_answer_is_written_and_not_before(place: Pa
 def test_a_process_that_was_ended_while_it_wrote_leaves_nothing(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ended(path: Path, out: Path, key: str, limit_s: float) -> None:
+    def ended(path: Path, out: Path, limit_s: float) -> None:
         (out / name).mkdir()
         (out / name / "model.safetensors").write_bytes(b"half")
         raise DataError("the process that read it was ended")
@@ -302,15 +302,17 @@ def test_what_is_good_is_taken_bit_for_bit_from_a_pickled_file(kind: str, place:
     proved(1, "good files of each kind are taken, bit for bit")
 
 
-def test_of_several_tables_the_key_names_one(place: Path) -> None:
+def test_of_several_tables_none_is_taken(place: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}}, place / "two.pt")
     with pytest.raises(DataError, match="several: model, ema"):
         pickled.convert(place / "two.pt", place / "out")
-    with pytest.raises(DataError, match="there are: model, ema"):
-        pickled.convert(place / "two.pt", place / "out", key="modle")
-    assert dict(pickled.convert(place / "two.pt", place / "out", key="ema").weights.tensors())["w"].tolist() == [0, 0]
+
+
+def test_a_folder_that_is_there_is_not_written_into(place: Path) -> None:
+    torch.save({"w": torch.ones(2)}, place / "one.pt")
+    pickled.convert(place / "one.pt", place / "out")
     with pytest.raises(CannotCreateError):
-        pickled.convert(place / "two.pt", place / "out", key="ema")
+        pickled.convert(place / "one.pt", place / "out")
 
 
 def test_the_process_finds_a_pytorch_that_only_a_variable_leads_to(place: Path) -> None:

@@ -200,6 +200,14 @@ def test_blocks_are_few_and_long_and_keep_documents_whole(lengths: list[int], st
     assert found.caveat == caveat
 
 
+@pytest.mark.parametrize(("n_bytes", "known"), [(1, set[str]()), (5000, {"xz"}), (20_000, {"xz", "bzip2"})])
+def test_a_compressor_that_is_given_the_rest_is_left_out_where_its_size_tells_nothing(n_bytes: int, known: set[str]) -> None:
+    rest, text = (STORY * 40).encode(), (STORY * 40)[::-1].encode()[:n_bytes]
+    found = list(baselines([text], Given(len(rest), lambda _: [rest]), np.array([0])))
+    assert {one.name.split()[0] for one in found if "given" in one.name and "PPMd" not in one.name} == known
+    assert all(one.bits_per_byte > 0 for one in found)
+
+
 def test_blocks_of_any_documents_cover_the_text_once() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from command import TINY, Command, Refused, write
 from firstwords import api
 from firstwords.config import ModelConfig
-from firstwords.errors import CannotCreateError, ConfigError, DataError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text.tokenizer import byte_tokenizer, gpt2, train_bpe
@@ -291,6 +292,21 @@ def test_the_logits_of_an_export_may_differ_by_the_order_of_sums_and_by_its_kind
             export._require_equal(lm, logits + difference, tmp_path, allowed)
 
 
+def test_a_context_whose_angles_are_far_more_than_the_weights_is_refused(tmp_path: Path) -> None:
+    export.to_hf(drawn(dataclasses.replace(QWEN3, n_heads=1)), tmp_path / "out", "card")
+    described = json.loads((tmp_path / "out/config.json").read_text())
+    described.pop("firstwords", None)
+    (tmp_path / "out/config.json").write_text(json.dumps({**described, "max_position_embeddings": 1 << 20}))
+    with pytest.raises(DataError, match="angles"):
+        reader.read(tmp_path / "out")
+
+
+def test_transformers_draws_from_all_tokens_of_what_is_exported(tmp_path: Path, transformers: Any) -> None:
+    export.to_hf(drawn(QWEN3), tmp_path / "out", "card")
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.top_k, settings.temperature, settings.do_sample) == (0, 0.8, True)
+
+
 @pytest.mark.parametrize("key", ["n_layer", "vocab_size"])
 def test_a_config_that_asks_for_more_than_the_weights_is_refused_before_a_model_is_built(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -437,6 +453,16 @@ def test_a_transformers_that_does_not_know_the_model_leaves_the_reading_back_to_
     ended = command("export", a_run, "--to", "hf", "--out", "hf", "--json")
     assert (ended.json["read_back_by"], ended.json["max_logit_difference"]) == ("firstwords", 0)
     assert "transformers cannot read it" in ended.err
+
+
+def test_a_model_whose_numbers_are_not_finite_is_not_judged(tmp_path: Path) -> None:
+    folder = damaged(lambda tensors: tensors["transformer.ln_f.bias"].fill_(math.nan), tmp_path / "out")
+    (tmp_path / "text.txt").write_text("some text to judge it on")
+    for judge in (api.evaluate, api.scale):
+        with pytest.raises(DivergedError, match="no probabilities"):
+            judge(folder, tmp_path / "text.txt")
+    with pytest.raises(DivergedError, match="no probabilities"):
+        api.explain(folder, "some text")
 
 
 def test_the_notes_gelu_cannot_be_exported(tmp_path: Path) -> None:

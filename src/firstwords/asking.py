@@ -113,7 +113,7 @@ def new(
     if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
         raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
-    _require_utf8(asked)
+    _require_utf8(asked, *(() if out is None else (str(out),)))
     _require_cores(asked.threads)
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
@@ -239,13 +239,15 @@ def _is_the_file(named: Any, recorded: Any) -> bool:
     return here == there or (here.is_file() and there.is_file() and store.file_sha256(here) == store.file_sha256(there))
 
 
-def _require_utf8(config: RunConfig) -> None:
-    """Raise a DataError for a name or text that no configuration file can hold."""
+def _require_utf8(config: RunConfig, *more: str) -> None:
+    """Raise a DataError for a name or text, of the configuration or more, that no configuration file can hold."""
     named = [*config.text, *filter(None, (config.val, config.from_)), config.tokenizer]
     recorded = absolute([*config.text, *filter(None, (config.val,))])  # with the folder that they are in
-    for name in (*named, *recorded, config.sample_prompt, config.special_tokens):
+    said = (config.sample_prompt, config.special_tokens)
+    for name in (*said, *named, *recorded, *more):
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            do = "rename the file, or send it to standard input: -"
+            do = "write it in UTF-8" if name in said else "rename the file, or send it to standard input: -"
+            do = "give another --out" if name in more else do
             raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)
 
 

@@ -72,6 +72,7 @@ def evaluate(
     Raises:
         NoInputError: No such model or text.
         DataError: The text is empty, or the run has no held-out part.
+        DivergedError: The model's numbers are not finite.
     """
     lm, part = model_and_text(source, text, encoding, listener)
 
@@ -80,6 +81,7 @@ def evaluate(
     evaluation = evaluate_part(lm.model, part, lm.dtype)
     if evaluation is None:
         raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    evaluation.require_finite(str(source))
     return evaluation
 
 
@@ -105,6 +107,7 @@ def scale(
     Raises:
         NoInputError: No such model or text.
         DataError: The text is empty, or the run has no held-out part.
+        DivergedError: The numbers of a model are not finite.
     """
     for other in against:
         require_there(located(other, noticed(listener)))
@@ -119,6 +122,7 @@ def scale(
     tokens = evaluate_tokens(lm.model, part, lm.dtype)
     if tokens is None:
         raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    tokens.evaluation.require_finite(str(source))
     held_out = corpora.documents(part, lm.tokenizer)
     others = []
     for other in against:
@@ -126,6 +130,7 @@ def scale(
         peer = load(other, notice=noticed(listener))
         found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
         assert found is not None
+        found.evaluation.require_finite(str(other))
         others.append((str(other), found))
     blocks = scales.Blocks.of([len(document) for document in held_out])
     rows = []

@@ -24,6 +24,9 @@ PPMD_ORDER, PPMD_MEMORY = 6, 256 << 20
 COMPRESSED_BYTES = 5 << 20  # of the training text, its last ones, that a compressor is given: xz takes a second for each MB
 COUNTED_BYTES = 64 << 20  # that the n-gram model is given: six seconds, 0.3 GB
 LONGEST_HELD_OUT = 8 << 20  # that is compressed
+# And shortest whose share in a size can be told: xz counts in fours, and bzip2, which sorts the training text anew with it,
+# may need hundreds of bytes less then.
+SHORTEST_GIVEN = {"xz": 1 << 9, "bzip2": 1 << 14}
 
 Array = np.ndarray[Any, Any]
 
@@ -107,7 +110,7 @@ def _compressors(text: bytes, given: Given | None, cuts: Array, *, quick: bool) 
         for name, found in sizes.items():
             alone, *both = found
             yield Baseline(f"{name} alone", "compressor", 8 * alone / len(text))
-            if both:
+            if both and len(text) >= SHORTEST_GIVEN[name]:
                 yield Baseline(name + after, "compressor", 8 * (both[0] - both[1]) / len(text))
     if quick:
         return

@@ -62,6 +62,7 @@ def explain(lm: LanguageModel, text: str) -> Explanation:
 
     Raises:
         DataError: Fewer than two tokens; the first is never predicted.
+        DivergedError: The model's numbers are not finite.
     """
     ids = lm.tokenizer.encode(text)
     if len(ids) < 2:
@@ -73,7 +74,9 @@ def explain(lm: LanguageModel, text: str) -> Explanation:
         tokens += _explain_window(lm, ids, letters, window)
     nats = -sum(token.log_probability or 0.0 for token in tokens)
     n_bytes = sum(len(lm.tokenizer.token_bytes(token)) for token in ids[1:])
-    return Explanation(tuple(tokens), Evaluation.of(nats, len(ids) - 1, n_bytes))
+    evaluation = Evaluation.of(nats, len(ids) - 1, n_bytes)
+    evaluation.require_finite("")
+    return Explanation(tuple(tokens), evaluation)
 
 
 def _letters(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -37,7 +37,7 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
         return torch.zeros_like(logits).scatter_(0, logits.argmax(keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+        logits = logits.masked_fill(_beyond(logits, sampling.top_k), -torch.inf)
     probabilities = torch.softmax(logits, dim=-1)
     if sampling.top_p is not None:
         ordered, order = probabilities.sort(descending=True, stable=True)
@@ -46,6 +46,13 @@ def next_probabilities(logits: Tensor, sampling: Sampling, seen: Sequence[int] =
     if sampling.min_p is not None:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
     return probabilities / probabilities.sum()
+
+
+def _beyond(logits: Tensor, k: int) -> Tensor:
+    """Return what is not among the `k` likeliest; of equal ones, which bfloat16 often gives, the first are taken."""
+    least = logits.topk(k).values[-1]
+    above, level = logits > least, logits == least
+    return ~(above | (level & (level.cumsum(0) <= k - above.sum())))
 
 
 def _penalised(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:

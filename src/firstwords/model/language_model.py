@@ -119,13 +119,13 @@ class LanguageModel:
         """
         ids = [self._prompt_ids(prompt, max_new_tokens, notice) for prompt in prompts]
         seeds = range(123, 123 + len(ids)) if seeds is None else seeds
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         was_training = self.model.training
         model = self._in_precision(several=len(ids) > 1)
         try:
             for start in range(0, len(ids), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
-                batches = generate_batch(model, ids[rows], sampling or Sampling(), generators[rows])
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+                batches = generate_batch(model, ids[rows], sampling or Sampling(), generators)
                 yield from self._said(islice(batches, max_new_tokens), len(ids[rows]), stop)
         finally:
             self.model.train(was_training)

@@ -314,7 +314,7 @@ def from_json(data: bytes, where: str) -> Tokenizer:
     if contradicted is not None:
         why = f"{contradicted!r} has id {words[contradicted]} among the words and {added[contradicted]} among those added"
         raise DataError("the tokenizer gives a word two ids", where=where, why=why, do=_ANOTHER)
-    if fault := _fault_of_ids(words, (END_OF_TEXT, *special)[-1]):
+    if fault := _fault_of_ids(words, (END_OF_TEXT, *special)):
         raise DataError("the tokenizer's ids are not dense", where=where, why=fault, do=_ANOTHER)
     if fault := _fault_of_merges(ranks, merges):
         what = "the tokenizer's merges are not those of its ids, in their order"
@@ -322,15 +322,15 @@ def from_json(data: bytes, where: str) -> Tokenizer:
     return Tokenizer(_name_of(ranks), ranks, special)
 
 
-def _fault_of_ids(words: dict[str, int], last: str) -> str:
-    """Return the first id that is missing or stands for two words; empty where ids are dense and `last` is the last one."""
+def _fault_of_ids(words: dict[str, int], last: tuple[str, ...]) -> str:
+    """Return the first id that is missing or stands for two words; empty where ids are dense and `last` ends them."""
     ordered = sorted(words, key=lambda word: words[word])
     for expected, word in enumerate(ordered):
         if words[word] < expected:
             return f"id {words[word]} stands for {ordered[expected - 1]!r} and for {word!r}"
         if words[word] > expected:
             return f"no word has id {expected}"
-    return "" if ordered and ordered[-1] == last else f"{last} must have the last id"
+    return "" if tuple(ordered[-len(last) :]) == last else f"{', '.join(last)} must have the last ids, in this order"
 
 
 def _fault_of_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]]) -> str:

@@ -55,7 +55,8 @@ def to_hf(lm: LanguageModel, out: Path, card: str, notice: Callable[[str], None]
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    speaking = {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8}
+    # Without a word on k, transformers draws from the 50 likeliest.
+    speaking = {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8, "top_k": 0}
     files: dict[str, Any] = {
         "config.json": [_json(theirs)],
         "generation_config.json": [_json(speaking)],

@@ -27,6 +27,7 @@ from firstwords.weights.names import HEAD, Dialect, bare
 
 CONFIG, TOKENIZER, MERGES, PICKLED = "config.json", "tokenizer.json", "merges.txt", "pytorch_model.bin"
 NANOGPT_SHAPE = "model_args"
+MOST_ANGLES = 1 << 25  # of rotary positions, beside what the weights themselves take: 131,072 tokens of heads of 128
 GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
 
 
@@ -100,6 +101,9 @@ def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel
     needed, there = cost.parameters(config), sum(math.prod(tensor.shape) for tensor in weights.described.values())
     if needed > 2 * there:  # before a model of that size is built; biases that it has none of, which become zeros, are few
         raise DataError(f"has {there:,} numbers, its configuration needs {needed:,}", where=weights.where)
+    if config.block == "qwen3" and 2 * config.context_length * config.head_dim > MOST_ANGLES + there:
+        what = f"has {there:,} numbers, and a context of {config.context_length:,}, whose angles need many more"
+        raise DataError(what, where=weights.where, do="lower max_position_embeddings in its config.json")
     model = unfilled(config)
     own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters()}
     for name, tensor in names.to_ours(config, dialect, weights.tensors(), weights.where):

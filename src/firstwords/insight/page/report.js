@@ -67,7 +67,7 @@
     return made;
   }
   const spelled = text => JSON.stringify(text).slice(1, -1).replace(/\\"/g, '"');
-  const shown = value => Math.abs(value) >= 1e-3 || value === 0 ? value.toFixed(4) : value.toExponential(2);
+  const shown = value => value === null ? "beyond all numbers" : Math.abs(value) >= 1e-3 || value === 0 ? value.toFixed(4) : value.toExponential(2);
   const figure = (name, value) => element("output", { "data-figure": name, "data-value": String(value) }, shown(value));
 
   function guess(text, probability, own) {
