@@ -353,6 +353,25 @@ def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path, c
     assert "--tokenizer" in error["do"]
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff"])
+def test_a_comment_may_be_of_dots_and_a_file_begin_as_on_windows(command: Command, text: Path, begin: str):
+    flags = "\n".join(f"{key} = {value}" for key, value in {"steps": 1, "batch_size": 4, "threads": 1}.items())
+    write(Path("my.toml"), f"{begin}# {'.' * 300}\n{flags}\n")
+    flags = [flag for flag in TINY if not flag.startswith(("--steps", "--batch-size", "--threads"))]
+    assert command("train", text, "--config", "my.toml", "--out", "run", *flags).code == 0
+
+
+@pytest.mark.parametrize("another", [["--tokenizer", "gpt2"], ["--special-tokens", "<|user|>"], ["--tokenizer", "bpe:270"]])
+def test_a_run_s_own_configuration_takes_another_tokenizer(command: Command, a_run: Path, another: list[str]):
+    ended = command("train", "--config", a_run / "config.toml", "--out", "again", *another)
+    assert ended.code == 0, ended.err
+
+
+def test_a_name_that_is_too_long_is_not_there(refused: Refused):
+    for verb in (["generate"], ["verify"], ["report"], ["train", "--resume", "--out"]):
+        refused(66, *verb, "n" * 300)
+
+
 @row(50)
 @pytest.mark.parametrize(
     ("change", "why"),

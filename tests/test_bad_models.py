@@ -74,7 +74,7 @@ def test_generating_from_an_id_beyond_the_vocabulary_is_a_wrong_call(a_run: Path
         *(("--top-k", value) for value in ("0", "-1", "258", "1.5", "abc")),
         *(("--top-p", value) for value in ("0", "1.5", "nan", "-1", "abc")),
         *(("--max-new-tokens", value) for value in ("0", "-1", "abc", "1e3", "1000000000000")),
-        *(("--samples", value) for value in ("0", "-1", "abc", "9999999999")),
+        *(("--samples", value) for value in ("0", "-1", "abc", "9999999999", "100001")),
         *(("--seed", value) for value in ("abc", "9" * 30)),
     ],
 )

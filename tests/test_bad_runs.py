@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
-from firstwords import preparing
+from firstwords import preparing, store
 from rows import row
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -58,6 +58,25 @@ def test_a_folder_with_other_files_is_left_alone(refused: Refused, text: Path):
     error = refused(73, "train", text, "--out", "photos", *TINY)
     assert error["where"] == "photos"
     assert tree(Path("photos")) == ["cat.png"]
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "tokenizer.json"])
+def test_a_person_s_own_file_of_a_name_that_a_run_uses_is_not_written_over(refused: Refused, text: Path, name: str):
+    write(Path("own") / name, "my own")
+    assert refused(73, "train", text, "--out", "own", *TINY)["where"] == "own"
+    assert (Path("own") / name).read_text() == "my own"
+
+
+def test_of_two_runs_that_begin_at_once_each_has_a_folder(command: Command, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other took the first folder's lock after it was seen to be free."""
+    answers = iter([False])
+    ask = store.is_locked
+    monkeypatch.setattr(store, "is_locked", lambda path: next(answers, None) is None and ask(path))
+    store.make_folder(Path("runs/text"))
+    with store.lock(Path("runs/text/run.lock")):
+        ended = command("train", text, *TINY, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["run"] == "runs/text-2"
 
 
 @row(47)

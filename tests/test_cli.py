@@ -581,6 +581,20 @@ def test_samples_stand_in_their_own_journal(a_run: Path):
     assert [sample["step"] for sample in events(a_run, "sample")] == [0, 1, 2]
 
 
+def test_a_journal_line_without_its_step_ends_nothing(command: Command, a_run: Path):
+    with (a_run / "metrics.jsonl").open("r+b") as file:
+        lines = file.read().splitlines(keepends=True)
+        first = next(number for number, line in enumerate(lines) if b'"event": "evaluation"' in line)
+        short = b'{"event": "evaluation"}'
+        lines[first] = short.ljust(len(lines[first]) - 1) + b"\n"
+        lines[0] = b" " * (len(lines[0]) - 1) + b"\n"  # and one that was taken out, in the way that is advised
+        file.seek(0)
+        file.write(b"".join(lines))
+    assert command("train", "--resume", "--out", a_run, "--steps", "3").code == 0
+    assert command("export", a_run, "--to", "hf", "--out", "out").code in (0, 78)
+    assert command("report", a_run).code == 0
+
+
 def test_a_journal_gives_back_every_text_that_a_model_may_say(tmp_path: Path):
     journal = Journal(tmp_path / "samples.jsonl")
     texts = ["a\u2028b\u2029c", "\x85", "\r\n", "\x0b\x0c\x1c\x1d\x1e", "süß 👧", '"\\']

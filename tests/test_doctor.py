@@ -105,6 +105,7 @@ def test_too_few_and_too_many_threads_are_said() -> None:
     assert "OMP_NUM_THREADS=1: PyTorch takes 1 of 8 cores" in few.what
     assert "--threads 8" in few.do
     (many,) = doctor.of_threads(TORCH, dataclasses.replace(GOOD, core_quota=2.5), {})
+    assert not list(doctor.of_threads(dataclasses.replace(TORCH, threads=1), dataclasses.replace(GOOD, core_quota=0.5), {}))
     assert "8 threads share the time of 2.5 cores" in many.what
     assert "--threads 2" in many.do
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from firstwords.config import ModelConfig
 from firstwords.model.gpt import GPTModel
-from firstwords.text.batches import Batches
+from firstwords.text.batches import Batch, Batches
 from firstwords.text.corpus import Part
 from firstwords.training import evaluate as evaluation
 from firstwords.training.evaluate import evaluate, evaluate_training, windows
@@ -45,6 +46,21 @@ def test_short_documents_are_judged_many_at_once(small: ModelConfig, monkeypatch
     evaluate(model, part_of([3] * 1000))
     assert sum(calls) == 1000
     assert len(calls) <= 3000 // evaluation.TOKENS_AT_ONCE + 1
+
+
+@pytest.mark.parametrize(("step", "asked"), [(0, range(16)), (1, [0]), (5, range(5)), (40, range(24, 40))])
+def test_the_training_figure_is_of_the_batches_that_were_learnt_last(
+    small: ModelConfig, step: int, asked: Iterable[int]
+) -> None:
+    seen = list[int]()
+
+    def batch(number: int) -> Batch:
+        seen.append(number)
+        ids = torch.full((4, 8), number)
+        return Batch(ids, ids, 32)
+
+    evaluate_training(GPTModel(small), batch, step, torch.float32)
+    assert seen[1:] == list(asked)  # the first tells how large one is
 
 
 def test_the_figures_are_those_of_one_token_at_a_time(small: ModelConfig) -> None:

@@ -40,12 +40,21 @@ def test_bench_refuses_an_unknown_preset(refused: Refused) -> None:
 
 
 def test_a_measured_step_is_a_training_step() -> None:
-    config = measure.bench_config("laptop-small")
+    config = measure.bench_config("laptop-small", "float32")
     step = measure.training_step(config, rows=2)
     first = step()
     for _ in range(5):
         last = step()
     assert last[0] < first[0]  # the same batch again and again is learnt
+
+
+def test_speaking_is_measured_by_as_many_tokens_as_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new model says soon that the text ends, and speaks on all the same."""
+    drawn = list[int]()
+    generate = measure.generate
+    monkeypatch.setattr(measure, "generate", lambda *of: (drawn.append(one) or one for one in generate(*of)))
+    measure.speaking_rate(measure.bench_config("laptop-mini", "float32"), 10)
+    assert len(drawn) == measure.WARM_SPOKEN + 10
 
 
 def test_the_speed_of_now_is_measured_and_what_was_known_before_only_tells_the_sizes_apart() -> None:

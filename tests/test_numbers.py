@@ -216,6 +216,32 @@ def test_a_rolled_back_run_that_is_killed_anywhere_goes_on_to_the_same_end(
     assert journal(killed, *RECORDED) == journal(tmp_path / "whole", *RECORDED)
 
 
+def test_a_run_whose_threads_changed_on_the_way_says_so_where_it_does_not_replay(tmp_path: Path) -> None:
+    options = {**TINY, "save_every_s": 0.0, "keep": 50, "eval_every": 10**6}
+    api.train(write_text(tmp_path), out=tmp_path / "run", steps=4, **options)
+    api.train(out=tmp_path / "run", resume=True, steps=6, precision="bfloat16")
+    assert api.verify(tmp_path / "run", replay=2).ok  # as it computed when it was resumed
+    found = api.verify(tmp_path / "run", replay=6).replay
+    assert found is not None
+    if not found.ok:  # the bits of such small sums may be the same
+        assert "it was computed otherwise: precision float32 -> bfloat16" in found.problem
+
+
+def test_a_replay_without_a_whole_checkpoint_leaves_what_else_was_found(tmp_path: Path) -> None:
+    api.train(write_text(tmp_path), out=tmp_path / "run", steps=2, **TINY)
+    for file in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    found = api.verify(tmp_path / "run", replay=1)
+    assert not any(one.ok for one in found.checkpoints)
+    assert found.replay is not None
+    assert "no checkpoint to start from" in found.replay.problem
+
+
+def write_text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(STORY)
+    return tmp_path / "text.txt"
+
+
 def test_a_rolled_back_run_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rolled_back(tmp_path, monkeypatch, keep=100)
     verdict = api.verify(tmp_path / "run", replay=STEPS - 5)  # from before the roll-back to the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -23,6 +24,13 @@ from firstwords.training.events import Preparing, Sampled, StepDone
 
 def step(number: int, nats: float = 1.0) -> StepDone:
     return StepDone(number, number, nats, 1e-3, 1.0, 10.0, 0.1, number * 0.1)
+
+
+def test_the_speed_that_is_shown_is_tokens_over_time() -> None:
+    display = PlainDisplay(RichConsole(file=io.StringIO()))
+    fast, slow = step(1), dataclasses.replace(step(2), tokens_per_s=0.1, took_s=10.0)  # one token each
+    display.recent.extend([fast, slow])
+    assert "  0 tokens/s" in display.numbers(slow)  # 2 tokens in 10.1 s; the mean of both rates is 5
 
 
 class Screen(io.StringIO):

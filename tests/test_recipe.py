@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from conftest import STORY
 from firstwords import api
+from firstwords.config import run_config
 from firstwords.insight import memorisation
 from firstwords.planning import recipe
 from firstwords.planning.recipe import Beside
@@ -73,13 +75,17 @@ def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
 @pytest.mark.parametrize("steps", [1, 7, 20, 100, 2000])
 @pytest.mark.parametrize("held_out_tokens", [0, FIRST_TOKENS, 30_000, HELD_OUT_TOKENS])
 def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: int, held_out_tokens: int) -> None:
-    every = recipe.eval_every(steps, 4096, held_out_tokens)
+    config = run_config({"steps": steps, "batch_size": 16})  # of 256 tokens each
+    every = recipe.eval_every(config, held_out_tokens)
+    assert every is not None
     looks = math.ceil(steps / every)
     assert 1 <= looks <= recipe.MOST_LOOKS + 1  # what does not divide has one more, at its end
     if held_out_tokens > FIRST_TOKENS and looks > 1:
         assert (looks - 1) * cost_in_tokens(held_out_tokens) <= 1.1 * recipe.LOOKS_SHARE * steps * 4096  # whole steps
     if steps >= 2000:  # which has the time for all of them
         assert every == steps // recipe.MOST_LOOKS
+    assert recipe.eval_every(dataclasses.replace(config, eval_every=3), held_out_tokens) == 3
+    assert recipe.eval_every(dataclasses.replace(config, steps=None, for_s=60.0), held_out_tokens) is None
 
 
 def test_the_time_of_a_run_of_known_length_counts_each_evaluation() -> None:

@@ -455,6 +455,17 @@ def test_a_transformers_that_does_not_know_the_model_leaves_the_reading_back_to_
     assert "transformers cannot read it" in ended.err
 
 
+def test_a_model_whose_numbers_are_not_finite_is_neither_imported_nor_gone_on_with(
+    tmp_path: Path, text: Path, refused: Refused
+) -> None:
+    folder = damaged(lambda tensors: tensors["transformer.ln_f.bias"].fill_(math.nan), tmp_path / "nan")
+    assert "final_norm.shift" in refused(65, "import", folder, "--out", "mine")["why"]
+    assert not Path("mine").exists()
+    machine = ("--steps", "2", "--batch-size", "2", "--threads", "1", "--precision", "float32", "--device", "cpu")
+    assert "not finite" in refused(65, "train", text, "--from", folder, "--out", "run", *machine)["what"]
+    assert not Path("run").exists()
+
+
 def test_a_model_whose_numbers_are_not_finite_is_not_judged(tmp_path: Path) -> None:
     folder = damaged(lambda tensors: tensors["transformer.ln_f.bias"].fill_(math.nan), tmp_path / "out")
     (tmp_path / "text.txt").write_text("some text to judge it on")

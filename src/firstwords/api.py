@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import asking, preparing, resolve, store
 from firstwords.config import DEFAULT_FOR_S, SHORTEST_CONTEXT, RunConfig, flatten, model_config, run_config, to_toml
-from firstwords.errors import ConfigError, DataError, DivergedError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError
 from firstwords.exchange import Exported as Exported
 from firstwords.exchange import Imported as Imported
 from firstwords.exchange import export as export
@@ -31,7 +32,7 @@ from firstwords.judging import memorisation as memorisation
 from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
 from firstwords.judging import report as report
 from firstwords.judging import scale as scale
-from firstwords.loading import checkpoint_of, is_foreign, located, named_texts, read_model
+from firstwords.loading import checkpoint_of, is_foreign, located, named_texts, read_model, require_finite
 from firstwords.loading import load as load
 from firstwords.model import cost
 from firstwords.planning import budget, facts
@@ -92,8 +93,8 @@ def train(
     if text is not None:
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
-    asked = asking.resumed(folder, config, given) if resume else asking.new(folder, config, given, _described, listener)
-    with asked.run.writing(noticed(listener)):
+    with ExitStack() as locked:
+        asked = _begun(locked, folder, config, given, resume=resume, listener=listener)
         prepared = preparing.prepare(asked, listener, started_s)
         listener(Preparing("starting PyTorch", None))
         with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
@@ -123,6 +124,27 @@ def train(
                     except DivergedError as error:
                         recorder.roll_back(error)
             return _finished(recorder)
+
+
+def _begun(
+    locked: ExitStack,
+    out: Path | None,
+    config: str | Path | None,
+    given: dict[str, Any],
+    *,
+    resume: bool,
+    listener: Listener,
+) -> Asked:
+    """Return what is asked of a run, whose lock is held from now on; of the runs that begin at once, each has a folder."""
+    while True:
+        asked = asking.resumed(out, config, given) if resume else asking.new(out, config, given, _described, listener)
+        try:
+            locked.enter_context(asked.run.writing(noticed(listener)))
+        except CannotCreateError:
+            if out is not None or not store.is_locked(asked.run.lock):
+                raise
+        else:
+            return asked
 
 
 def _tell_of_a_late_start(for_s: float | None, started_s: float, listener: Listener) -> None:
@@ -186,7 +208,7 @@ def _begin(
     """Return the record of a run that begins or goes on now; the caller holds the run's lock."""
     import torch
 
-    from firstwords.planning import machine
+    from firstwords.planning import machine, recipe
     from firstwords.recorder import Recorder
     from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
@@ -200,7 +222,7 @@ def _begin(
         if asked.config.device == "auto" and (why := machine.unusable_gpu()):
             listener(Notice(f"the GPU cannot compute ({why}): training on the CPU"))
     config, state, checks = _trusted(asked, config, prepared, listener)
-    state.total_steps, state.eval_every = config.steps, config.eval_every
+    state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
     fingerprint["micro_batch_size"] = config.micro_batch_size  # sums of other parts differ in their last bits
     recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
@@ -227,7 +249,7 @@ def _begin(
     recorder.checks = checks
     if not prepared.val.n_tokens:  # it has no held-out figure
         expected = dataclasses.replace(expected, expected=None)
-    recorder.begin(None if resume else expected.as_dict())
+    recorder.begin(None if recorder.newest else expected.as_dict())  # killed before its first save, a run begins again
     return recorder
 
 
@@ -306,10 +328,10 @@ def plan(
 
     where = machine.device("auto")
     with machine.threads(None):
-        precision = machine.precision("auto", where)
+        key, cache = machine.key(where), store.cache_folder()
+        precision = machine.precision("auto", where, cache)
         listener(Preparing("measuring this machine", None))
         measured = measure.learning_speed(where, precision)
-        key, cache = machine.key(where), store.cache_folder()
         fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
     now = known.Learning(time.time(), measured)
     known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
@@ -322,6 +344,7 @@ def plan(
 def _described(source: str) -> tuple[dict[str, Any], bytes]:
     """Return the shape of a model as configuration keys, and its tokenizer's file."""
     lm = load(source)
+    require_finite(lm, source)
     return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
 
 
@@ -489,7 +512,7 @@ def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> 
     from firstwords.planning import machine, measure
 
     with machine.threads(None):
-        yield from measure.compiled_marks(presets, store.cache_folder()) if compiled else measure.marks(presets)
+        yield from (measure.compiled_marks if compiled else measure.marks)(presets, store.cache_folder())
 
 
 def doctor() -> Diagnosis:

@@ -32,6 +32,7 @@ RESUMABLE = frozenset(
         "compile",
         "trust_device",
         "micro_batch_size",
+        "eval_every",
         "save_every_s",
         "on_nan",
         "until",
@@ -42,6 +43,8 @@ RESUMABLE = frozenset(
     )
 )
 MOST_THREADS_A_CORE = 8
+# What decides how many words there are.
+VOCABULARY = frozenset(("text", "tokenizer", "special_tokens", "val", "val_fraction", "encoding"))
 PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
 # What of a model may change when training goes on from it.
 ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
@@ -95,7 +98,7 @@ def new(
     """
     file = {} if config is None else _with_its_tokenizer(read_toml(Path(config)), RunFolder(Path(config).parent))
     asked = run_config(file, given)
-    if asked.tokenizer == "bpe" and "text" in given:  # which another text than a run's own fills with other words
+    if "text_sha256" in file and VOCABULARY & given.keys():  # a run's own file, which counted the words of something else
         file.pop("model.vocab_size", None)
         asked = run_config(file, given)
     if asked.from_ is not None:
@@ -196,12 +199,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
     given = {key: value for key, value in given.items() if not (key in PLACES and _is_the_file(value, recorded.get(key)))}
     for key, value in given.items():
-        if (
-            key != "text_sha256"
-            and key in key_types()
-            and key not in RESUMABLE
-            and run_config(recorded, {key: value}) != run_config(recorded)
-        ):
+        if key in key_types() and key not in RESUMABLE and run_config(recorded, {key: value}) != run_config(recorded):
             raise ConfigError(
                 "a resumed run goes on with what it recorded",
                 where=flag(key),

@@ -32,8 +32,8 @@ Optimizer = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
-MOST_DOTS = 100  # in a line of TOML, outside strings
-TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'""")
+MOST_DOTS = 100  # in a line of TOML, outside strings and comments
+TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'|#.*""")  # or a comment
 OnNan = Literal["stop", "rollback"]
 Until = Literal["end", "best"]
 NONE = "none"
@@ -385,7 +385,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise NoInputError("no such file", where=str(path), do="check the name")
     try:
-        text = reading.read_bytes(path).decode()
+        text = reading.read_bytes(path).decode("utf-8-sig")  # as editors on Windows begin it
     except UnicodeDecodeError as error:
         raise DataError("cannot be read", where=str(path), why=str(error)) from error
     return from_toml(text, str(path))

@@ -13,7 +13,7 @@ from typing import Any
 from firstwords import store
 from firstwords.config import did_you_mean, run_config
 from firstwords.errors import CannotCreateError, ConfigError
-from firstwords.loading import load, located, run_of
+from firstwords.loading import load, located, require_finite, run_of
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Preparing, ignore, noticed
@@ -81,6 +81,7 @@ def import_model(
     notice = noticed(listener)
     place = located(source, notice)
     lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
+    require_finite(lm, source)
     weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
     store.make_folder(Path(out).absolute().parent)
     saved = checkpoint.publish(Path(out), weights, dataclasses.asdict(lm.model.config), lm.tokenizer.json)
@@ -157,13 +158,13 @@ def _figures(source: Path, at_step: int) -> dict[str, Any]:
     if not run.exists:
         return {}
     last: dict[str, Any] = {}
-    for line in run.metrics.lines():  # one at a time: a journal may be long
-        if line["event"] in ("evaluation", "step") and line["step"] == at_step:
+    for number, line in run.metrics.of_steps("evaluation", "step"):
+        if number == at_step:
             last[line["event"]] = line
     found, step = last.get("evaluation"), last.get("step")
     text = run_config(run.recorded_config()).text
     figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
-    if found is not None and found["bits_per_byte"] is not None:
+    if found is not None and found.get("bits_per_byte") is not None:
         figures["held-out bits per byte"] = f"{found['bits_per_byte']:.3f} (step {found['step']})"
     if step is not None:
         figures["learnt from"] = f"{step['tokens']:,} tokens in {step['elapsed_s']:.0f} s"

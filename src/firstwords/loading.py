@@ -66,6 +66,13 @@ def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: Non
     return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
 
 
+def require_finite(lm: LanguageModel, source: str | Path) -> None:
+    """Raise a DataError for a model that holds numbers which are not finite: it gives no probabilities."""
+    wrong = next((name for name, one in lm.model.named_parameters() if not bool(one.isfinite().all())), None)
+    if wrong is not None:
+        raise DataError("holds numbers that are not finite", where=str(source), why=f"in {wrong}", do="name another model")
+
+
 def named_texts(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     """Return the paths that were named.
 

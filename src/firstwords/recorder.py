@@ -25,7 +25,7 @@ from firstwords.errors import (
 )
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
-from firstwords.planning import machine
+from firstwords.planning import machine, recipe
 from firstwords.planning.budget import PROBE_STEPS, Budget
 from firstwords.runs import checkpoint
 from firstwords.runs.checkpoint import Checkpoint
@@ -301,7 +301,8 @@ class Recorder:
             self.note("stop", {"step": self.state.step, "reason": str(error)})
             good = self._good()
             kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
-            raise DivergedError(error.what, where=error.where, why=f"{error.why}; {kept}", do=error.do) from error
+            do = error.do + ("" if self.config.on_nan == "rollback" else ", or --resume with --on-nan rollback")
+            raise DivergedError(error.what, where=error.where, why=f"{error.why}; {kept}", do=do) from error
 
     def _good(self) -> Path | None:
         """Return the best checkpoint, or the newest where no held-out figure tells; the newest may be bad already."""
@@ -380,7 +381,8 @@ class Recorder:
             return
         if self.config.steps is not None and self.config.steps < found.step:  # before the journals are cut
             what = f"the run has {found.step} steps already"
-            raise ConfigError(what, where="--steps", do=f"give more than {found.step}, or begin a new run")
+            do = f"give more than {found.step}, or as many epochs as have more, or begin a new run"
+            raise ConfigError(what, where="--steps", do=do)
         saved, predicted = self._load(found)
         has_more_time = self._extend(saved, more_time=more_time)
         if not has_more_time:
@@ -421,9 +423,9 @@ class Recorder:
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
         for line in self.run.metrics.lines():
-            if line["event"] == "evaluation":
+            if line["event"] == "evaluation" and isinstance(line.get("step"), int):
                 self.last_evaluated = line["step"]
-                self.last_train, self.last_held_out = line["train_nats_per_token"], line["nats_per_token"]
+                self.last_train, self.last_held_out = line.get("train_nats_per_token"), line.get("nats_per_token")
                 history += [] if self.last_held_out is None else [(line["step"], self.last_held_out)]
             if line["event"] in ("start", "resume"):
                 predicted = line.get("predicted", predicted)
@@ -469,8 +471,10 @@ class Recorder:
         if for_s is not None and longer:  # as fast as before, until its first steps say more
             pace = state.step / state.elapsed_s if state.elapsed_s else 0.0
             state.total_steps = max(state.step + 2 * PROBE_STEPS, round(pace * for_s)) if pace else None
+            state.eval_every = self.config.eval_every
         if self.config.steps is not None:
-            state.total_steps, state.eval_every = self.config.steps, self.config.eval_every
+            state.total_steps = self.config.steps
+            state.eval_every = recipe.eval_every(self.config, self.corpus.val.n_tokens)
         return longer
 
     def _still_true(self, predicted: Any) -> dict[str, Any] | None:

@@ -97,7 +97,6 @@ def settled(
         val=None if config.val is None else absolute((config.val,))[0],
         text_sha256=prepared.text_sha256,
         micro_batch_size=micro,
-        eval_every=config.eval_every or _eval_every(config, prepared.val.n_tokens),
         threads=config.threads or machine.usable_threads(),
     )
     config, expected = _expected(config, tokens, here, found)
@@ -107,17 +106,6 @@ def settled(
         return config, expected
     had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
     return config, dataclasses.replace(expected, memory_bytes=max(expected.memory_bytes, had_bytes))
-
-
-def _eval_every(config: RunConfig, n_held_out: int) -> int | None:
-    """Return after how many steps a run judges itself; None where that is planned with its time."""
-    from firstwords.planning import recipe
-    from firstwords.training.evaluate import held_out_tokens
-
-    if config.steps is None or config.batch_size is None:
-        return None
-    judged = min(n_held_out, held_out_tokens(config.steps, config))
-    return recipe.eval_every(config.steps, config.batch_size * config.model.context_length, judged)
 
 
 def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:

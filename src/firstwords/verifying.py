@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from firstwords import resolve, store
 from firstwords.config import RunConfig, run_config
@@ -77,7 +79,8 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
     if not checkpoints and run.was_saved:
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
         checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
-    return Verdict(checkpoints, _corpus(run), None if replay_steps is None else replay(run, replay_steps))
+    found_corpus = _corpus(run)
+    return Verdict(checkpoints, found_corpus, None if replay_steps is None else replay(run, replay_steps))
 
 
 def _checkpoint(folder: Path) -> Finding:
@@ -108,16 +111,34 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     Equal means equal to the last bit, which holds on the machine and with the threads of the run.
     """
     config = run_config(run.recorded_config())
-    last = max((line["step"] for line in run.metrics.lines() if line["event"] == "step"), default=0)
+    last = max((step for step, _ in run.metrics.of_steps("step")), default=0)
     whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
+    if not whole:
+        return Replay(0, 0, ok=False, problem="no checkpoint to start from is whole")
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
-        most = last - min(map(checkpoint.step_of, whole), default=0)
-        raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=f"allowed: from 1 to {most}")
+        most = last - min(map(checkpoint.step_of, whole))
+        do = f"allowed: from 1 to {most}" if most else "no step is recorded after a checkpoint yet"
+        raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=do)
+    start = starts[-1]
+    later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]
+    began = later[0] if later else {}  # how the steps after it were computed; it may itself be from before a resume
+    config = replace(config, **{way: began[way] for way in ("threads", "precision") if way in began})
     machine.device(config.device)
     with machine.threads(config.threads):
-        state = _state_at(starts[-1], config)
-        return _compare(state, config, run, state.step + n_steps)
+        state = _state_at(start, config)
+        found = _compare(state, config, run, state.step + n_steps)
+        here = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
+    otherwise = dict.fromkeys(filter(None, (machine.differences(began, one) for one in (*later, here))))
+    if found.ok or not otherwise:
+        return found
+    return replace(found, problem=f"{found.problem}; it was computed otherwise: {'; '.join(otherwise)}")
+
+
+def _fingerprint(folder: Path) -> dict[str, Any]:
+    """Return all that the bits of a run depended on when a whole checkpoint was made."""
+    found = Checkpoint(folder, store.read_manifest(folder)).json(checkpoint.STATE).get("fingerprint")
+    return found if isinstance(found, dict) else {}
 
 
 def _is_a_start(folder: Path) -> bool:
@@ -136,10 +157,9 @@ def _state_at(folder: Path, config: RunConfig) -> TrainState:
 def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> Replay:
     """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
     replayed = range(state.step + 1, end + 1)
-    lines = [line for line in run.metrics.lines() if line["event"] != "step" or line["step"] in replayed]
-    recorded = {line["step"]: line for line in lines if line["event"] == "step"}
-    plans = {line["step"]: line["total_steps"] for line in lines if line["event"] in ("plan", "resume", "start")}
-    rollbacks = {line["step"]: [line["first_batch"], line["last_batch"]] for line in lines if line["event"] == "rollback"}
+    recorded = {step: line for step, line in run.metrics.of_steps("step") if step in replayed}
+    plans = {step: line["total_steps"] for step, line in run.metrics.of_steps("plan", "resume", "start")}
+    rollbacks = {step: [line["first_batch"], line["last_batch"]] for step, line in run.metrics.of_steps("rollback")}
     later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
     folder = run.recorded_corpus()
     if folder is None:

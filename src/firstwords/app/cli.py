@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import __version__
 from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, presets, run_config
-from firstwords.errors import ConfigError, DataError, FirstwordsError, StoppedError, UsageError, quoted
+from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, StoppedError, UsageError, quoted
 
 if TYPE_CHECKING:
     from firstwords.app.console import Console
@@ -34,7 +35,7 @@ EXAMPLES = """examples:
   firstwords report runs/notes                   a page that shows what it learnt
 """
 LARGEST_SEED = 2**62  # leaves room for one seed a sample
-LARGEST_COUNT = 10**9  # of tokens or samples; more is a slip of the finger, and no machine could hold them
+LARGEST_COUNT, MOST_SAMPLES = 10**9, 10**5  # of tokens, and of samples; more is a slip of the finger
 SPINS = "20000"  # how long a thread waits awake: with the default, two cores that others use too do a third of the work
 MODEL = "a run folder (its best checkpoint), a checkpoint folder, a model from elsewhere, or gpt2"
 FOLLOWING = ("model.vocab_size",)  # keys whose default follows from another
@@ -43,6 +44,8 @@ NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the comman
 
 def entry() -> NoReturn:
     """Run the program and leave with its exit code."""
+    if sys.stdout is None:  # closed by whoever started us: what is said goes nowhere
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a result is more than what an old code page can say
         chosen = sys.stdout.isatty() or "PYTHONIOENCODING" in os.environ
         sys.stdout.reconfigure(encoding=None if chosen else "utf-8", errors="backslashreplace")
@@ -93,7 +96,12 @@ def _refused_by_the_system(error: OSError) -> FirstwordsError:
     from firstwords import store
 
     where = os.fsdecode(error.filename) if error.filename else "this machine"
-    kind = type(store.as_firstwords_error(error, Path(where)))
+    no_name = error.errno in (
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.ELOOP,
+    )  # what is made is made by `store`, which says so
+    kind = NoInputError if no_name else type(store.as_firstwords_error(error, Path(where)))
     return kind(
         "the system refused", where=where, why=error.strerror or str(error), do="check the name, the disk and the rights"
     )
@@ -408,7 +416,7 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
         raise ConfigError("is empty", where="--stop", do="give a text")
     for word in options.stop:
         _require_text(word, "--stop")
-    _require_within(count, 1, LARGEST_COUNT, "--samples")
+    _require_within(count, 1, MOST_SAMPLES, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
     from firstwords import api

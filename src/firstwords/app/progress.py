@@ -73,7 +73,7 @@ class PlainDisplay:
                 self.first = self.first or told
                 self.recent.append(told)
                 self.stepped(told)
-            case Evaluated(step, _, evaluation, best, _) if evaluation is not None:
+            case Evaluated(step, _, evaluation, best) if evaluation is not None:
                 self.held_out = evaluation.bits_per_byte
                 mark = " (best so far)" if best else ""
                 self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
@@ -104,7 +104,8 @@ class PlainDisplay:
         of = f"/{self.config_steps}" if self.config_steps else ""
         held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
         loss = statistics.mean(step.nats_per_token for step in self.recent)
-        speed = statistics.mean(step.tokens_per_s for step in self.recent)
+        took_s = [step.took_s for step in self.recent]
+        speed = sum(step.tokens_per_s * step.took_s for step in self.recent) / max(sum(took_s), 1e-9)
         left_s = self._left_s(done)
         left = "" if left_s is None else f"  {duration(left_s)} left"
         return f"step {done.step:>6}{of}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s{left}"
@@ -178,7 +179,7 @@ class LiveDisplay(PlainDisplay):
                 return
             case StepDone():
                 self.training.add(told.nats_per_token)
-            case Evaluated(_, _, evaluation, _, _) if evaluation is not None:
+            case Evaluated(_, _, evaluation, _) if evaluation is not None:
                 self.evaluations.add(evaluation.bits_per_byte)
         super().tell(told)
 

@@ -3,11 +3,11 @@
 Whatever has an opinion on every byte is compared on the same blocks of the same held-out text, by bytes, so that tokenizers
 do not matter: a token's nats belong to where its bytes begin.
 
-Intervals are 95 % bootstrap-t intervals (Efron & Tibshirani 1993, chapter 12) over at most 30 blocks. Neighbouring bytes are
-not independent, so blocks are few and long, as batch means are (Schmeiser 1982, doi:10.1287/opre.30.3.556), and documents
-stay whole; with so few blocks the plain percentile interval is too narrow, and dividing each resample by its own standard
-error mends that. `benchmarks/coverage.py` measures how often they hold. They speak of texts like the held-out one: what
-stands on a single stretch of a long text cannot tell how its other parts are.
+Intervals are 95 % bootstrap-t intervals (Efron & Tibshirani 1993, chapter 12) over at most 30 blocks. Neighbouring bytes
+are not independent, so blocks are few and long, as batch means are (Schmeiser 1982, doi:10.1287/opre.30.3.556); documents
+of up to a tenth of the text stay whole. With so few blocks the plain percentile interval is too narrow, and dividing each
+resample by its own standard error mends that. `benchmarks/coverage.py` measures how often they hold. They speak of texts
+like the held-out one: what stands on a single stretch of a long text cannot tell how its other parts are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a figure lies in 95 of 100 held-out texts like this one."""
+    """Such intervals hold the true figure, that of endless text like this, 95 times of 100."""
 
     low: float
     high: float

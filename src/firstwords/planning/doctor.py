@@ -183,7 +183,7 @@ def of_threads(torch: Torch, machine: System, environment: Mapping[str, str]) ->
     if set_ and torch.threads < cores:
         what = f"{set_[0]}={environment[set_[0]]}: PyTorch takes {torch.threads} of {cores} cores"
         yield Finding("warn", what, f"unset {set_[0]}, or give --threads {cores}")
-    if machine.core_quota is not None and torch.threads > machine.core_quota:
+    if machine.core_quota is not None and torch.threads > max(1, machine.core_quota):
         what = f"{torch.threads} threads share the time of {machine.core_quota:g} cores, which this container has"
         yield Finding("warn", what, f"give --threads {max(1, cores)}")
 
@@ -303,7 +303,7 @@ def _trusted(device: Device, precision: Precision, dtype: DType) -> Finding:
     from firstwords.text.batches import Batch
     from firstwords.training.state import initial
 
-    config = measure.bench_config(PRESET)
+    config = measure.bench_config(PRESET, precision)
     model = initial(config.model, config.optim, config.seed, str(device), dtype).model
     shape = (measure.ROWS, config.model.context_length)
     ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))

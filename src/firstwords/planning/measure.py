@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from firstwords import store
 from firstwords.config import Precision, RunConfig, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
+from firstwords.model.generate import generate, in_precision
 from firstwords.model.gpt import GPTModel
-from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import known, machine, recipe
 from firstwords.planning import speed as speeds
@@ -30,7 +31,7 @@ from firstwords.planning.known import Compiling
 from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
 from firstwords.text import corpus, sources
 from firstwords.text.batches import Batch
-from firstwords.text.tokenizer import byte_tokenizer, gpt2
+from firstwords.text.tokenizer import gpt2
 from firstwords.training import loop, state
 
 CPU = torch.device("cpu")
@@ -47,6 +48,7 @@ MEASURED = (  # with so many words
 MEASURED_STEPS, MEASURED_S = 3, 1.2  # of each; fewer where so many seconds are over
 PACE_STEPS = 5  # by which a time budget learns how fast the machine is now, at most
 STEPS, SPOKEN, PREPARED_BYTES = 5, 64, 32 << 20  # how much work a mark is measured on
+WARM_SPOKEN = 2  # tokens that are not counted: they make room
 SIDES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on the machine
 PRODUCT_S = 1.0  # is long for one of them: of larger ones, nothing is learnt that is worth the time
 READ_BYTES, READ_AGAIN_BYTES = 1 << 30, 4 << 30  # at once, and in all where that is more often than a few times
@@ -70,14 +72,12 @@ class Mark:
         return {**asdict(self), "share": None if self.limit is None else self.rate / self.limit}
 
 
-def bench_config(preset: str) -> RunConfig:
+def bench_config(preset: str, precision: Precision) -> RunConfig:
     """Return the configuration that a preset is measured with: its shape, with a short context and a small batch."""
     config = run_config({"preset": preset})
     vocab_size = BPE_WORDS if config.tokenizer == "bpe" else gpt2().vocab_size
     shape = {"model.vocab_size": vocab_size, "model.context_length": min(CONTEXT, config.model.context_length)}
-    device = machine.device("auto")
-    precision = machine.precision("auto", device)
-    return run_config({"preset": preset, "precision": precision, "device": str(device), **shape})
+    return run_config({"preset": preset, "precision": precision, "device": str(machine.device("auto")), **shape})
 
 
 def learning_speed(device: torch.device, precision: Precision) -> Speed:
@@ -140,14 +140,16 @@ def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -
     return min(limit, max(int(most_s / (WARM_STEPS + 1) / row_s), int(row_s < most_s)))
 
 
-def marks(presets: Sequence[str]) -> Iterator[Mark]:
+def marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
     """Yield where firstwords stands on this machine: its limits, then what is done with a model of each preset.
 
     Learning is bounded by the matrix products that it must do, speaking by reading every weight once for each token. A GPU
     learns; the processor speaks, as after `firstwords.load`.
     """
-    configs = {name: bench_config(name) for name in presets}
-    products = {name: product_rate(dtype, machine.device("auto")) for name, dtype in machine.DTYPES.items()}
+    device = machine.device("auto")
+    precision = machine.precision("auto", device, cache)  # as a run has it
+    configs = {name: bench_config(name, precision) for name in presets}
+    products = {name: product_rate(dtype, device) for name, dtype in machine.DTYPES.items()}
     for name, rate in products.items():
         yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
     yield Mark("reading memory", reading_rate() / 1e9, "GB/s")
@@ -170,9 +172,10 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
     Raises:
         ConfigError: It cannot be compiled here.
     """
-    key = machine.key(machine.device("auto"))
+    device = machine.device("auto")
+    key, precision = machine.key(device), machine.precision("auto", device, cache)
     for name in presets:
-        context_length, config = run_config({"preset": name}).model.context_length, bench_config(name)
+        context_length, config = run_config({"preset": name}).model.context_length, bench_config(name, precision)
         config = replace(config, model=replace(config.model, context_length=context_length))
         rows = _bench_rows(config)
         tokens = rows * config.model.context_length
@@ -292,12 +295,11 @@ def training_step(
 
 
 def speaking_rate(config: RunConfig, tokens: int) -> float:
-    """Return the tokens a second of one text from a new model, the likeliest token each time."""
-    tokenizer = gpt2() if config.model.vocab_size >= gpt2().vocab_size else byte_tokenizer()
-    lm = LanguageModel(GPTModel(config.model), tokenizer, dtype=machine.DTYPES[config.precision])
-    greedy = Sampling(temperature=0)
-    lm.generate("", max_new_tokens=2, sampling=greedy)
-    return tokens / seconds(lambda: lm.generate("", max_new_tokens=tokens, sampling=greedy), 1)
+    """Return the tokens a second of one text from a new model, the likeliest token each time; none of them ends the text."""
+    model = in_precision(GPTModel(config.model).eval(), machine.DTYPES[config.precision], several=False)
+    said = generate(model, [0], Sampling(temperature=0), torch.Generator())
+    list(islice(said, WARM_SPOKEN))
+    return tokens / seconds(lambda: list(islice(said, tokens)), 1)
 
 
 def preparing_rate(n_bytes: int) -> float:

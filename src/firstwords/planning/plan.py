@@ -141,7 +141,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
-    looks = math.ceil(steps / (config.eval_every or steps))
+    looks = math.ceil(steps / (recipe.eval_every(config, tokens.held_out) or steps))
     elapsed_s = config.for_s or recipe.steps_s(learnt, rate, tokens.beside, looks, held_out_tokens(steps, config))
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
     step_tokens = batch_size * model.context_length

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from firstwords.config import RunConfig
 from firstwords.insight.memorisation import last_look_s
 from firstwords.planning import budget
-from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
+from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens, held_out_tokens
 
 START_S = 4.0  # pass before the first look at the model, about, but for preparing the text
 BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
@@ -78,18 +79,22 @@ def elapsed_s(tokens: float, tokens_per_s: float, beside: Beside) -> float:
     return high_s
 
 
-def eval_every(steps: int, step_tokens: int, held_out_tokens: float) -> int:
-    """Return after how many steps a run of known length judges itself: twenty times, or as often as that takes little time.
+def eval_every(config: RunConfig, n_held_out: float) -> int | None:
+    """Return after how many steps a run judges itself; None where that is planned with its time.
+
+    One of known length that does not say: twenty times, or as often as that takes little of its time.
 
     Args:
-        steps: Of the run.
-        step_tokens: Of one of them.
-        held_out_tokens: By which it judges itself; so few as at step 0 cost next to nothing.
+        config: With a batch.
+        n_held_out: Tokens of the held-out text.
     """
-    looks: float = MOST_LOOKS
-    if held_out_tokens > FIRST_TOKENS:
-        looks = min(MOST_LOOKS, LOOKS_SHARE * steps * step_tokens / cost_in_tokens(held_out_tokens))
-    return max(1, int(steps / max(1.0, looks)))
+    if config.eval_every is not None or config.steps is None:
+        return config.eval_every
+    looks, judged = float(MOST_LOOKS), min(n_held_out, held_out_tokens(config.steps, config))
+    if judged > FIRST_TOKENS:  # fewer cost next to nothing
+        learnt = config.steps * (config.batch_size or 1) * config.model.context_length
+        looks = min(looks, LOOKS_SHARE * learnt / cost_in_tokens(judged))
+    return max(1, int(config.steps / max(1.0, looks)))
 
 
 def steps_s(tokens: float, tokens_per_s: float, beside: Beside, looks: int, held_out_tokens: float) -> float:

@@ -216,7 +216,8 @@ def weights_sha256(parent: Path, step: int) -> str:
     Raises:
         DataError: There is no such checkpoint, or its manifest is damaged.
     """
-    return Checkpoint(parent, store.read_manifest(folder_of(parent, step))).weights_sha256
+    folder = folder_of(parent, step)
+    return Checkpoint(folder, store.read_manifest(folder)).weights_sha256
 
 
 def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:

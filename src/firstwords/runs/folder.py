@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def lock(self) -> Path:
+        """What a process holds that writes here."""
+        return self.path / LOCK
+
+    @property
     def exists(self) -> bool:
         """Whether a run was started here."""
         return self.config.is_file()
@@ -108,7 +113,7 @@ class RunFolder:
             CannotCreateError: Another process trains here, or no folder can be made.
         """
         store.make_folder(self.path)
-        with store.lock(self.path / LOCK, notice):
+        with store.lock(self.lock, notice):
             store.make_folder(self.checkpoints)
             for folder in (self.path, self.checkpoints):
                 try:
@@ -125,7 +130,7 @@ def new(out: Path | None, name: str) -> RunFolder:
         CannotCreateError: `out` holds a run or other files, or is no folder.
     """
     if out is not None:
-        if out.exists() and not out.is_dir():
+        if store.exists(out) and not out.is_dir():
             raise CannotCreateError("is a file, not a folder", where=str(out), do="give another --out")
         run = RunFolder(out)
         require_new(run)
@@ -150,7 +155,12 @@ def _is_of_no_run(path: Path) -> bool:
         return path.is_dir() and not any(path.iterdir())
     written = (run.config.name, run.corpus.name, run.tokenizer.name, store.PROBE)
     half_written = tuple(f"{store.TEMPORARY}{name}-" for name in written)
-    return path.name in (LOCK, run.corpus.name, run.tokenizer.name) or path.name.startswith(half_written)
+    if path.name in (
+        run.corpus.name,
+        run.tokenizer.name,
+    ):  # a person may have files of these names; ours come after the lock
+        return (path.parent / LOCK).is_file()
+    return path.name == LOCK or path.name.startswith(half_written)
 
 
 def require_new(run: RunFolder) -> None:

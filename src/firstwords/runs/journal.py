@@ -45,15 +45,21 @@ class Journal:
             return
         with reading.regular(self.path) as (file, _):  # bytes end lines at \n alone; what a model says may hold U+2028
             for number, line in enumerate(iter(partial(file.readline, reading.MOST_BYTES), b""), 1):
-                if line.endswith(b"\n") or len(line) == reading.MOST_BYTES:
+                if line.strip() and (line.endswith(b"\n") or len(line) == reading.MOST_BYTES):
                     yield self._read(line, number)
+
+    def of_steps(self, *events: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the step and the line of each of these events that names one; a line without is no use to who goes on."""
+        for line in self.lines():
+            if line["event"] in events and isinstance(step := line.get("step"), int):
+                yield step, line
 
     def _read(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             value = reading.parse_json(line, f"line {number}")
             return {**value, "event": value["event"]}
         except (DataError, KeyError) as error:
-            do = "remove the line" if number > 1 else "remove the file"
+            do = "put as many spaces in its place: a run that goes on counts the bytes before its checkpoint"
             raise DataError("is no event", where=f"{self.path}:{number}", why=str(error), do=do) from error
 
 

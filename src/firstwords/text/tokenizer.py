@@ -97,7 +97,7 @@ class Tokenizer:
         return [int(token) for ids in self.stream([text]) for token in ids]
 
     def stream(self, pieces: Iterable[str]) -> Iterator[Ids]:
-        """Yield the ids of a text given in pieces, in constant memory; however it is cut, they are those of the whole."""
+        """Yield the ids of a text in pieces, in constant memory: as of the whole, where `safe_pieces` finds its cuts."""
         return map(self.piece_ids, safe_pieces(pieces))
 
     def piece_ids(self, piece: str) -> Ids:

@@ -240,10 +240,9 @@ def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: in
         step: Updates done.
         dtype: Of the matrix products.
     """
-    first = batches(max(0, step - 1))
+    first, device, was_training = batches(max(0, step - 1)), model.tok_emb.weight.device, model.training
     count = max(1, TRAINING_TOKENS // first.tokens.numel())
-    start, device, was_training = max(0, step - count), model.tok_emb.weight.device, model.training
-    seen = [batches(step) for step in range(start, start + count)]
+    seen = [batches(step) for step in range(max(0, step - count), step or count)]
     rows = max(1, TOKENS_AT_ONCE // first.tokens.shape[1])
     inputs, wanted = torch.cat([batch.tokens for batch in seen]), torch.cat([batch.targets for batch in seen])
     groups = zip(torch.split(inputs, rows), torch.split(wanted, rows), strict=True)
