@@ -150,7 +150,14 @@ def test_resume_without_a_run_begins_none(refused: Refused, tmp_path: Path, is_f
 @row(51, 64)
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("--model.emb-dim", "64"), ("--seed", "7"), ("--tokenizer", "gpt2"), ("--batch-size", "8"), ("--optim.peak-lr", "1")],
+    [
+        ("--model.emb-dim", "64"),
+        ("--seed", "7"),
+        ("--tokenizer", "gpt2"),
+        ("--batch-size", "8"),
+        ("--batch-size", "2"),
+        ("--optim.peak-lr", "1"),
+    ],
 )
 def test_resume_refuses_what_the_run_recorded_otherwise(refused: Refused, a_run: Path, name: str, value: str):
     assert refused(78, "train", "--resume", "--out", a_run, name, value)["where"] == name

@@ -172,7 +172,7 @@ def test_a_model_too_large_for_a_budget_is_refused_before_it_takes_any_of_it(com
     ended = command(*given, "gpt2-124m")
     assert ended.code == 78
     assert "no time is left to learn" in ended.err
-    assert re.search(r"give --for [1-9]\d*m or more", ended.err)
+    assert re.search(r"give --for [1-9]\d*[sm] or more, or a smaller --preset", ended.err)
     assert command(*given, "laptop-tiny").code == 0  # the negative control
 
 

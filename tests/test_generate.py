@@ -10,7 +10,7 @@ import torch
 
 from conftest import STORY, seeded
 from firstwords.config import ModelConfig
-from firstwords.errors import ConfigError, DivergedError
+from firstwords.errors import ConfigError, DataError, DivergedError
 from firstwords.insight.explain import explain
 from firstwords.model import generate as generating
 from firstwords.model.generate import generate, generate_batch, generate_text_simple, next_probabilities
@@ -35,6 +35,20 @@ def lm(small: ModelConfig) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(257, 16, 24, 3, 2, 0.0, block=small.block, init_std=0.3)
     return LanguageModel(GPTModel(config), byte_tokenizer())
+
+
+def test_a_prompt_may_be_ids_also_ones_that_begin_inside_a_letter(lm: LanguageModel) -> None:
+    ids = lm.tokenizer.encode("aé")
+    assert lm.generate(ids, max_new_tokens=9) == lm.generate("aé", max_new_tokens=9)
+    inside = lm.tokenizer.encode("aébc")[2:]
+    assert lm.tokenizer.encode(lm.tokenizer.decode(inside)) != inside  # the negative control: no text gives these ids
+    assert len(lm.generate(inside, max_new_tokens=9)) > 0
+
+
+def test_half_a_character_is_no_text(lm: LanguageModel) -> None:
+    for speak in (lm.generate, lambda text: explain(lm, text)):
+        with pytest.raises(DataError, match="lone surrogate"):
+            speak("some \ud800 text")
 
 
 def test_a_small_model_speaks_on_one_core_and_leaves_them_as_they_were(

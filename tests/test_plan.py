@@ -17,7 +17,7 @@ from conftest import STORY, TINY, journal
 from firstwords import api, asking, judging, preparing, resolve
 from firstwords.app import plans
 from firstwords.config import SHORTEST_CONTEXT, RunConfig, run_config
-from firstwords.errors import DataError
+from firstwords.errors import ConfigError, DataError
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
@@ -83,6 +83,27 @@ def test_what_does_not_fit_into_free_memory_says_so_and_is_not_recommended(found
     assert "memory" in nothing.why
     unknown = plan.plan(found, here(free_bytes=None), for_s=180)
     assert all(one.fits for one in unknown.candidates)
+
+
+@pytest.mark.parametrize("for_s", [5.0, 60.0, 3600.0])
+def test_nothing_is_foretold_to_be_worse_than_a_model_that_learnt_nothing(for_s: float) -> None:
+    slow, untaught = here(Speed(flops_per_s=2e9)), math.log2(TOKENS.vocab_size) * TOKENS.training / TOKENS.training_bytes
+    found = [plan.of_preset(TOKENS, preset, for_s, slow).expected for preset in plan.PRESETS]
+    assert all(one is not None and one.low <= one.mid <= one.high <= untaught for one in found)
+    assert for_s > 5 or any(one is not None and one.high == untaught for one in found)  # it bites
+
+
+def test_a_run_that_is_too_short_for_any_size_is_told_of_the_smallest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "speed", lambda *_: Speed(flops_per_s=1e6))  # so slow that no step of it can be measured
+    story = write(tmp_path / "story.txt", STORY * 300)
+    asked = asking.new(tmp_path / "run", None, {"text": (str(story),), "for_s": 1.0}, lambda _: ({}, b""), ignore)
+    prepared = preparing.prepare(asked, ignore)
+    with pytest.raises(ConfigError, match="no time is left") as refused:
+        resolve.settled(asked, prepared, difficulty=1.0)
+    assert "laptop-tiny" in refused.value.why
+    assert "smaller" not in refused.value.do
 
 
 def test_what_has_no_time_for_its_first_steps_says_so_and_is_not_recommended(found: facts.TextFacts) -> None:

@@ -105,6 +105,13 @@ def test_encoding_overrides_the_default(tmp_path: Path, encoding: str):
     assert contents(read([write(tmp_path / "a.txt", "café\r\n".encode(encoding))], encoding=encoding)) == ["café\r\n"]
 
 
+@pytest.mark.parametrize(("content", "told"), [("café".encode(), 1), ("café".encode("cp1252"), 0), (b"coffee", 0)])
+def test_a_file_of_utf8_that_is_read_in_the_named_encoding_is_told(tmp_path: Path, content: bytes, told: int):
+    notices: list[str] = []
+    read([write(tmp_path / "a.txt", content)], encoding="cp1252", notice=notices.append)
+    assert [("UTF-8" in line, "cp1252" in line) for line in notices] == [(True, True)] * told
+
+
 def test_a_mark_of_another_encoding_than_the_named_one_is_text(tmp_path: Path):
     assert contents(read([write(tmp_path / "a.txt", "\ufeffa")], encoding="cp1252")) == ["ï»¿a"]
 

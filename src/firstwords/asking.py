@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import NONES, RunConfig, flag, flatten, key_types, presets, read_toml, run_config
+from firstwords.config import NONES, RunConfig, converted, flag, flatten, key_types, presets, read_toml, run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
@@ -199,7 +199,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
     given = {key: value for key, value in given.items() if not (key in PLACES and _is_the_file(value, recorded.get(key)))}
     for key, value in given.items():
-        if key in key_types() and key not in RESUMABLE and run_config(recorded, {key: value}) != run_config(recorded):
+        if key in key_types() and key not in RESUMABLE and _is_another(key, value, recorded):
             raise ConfigError(
                 "a resumed run goes on with what it recorded",
                 where=flag(key),
@@ -210,6 +210,11 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     if "threads" in given:
         _require_cores(asked.threads)
     return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=bool(moved))
+
+
+def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:
+    """Whether a value is not the one that a run recorded."""
+    return bool(converted(key, value, key_types()[key]) != flatten(dataclasses.asdict(run_config(recorded)))[key])
 
 
 def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:

@@ -85,7 +85,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
         rotary = self.block == "qwen3"
-        do = f"the nearest widths are {nearest_multiples(self.emb_dim, (2 if rotary else 1) * self.n_heads)}"
+        pairs = 2 if rotary else 1
+        do = f"the nearest widths are {nearest_multiples(self.emb_dim, pairs * self.n_heads)}"
+        if self.emb_dim % pairs == 0:
+            do += f"; or --model.n-heads {nearest_divisors(self.emb_dim // pairs, self.n_heads).replace(' and ', ' or ')}"
         if self.emb_dim % self.n_heads:
             what = f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads"
             raise ConfigError(what, where="--model.emb-dim", do=do)

@@ -214,10 +214,11 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     prompts = sample_prompts(corpus, "", EVALUATED_SAMPLES)
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, EVALUATED_TOKENS)
     samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
-    lines = run_of(Path(source)).metrics.lines()
-    of_it = [line for line in lines if line["event"] == "evaluation" and line["step"] == lm.step]
-    known = [line for line in of_it if line["nats_per_token"] is not None]
-    return meter.measure(samples, known[-1]["nats_per_token"] - known[-1]["train_nats_per_token"] if known else None)
+    gap = None
+    for step, line in run_of(Path(source)).metrics.of_steps("evaluation"):
+        if step == lm.step and line.get("nats_per_token") is not None:
+            gap = line["nats_per_token"] - line["train_nats_per_token"]
+    return meter.measure(samples, gap)
 
 
 def sample_prompts(corpus: Corpus, first: str, count: int) -> list[str]:

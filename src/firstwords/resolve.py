@@ -230,7 +230,8 @@ def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine, n_to
     if for_s is None or not asked.is_free:
         return config
     able = [preset for preset in plan.PRESETS if plan.can_learn(preset, n_tokens)]
-    best = plan.recommended([plan.of_preset(tokens, preset, for_s, here) for preset in able])
+    found = [plan.of_preset(tokens, preset, for_s, here) for preset in able]
+    best = plan.recommended(found) or min(found, key=lambda one: one.least_s, default=None)
     if best is None or best.preset == config.preset:
         return config
     other = run_config({"preset": best.preset, "model.vocab_size": config.model.vocab_size})
@@ -273,12 +274,14 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
 def _require_time(expected: Candidate) -> None:
     """Raise a ConfigError for a model that is too large to learn anything within the time budget on this machine."""
     if not expected.has_time:
-        least_s, for_s = expected.least_s, expected.elapsed_s
+        least_s, smaller = expected.least_s, "" if expected.preset == "laptop-tiny" else ", or a smaller --preset"
+        longer = f"{math.ceil(least_s / 60)}m" if least_s > 99 else f"{math.ceil(least_s)}s"
         raise ConfigError(
             "no time is left to learn",
             where=flag("for_s"),
-            why=f"first steps and evaluations take about {least_s:.0f} s with this model, the run has {for_s:.0f} s",
-            do=f"give --for {math.ceil(4 * least_s / 60)}m or more, or a smaller --preset",
+            why=f"first steps and evaluations of {expected.preset} take about {least_s:.0f} s, all in there are"
+            f" {expected.elapsed_s:.0f} s",
+            do=f"give --for {longer} or more{smaller}",
         )
 
 

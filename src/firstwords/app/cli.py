@@ -44,8 +44,6 @@ NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the comman
 
 def entry() -> NoReturn:
     """Run the program and leave with its exit code."""
-    if sys.stdout is None:  # closed by whoever started us: what is said goes nowhere
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a result is more than what an old code page can say
         chosen = sys.stdout.isatty() or "PYTHONIOENCODING" in os.environ
         sys.stdout.reconfigure(encoding=None if chosen else "utf-8", errors="backslashreplace")

@@ -354,8 +354,9 @@ class Console:
         self.out.print(f"on                    {found.n_tokens:,} tokens, {found.n_bytes:,} bytes")
 
     def _json(self, value: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps(_without_infinities(value), ensure_ascii=True, allow_nan=False) + "\n")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us: then what is said goes nowhere
+            sys.stdout.write(json.dumps(_without_infinities(value), ensure_ascii=True, allow_nan=False) + "\n")
+            sys.stdout.flush()
 
 
 def _without_infinities(value: Any) -> Any:

@@ -37,7 +37,7 @@ def row(candidate: Candidate, *, with_time: bool) -> tuple[str, ...]:
         f"{candidate.preset} {candidate.tokenizer}",
         str(candidate.batch_size),
         memory + ("" if candidate.fits else " !"),
-        duration(candidate.elapsed_s) if with_time else f"{candidate.tokens_per_s:,.0f}",
+        duration(candidate.elapsed_s) if with_time else f"{candidate.tokens_per_s:,.0f}" if candidate.has_time else "",
         f"{candidate.steps:,}" if candidate.has_time else "none",
         f"{candidate.epochs:.1f}" if candidate.has_time else "",
         "" if expected is None else f"{expected.low:.2f}-{expected.high:.2f}" + ("*" if expected.beyond else " "),

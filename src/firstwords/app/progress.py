@@ -73,7 +73,7 @@ class PlainDisplay:
                 self.first = self.first or told
                 self.recent.append(told)
                 self.stepped(told)
-            case Evaluated(step, _, evaluation, best) if evaluation is not None:
+            case Evaluated(step, _, evaluation, best, _) if evaluation is not None:
                 self.held_out = evaluation.bits_per_byte
                 mark = " (best so far)" if best else ""
                 self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
@@ -107,8 +107,8 @@ class PlainDisplay:
         took_s = [step.took_s for step in self.recent]
         speed = sum(step.tokens_per_s * step.took_s for step in self.recent) / max(sum(took_s), 1e-9)
         left_s = self._left_s(done)
-        left = "" if left_s is None else f"  {duration(left_s)} left"
-        return f"step {done.step:>6}{of}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s{left}"
+        left = "" if left_s is None else f"  {duration(left_s)} left"  # before what a narrow terminal cuts off
+        return f"step {done.step:>6}{of}{left}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s"
 
     def _left_s(self, done: StepDone) -> float | None:
         """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
@@ -179,7 +179,7 @@ class LiveDisplay(PlainDisplay):
                 return
             case StepDone():
                 self.training.add(told.nats_per_token)
-            case Evaluated(_, _, evaluation, _) if evaluation is not None:
+            case Evaluated(_, _, evaluation, _, _) if evaluation is not None:
                 self.evaluations.add(evaluation.bits_per_byte)
         super().tell(told)
 

@@ -87,7 +87,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # lm-eval has no types
                 )
             ids = self.tok_encode(context)[-(self.max_length - count) :]
             text = self.lm.generate(
-                self.lm.tokenizer.decode(ids),
+                ids,  # a cut may lie inside a letter, which no text could begin with
                 max_new_tokens=count,
                 sampling=Sampling(
                     temperature=options.get("temperature", 0.0), top_k=options.get("top_k"), top_p=options.get("top_p")

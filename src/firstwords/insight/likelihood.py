@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from firstwords.insight.tasks import Item, Task, TaskScore
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
+from firstwords.model.loss import token_figures
 from firstwords.text.batches import IGNORE
 from firstwords.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 8192
-LOGITS_AT_ONCE = 512  # rows: of GPT-2's vocabulary 100 MB
 
 
 @dataclass(frozen=True)
@@ -115,17 +114,8 @@ def _judged(model: GPTModel, rows: Sequence[_Row], device: torch.device) -> Iter
         tokens[number, :length] = torch.tensor(row.inputs)
         targets[number, length - len(row.targets) : length] = torch.tensor(row.targets)
     features, counted = model.features(tokens.to(device)), targets != IGNORE
-    nats, hits = _word_nats(model, features[counted.to(device)], targets[counted].to(device))
+    wanted = targets[counted].to(device)
+    nats, ranks = (one.cpu() for one in token_figures(features[counted.to(device)], model.out_head.weight, wanted))
     lengths = [len(row.targets) for row in rows]
-    for row_nats, row_hits in zip(torch.split(nats, lengths), torch.split(hits, lengths), strict=True):
-        yield float(row_nats.sum()), bool(row_hits.all())
-
-
-def _word_nats(model: GPTModel, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nats (N) of each target, float64, and whether it is the likeliest of all."""
-    nats, hits = [], []
-    for some, wanted in zip(torch.split(features, LOGITS_AT_ONCE), torch.split(targets, LOGITS_AT_ONCE), strict=True):
-        logits = model.out_head(some).float()
-        nats.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu().double())
-        hits.append((logits.argmax(dim=-1) == wanted).cpu())
-    return torch.cat(nats), torch.cat(hits)
+    for row_nats, row_ranks in zip(torch.split(nats.double(), lengths), torch.split(ranks, lengths), strict=True):
+        yield float(row_nats.sum()), bool((row_ranks == 1).all())

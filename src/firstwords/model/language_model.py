@@ -51,19 +51,19 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[int] = "",
         *,
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
         seed: int = 123,
         stop: Sequence[str] = (),
     ) -> str:
-        """Return what the model says after `prompt` (which is not repeated); an empty prompt opens a document."""
+        """Return what the model says after `prompt`, a text or ids, which is not repeated; an empty one opens a document."""
         return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop))
 
     def stream(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[int] = "",
         *,
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
@@ -74,7 +74,7 @@ class LanguageModel:
         """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>` and before a stop text.
 
         Args:
-            prompt: Its last `context_length` tokens are used; a notice tells of a cut.
+            prompt: A text or ids. Its last `context_length` tokens are used; a notice tells of a cut.
             max_new_tokens: At most so many tokens.
             sampling: By default temperature 0.8.
             seed: The same seed gives the same text.
@@ -148,11 +148,12 @@ class LanguageModel:
         tail = b"".join(self._bytes(one.id) for one in tokens[-max(map(len, stop), default=1) :])
         return tokens[-1].id == self.tokenizer.end_of_text or any(word in tail for word in stop)
 
-    def _prompt_ids(self, prompt: str, max_new_tokens: int, notice: Callable[[str], None]) -> list[int]:
+    def _prompt_ids(self, prompt: str | Sequence[int], max_new_tokens: int, notice: Callable[[str], None]) -> list[int]:
         """Return the ids that the model sees of a prompt."""
         if max_new_tokens < 1:
             raise ConfigError(f"cannot be {max_new_tokens}", where="--max-new-tokens", do="allowed: from 1")
-        ids, limit = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text], self.model.config.context_length
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids, limit = ids or [self.tokenizer.end_of_text], self.model.config.context_length
         if len(ids) > limit:
             notice(f"the prompt has {len(ids)} tokens; the model sees the last {limit} of them")
         return ids[-limit:]

@@ -169,7 +169,8 @@ def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | 
     if config.from_ is not None:
         return None
     situation = _situation(tokens, config.model, learnt * bytes_a_token(tokens))
-    return prediction.law().predict(situation, untried(config, tokens))
+    untaught = math.log2(config.model.vocab_size) / bytes_a_token(tokens)  # all words alike: what training begins with
+    return prediction.law().predict(situation, untried(config, tokens)).at_most(untaught)
 
 
 def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situation:

@@ -70,6 +70,10 @@ class Prediction:
     high: float
     beyond: tuple[str, ...] = ()
 
+    def at_most(self, bits: float) -> Prediction:
+        """Return the range without what is above so many bits per byte."""
+        return replace(self, low=min(self.low, bits), mid=min(self.mid, bits), high=min(self.high, bits))
+
     @property
     def range(self) -> list[float]:
         """Low, mid and high, as JSON has them."""

@@ -380,6 +380,8 @@ def _check_head(source: _Source, notice: Notice) -> bool:
         raise _binary(head, source.name)
     if bom_bytes and source.encoding is None and encoding != "utf-8":
         notice(f"{source.name}: read as {encoding}, by its byte-order mark")
+    if source.encoding is not None and codecs.lookup(encoding).name != "utf-8" and _is_utf8(head):
+        notice(f"{source.name}: is UTF-8 by its letters, and read as {encoding} all the same, as --encoding says")
     if "\0" in text:
         notice(f"{source.name}: holds NUL characters; they are read as text")
     if text.lstrip().lower().startswith(("<!doctype html", "<html")):
@@ -428,6 +430,14 @@ def _guess(data: bytes, start: int) -> str | None:
         if len(re.findall(letters, text)) >= 0.9 * len(foreign) > 0:
             return encoding
     return "cp1252"
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether the beginning of a file has letters beyond ASCII, and they are all UTF-8's: by chance they hardly are."""
+    try:
+        return not codecs.getincrementaldecoder("utf-8")().decode(head).isascii()  # which may be cut inside a letter
+    except UnicodeDecodeError:
+        return False
 
 
 def _n_high(data: bytes) -> int:

@@ -93,7 +93,18 @@ class Tokenizer:
         return Tokenizer(self.name, self.ranks, (*self.special, *new)) if new else self
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; `<|endoftext|>` in it is text like any other."""
+        """Return the ids of `text`; `<|endoftext|>` in it is text like any other.
+
+        Raises:
+            DataError: Half of a surrogate pair, which no file of text can hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what, why = "a lone surrogate", "half of a surrogate pair has no bytes in UTF-8"
+            raise DataError(
+                what, where=ascii(text[max(0, error.start - 10) : error.end]), why=why, do="leave it out"
+            ) from error
         return [int(token) for ids in self.stream([text]) for token in ids]
 
     def stream(self, pieces: Iterable[str]) -> Iterator[Ids]:
