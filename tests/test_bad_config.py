@@ -160,8 +160,8 @@ def test_what_is_not_of_a_key_s_type_is_named(refused: Refused, text: Path, name
 def test_a_width_that_its_heads_cannot_share_offers_the_nearest(refused: Refused, command: Command, text: Path):
     error = refused(78, "train", text, "--out", "run", *TINY, "--model.emb-dim", "34", "--model.n-heads", "4")
     assert "34 channels" in error["what"]
-    widths = re.findall(r"\d+", error["do"])
-    assert widths == ["32", "40"]
+    widths, heads = (re.findall(r"\d+", part) for part in error["do"].split(";"))
+    assert (widths, heads) == (["32", "40"], ["1", "17"])
     for width in widths:
         assert command("train", text, "--out", width, *TINY, "--model.emb-dim", width, "--model.n-heads", "4").code == 0
 

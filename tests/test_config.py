@@ -88,7 +88,10 @@ def test_the_widths_that_are_named_for_a_wrong_one_are_right(block: Block, emb_d
     n_heads = 3 if block == "qwen3" else 7
     with pytest.raises(ConfigError, match="the nearest widths are") as refused:
         ModelConfig(emb_dim=emb_dim, n_heads=n_heads, block=block)
-    widths = [int(width) for width in re.findall(r"\d+", str(refused.value.do))]
+    widths, heads = (re.findall(r"\d+", part) for part in f"{refused.value.do};".split(";")[:2])
     assert len(widths) == 2
-    for width in widths:
+    for width in map(int, widths):
         assert ModelConfig(emb_dim=width, n_heads=n_heads, block=block).emb_dim == width
+    assert bool(heads) is (block == "gpt2" or emb_dim % 2 == 0)  # no head of an odd width is of an even size
+    for number in map(int, heads):
+        assert ModelConfig(emb_dim=emb_dim, n_heads=number, block=block).n_heads == number
