@@ -79,8 +79,7 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
     if not checkpoints and run.was_saved:
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
         checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
-    found_corpus = _corpus(run)
-    return Verdict(checkpoints, found_corpus, None if replay_steps is None else replay(run, replay_steps))
+    return Verdict(checkpoints, _corpus(run), None if replay_steps is None else replay(run, replay_steps))
 
 
 def _checkpoint(folder: Path) -> Finding:

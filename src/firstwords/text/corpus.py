@@ -429,15 +429,16 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
         count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
-        for group, ids in _in_order(encoded, _groups(_pieces(documents))):
-            count["documents"] += group.count(None)
-            count["bytes"] += sum(len(piece.encode()) for piece in group if piece is not None)
+        for n_documents, n_bytes, ids in _in_order(encoded, _groups(_pieces(documents))):
+            count["documents"] += n_documents
+            count["bytes"] += n_bytes
             count["ids"] += len(ids)
             yield ids.tobytes()
 
-    def encoded(group: list[str | None]) -> tuple[list[str | None], np.ndarray[Any, Any]]:
-        end = np.array([tokenizer.end_of_text], dtype)
-        return group, np.concatenate([end if piece is None else tokenizer.piece_ids(piece).astype(dtype) for piece in group])
+    def encoded(group: list[str | None]) -> tuple[int, int, np.ndarray[Any, Any]]:
+        end, n_bytes = np.array([tokenizer.end_of_text], dtype), sum(len(piece.encode()) for piece in group if piece)
+        ids = [end if piece is None else tokenizer.piece_ids(piece).astype(dtype) for piece in group]
+        return group.count(None), n_bytes, np.concatenate(ids)
 
     store.publish(
         folder,
