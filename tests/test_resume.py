@@ -342,6 +342,25 @@ def test_time_that_a_run_was_given_once_more_is_not_lost_where_nothing_is_saved_
     assert api.train(out=folder, resume=True).steps == longer.steps, "and then it is done"
 
 
+def test_another_length_brings_its_own_evaluations_and_what_was_named_stays(tmp_path: Path) -> None:
+    for name, named in (("own", None), ("named", 7)):
+        train(tmp_path, name, steps=20, eval_every=named)
+        api.train(out=tmp_path / name, resume=True, steps=80)
+        judged = [line["step"] for line in journal(tmp_path / name, "evaluation")]
+        between = [step for step in judged if step > 20]
+        assert between == (list(range(24, 81, 4)) if name == "own" else [*range(21, 80, 7), 80])
+
+
+def test_a_run_that_was_killed_before_its_first_save_is_foretold_as_any_other(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(tmp_path, "run", stop_at=(SaveDue, 0), steps=6)
+    shutil.rmtree(tmp_path / "run/checkpoints", ignore_errors=True)
+    (tmp_path / "run/metrics.jsonl").unlink(missing_ok=True)
+    resumed = api.train(out=tmp_path / "run", resume=True)
+    assert resumed.predicted is not None
+    assert journal(tmp_path / "run", "start", "resume")[0]["event"] == "start"
+
+
 def test_more_time_has_room_for_what_it_has_room_for_by_itself(
     tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
