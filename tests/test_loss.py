@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -47,18 +47,24 @@ def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tu
     assert (nats > 0).sum() == B * T - 2
 
 
-@pytest.mark.parametrize("gradient", [True, False])
-def test_the_form_for_a_gpu_and_a_compiler_gives_what_the_form_for_a_processor_does(gradient: bool) -> None:
-    logits, spare = 3 * torch.randn(9, V, generator=seeded(0)), 14
-    logits[4, 0], logits[5, 0] = 300.0, -300.0
+def test_the_forms_for_a_processor_and_for_a_gpu_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a target that is all but certain, and with one that is so unlikely that the sum of the others is too large."""
+    monkeypatch.setattr(loss, "PIECE_BYTES", 4 * 9 * 8)
+    rows, table, spare = torch.eye(9), 3 * torch.randn(V, 9, generator=seeded(0)), 14
+    table[0, 4], table[0, 5] = 300.0, -300.0
     targets = torch.tensor([0, 7, IGNORE, V - 1, 0, 0, 1, 2, 3])
-    padded = F.pad(logits, (0, spare))
-    nats = loss._nats_in_one(padded, targets, n_words=V, softmax=loss._softmax, gradient=gradient)
-    wanted = logits.clone()
-    torch.testing.assert_close(nats, loss._nats(wanted, targets, gradient=gradient))  # float32 rounding of an exponential
-    torch.testing.assert_close(padded[:, :V], wanted)
-    assert not gradient or not padded[:, V:].any()  # so that products may count them
-    assert nats[2] == 0
+    padded = F.pad(rows @ table.T, (0, spare))
+    wanted = loss._nats(padded[:, :V], targets)
+    torch.testing.assert_close(loss._nats_in_one(padded.clone(), targets, V, loss._softmax, gradient=False), wanted)
+    torch.testing.assert_close(loss._nats_in_one(padded, targets, V, loss._softmax, gradient=True), wanted)
+    assert not padded[:, V:].any()  # so that products may count them
+    for certain in (False, True):  # alone, no sum is too large
+        chosen = slice(0, 5) if certain else slice(0, 9)
+        logits = (table @ rows[chosen].T).T
+        nats, scale = loss._nats_by_words(logits, targets[chosen], rows[chosen], table)
+        torch.testing.assert_close(nats, wanted[chosen])  # float32 rounding of an exponential
+        torch.testing.assert_close(logits * scale, padded[chosen, :V])
+        assert nats[2] == 0
 
 
 @pytest.mark.parametrize("spare", [0, 14])
@@ -69,8 +75,7 @@ def test_words_to_spare_change_nothing(
     features, weight, targets = inputs
     wanted = torch.autograd.grad(plain(*inputs), (features, weight))
     monkeypatch.setattr(loss, "_table", lambda head, dtype: F.pad(head.to(dtype), (0, 0, 0, spare)))
-    in_one = functools.partial(loss._nats_in_one, n_words=V, softmax=loss._softmax)
-    monkeypatch.setattr(loss, "_form", lambda *_, compiled: in_one)
+    monkeypatch.setattr(loss, "_on_processor", lambda _: False)
     ours = target_nats(*inputs)
     torch.testing.assert_close(ours, plain(*inputs))
     torch.testing.assert_close(torch.autograd.grad(ours, (features, weight)), wanted)
@@ -96,13 +101,15 @@ def test_every_token_has_a_rank_of_its_own_and_the_first_is_argmax_s(dtype: torc
 def test_all_chunks_logits_stand_in_the_same_memory(
     inputs: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, nats_of = [], loss._nats
+    held = []
+    for name in ("_nats", "_nats_by_words"):
+        nats_of = getattr(loss, name)
 
-    def nats(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:
-        held.append(logits)  # what is held is not free for the next chunk
-        return nats_of(logits, targets, gradient=gradient)
+        def nats(logits: torch.Tensor, *given: torch.Tensor, nats_of: Callable[..., object] = nats_of) -> object:
+            held.append(logits)  # what is held is not free for the next chunk
+            return nats_of(logits, *given)
 
-    monkeypatch.setattr(loss, "_nats", nats)
+        monkeypatch.setattr(loss, name, nats)
     for figure in (target_nats, token_nats):
         held.clear()
         figure(*inputs)
@@ -131,7 +138,7 @@ def test_an_all_but_impossible_target_has_finite_nats() -> None:
     """Its probability is 0 in float32."""
     features, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
     for target, nats in ((0, 0.0), (1, 200.0), (2, 400.0)):
-        assert target_nats(features, weight, torch.tensor([target])).item() == pytest.approx(nats, abs=1e-4)
+        assert target_nats(features.requires_grad_(), weight, torch.tensor([target])).item() == pytest.approx(nats, abs=1e-4)
         assert token_nats(features, weight, torch.tensor([target])).item() == pytest.approx(nats, abs=1e-4)
 
 
