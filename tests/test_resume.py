@@ -721,7 +721,7 @@ def test_a_run_goes_on_with_its_held_out_text_at_another_place(tmp_path: Path) -
 def test_a_run_with_rows_to_spare_goes_on_without_its_prepared_text(tmp_path: Path) -> None:
     spare: dict[str, Any] = {**TINY, "model": {**TINY["model"], "vocab_size": 600}, "tokenizer": "bpe"}
     (tmp_path / "story.txt").write_text(STORY)
-    began = api.train(tmp_path / "story.txt", out=tmp_path / "run", listener=stopping((StepDone, 3)), **spare)
+    began = api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=STEPS, listener=stopping((StepDone, 3)), **spare)
     words = tokenizer.read(tmp_path / "run/checkpoints/step-00000000/tokenizer.json").vocab_size
     assert words < 600
     shutil.rmtree(tmp_path / "cache")
