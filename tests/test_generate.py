@@ -242,8 +242,31 @@ def test_explaining_shows_parts_of_characters_without_failing() -> None:
     assert len(explain(lm, "漢字").tokens) == 6
 
 
-def test_one_text_and_several_are_read_in_their_own_way_and_say_the_same_within_bfloat16() -> None:
-    """Of one row PyTorch's own products are taken, of several oneDNN's; both sum in float32 and round once."""
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_rounded_layer_gives_one_row_what_it_gives_several(amx: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generating, "_has_amx", lambda: amx)
+    layers = [torch.nn.Linear(64, 48, bias=bias), torch.nn.Linear(64, 16, bias=bias)]
+    rounded = generating.RoundedLinear(layers, torch.bfloat16, packed=False)
+    x = torch.randn(1, 3, 64, generator=seeded(0))
+    several = rounded(x)
+    assert several.shape == (1, 3, 64)
+    with generating._as_one_row_is_read(1):
+        for place in range(3):
+            one = rounded(x[:, place : place + 1])
+            # Sums of 64 in another order, rounded to 8 bits; with a bias twice by one of the ways.
+            torch.testing.assert_close(one, several[:, place : place + 1], rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_one_text_and_several_are_read_in_their_own_way_and_say_the_same_within_bfloat16(
+    amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one row PyTorch's own products are taken, or oneDNN's with a vector, of several oneDNN's with matrices.
+
+    All sum in float32 and round once.
+    """
+    monkeypatch.setattr(generating, "_has_amx", lambda: amx)
     torch.manual_seed(0)
     lm = LanguageModel(GPTModel(ModelConfig(257, 32, 48, 3, 2)).eval(), byte_tokenizer(), dtype=torch.bfloat16)
     mkldnn: Any = torch.backends.mkldnn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,10 +83,15 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., Σ C') for (..., C)."""
-        if not self.packed:
-            return F.linear(x.to(self.dtype), self.weights, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weights, self.bias, "none", [], "")
-        return y
+        x = x.to(self.dtype)
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weights, self.bias, "none", [], "")
+            return y
+        if x.numel() > x.shape[-1] or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not _has_amx():
+            return F.linear(x, self.weights, self.bias)
+        row = x.flatten()
+        one = torch.mv(self.weights, row) if self.bias is None else torch.addmv(self.bias, self.weights, row)
+        return one.view(*x.shape[:-1], -1)
 
 
 def _can_pack() -> bool:
@@ -94,6 +100,13 @@ def _can_pack() -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     there = there and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """Whether the processor has units for products of small matrices (Intel's AMX), which oneDNN then uses."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
 
 
 def in_precision(model: GPTModel, dtype: torch.dtype, *, several: bool) -> GPTModel:
@@ -215,11 +228,12 @@ def _as_one_row_is_read(n_rows: int) -> Iterator[None]:
     """Leave oneDNN out inside where a single row is multiplied.
 
     PyTorch's own product of weights in low precision with one row reads them as fast as memory is, oneDNN's at two thirds
-    of that; of two rows and more oneDNN's is the faster one.
+    of that; of two rows and more oneDNN's is the faster one. Where there is AMX, it is the other way round: oneDNN's product
+    with a vector, see `RoundedLinear`, is as fast as memory is, and PyTorch's own takes one and a half times as long.
     """
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.enabled
-    mkldnn.enabled = before and n_rows > 1
+    mkldnn.enabled = before and (n_rows > 1 or _has_amx())
     try:
         yield
     finally:
