@@ -134,11 +134,16 @@ def test_bfloat16_products_stay_within_their_own_error(inputs: tuple[torch.Tenso
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
-def test_an_all_but_impossible_target_has_finite_nats() -> None:
-    """Its probability is 0 in float32."""
-    features, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+@pytest.mark.parametrize("low", [False, True])
+def test_an_all_but_impossible_target_has_finite_nats_and_gradients(low: bool) -> None:
+    """Its probability is 0 in float32; the numbers here are exact in bfloat16 too."""
+    features, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [0.0], [-1.0]])
     for target, nats in ((0, 0.0), (1, 200.0), (2, 400.0)):
-        assert target_nats(features.requires_grad_(), weight, torch.tensor([target])).item() == pytest.approx(nats, abs=1e-4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            ours = target_nats(features, weight, torch.tensor([target]))
+        assert ours.item() == pytest.approx(nats, abs=1e-4)
+        (gradient,) = torch.autograd.grad(ours, features)
+        assert gradient.item() == pytest.approx(1 - weight[target].item())  # the likely word's less the target's
         assert token_nats(features, weight, torch.tensor([target])).item() == pytest.approx(nats, abs=1e-4)
 
 

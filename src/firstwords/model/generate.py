@@ -78,7 +78,9 @@ class RoundedLinear(nn.Module):
         weight = stacked([layer.weight.detach() for layer in layers], dtype)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.dtype, self.bias = dtype, stacked(biases, dtype) if biases else None
-        self.packed = packed and dtype == torch.bfloat16 and weight.device.type == "cpu" and _can_pack()
+        on_cpu = dtype == torch.bfloat16 and weight.device.type == "cpu"
+        self.packed = packed and on_cpu and _can_pack()
+        self.one_as_vector = on_cpu and _has_amx()  # of one row; see `_as_one_row_is_read`
         self.weights = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class RoundedLinear(nn.Module):
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weights, self.bias, "none", [], "")
             return y
-        if x.numel() > x.shape[-1] or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not _has_amx():
+        if x.numel() > x.shape[-1] or not self.one_as_vector:
             return F.linear(x, self.weights, self.bias)
         row = x.flatten()
         one = torch.mv(self.weights, row) if self.bias is None else torch.addmv(self.bias, self.weights, row)
