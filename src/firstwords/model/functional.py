@@ -112,8 +112,8 @@ class _Attention(torch.autograd.Function):
             if end == k.shape[1]:  # the last part sees all, and is the first one here
                 d_k, d_v = of_k, of_v
             else:
-                d_k[:, seen] += of_k
-                d_v[:, seen] += of_v
+                d_k[:, seen].add_(of_k)
+                d_v[:, seen].add_(of_v)
         scale = q.shape[-1] ** -0.5
         return d_q.mul_(scale), d_k.mul_(scale), d_v, None
 

@@ -277,6 +277,13 @@ def _add_gradients(
         if first:
             d_weight[words] = d_words
         else:
-            d_weight[words] += d_words
+            _add(d_weight[words], d_words)
     if scale is not None:
         d_rows *= scale
+
+
+def _add(place: Tensor, part: Tensor) -> None:
+    """Add a part to a place, (N, C) both; on a processor piece by piece, for it copies what is of lower precision first."""
+    rows = max(1, PIECE_BYTES // (4 * part.shape[1])) if _on_processor(place) else len(part)
+    for of_place, of_part in zip(torch.split(place, rows), torch.split(part, rows), strict=True):
+        of_place.add_(of_part)
