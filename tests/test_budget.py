@@ -21,13 +21,19 @@ from firstwords.planning.budget import PROBE_STEPS, Budget, Preparation
 
 
 def simulate(
-    budget_s: float, step_s: float, look_s: float, slower: float = 1.0, end_s: float = 0.0, rest_slower: float | None = None
+    budget_s: float,
+    step_s: float,
+    look_s: float,
+    slower: float = 1.0,
+    end_s: float = 0.0,
+    rest_slower: float | None = None,
+    done: int = 0,
 ) -> tuple[float, int, int]:
     """Play a run on a simulated clock; everything becomes `slower` half-way. Returns (seconds, steps, evaluations).
 
-    What is not a step becomes slower by `rest_slower`, where it is named.
+    What is not a step becomes slower by `rest_slower`, where it is named; `done` steps were done before.
     """
-    now_s, step, looks = 0.1, 0, 0  # the first save and sample
+    now_s, step, looks = 0.1, done, 0  # the first save and sample
     plans = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s, end_s=end_s)
     total: int | None = None
     every: int | None = None
@@ -40,7 +46,7 @@ def simulate(
         if step == total or (every and step % every == 0):
             now_s, looks = now_s + look_s * rest_pace, looks + 1
             plans.look()
-    return now_s + end_s * rest_pace, step, looks
+    return now_s + end_s * rest_pace, step - done, looks
 
 
 @pytest.mark.parametrize(("budget_s", "step_s"), [*product([20, 120], [0.01, 0.2, 1.5]), (3600, 0.2), (3600, 1.5)])
@@ -50,6 +56,14 @@ def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: f
     # within 3 % or the few steps that come before the first plan
     assert took_s == pytest.approx(budget_s, abs=max(0.03 * budget_s, PROBE_STEPS * step_s))
     assert looks >= 1
+
+
+@pytest.mark.parametrize("done", [100, 12_345])
+def test_a_run_that_is_given_more_time_is_judged_as_often_as_a_new_one(done: int) -> None:
+    fresh, longer = simulate(120, 0.05, 0.3), simulate(120, 0.05, 0.3, done=done)
+    assert fresh[2] > 10
+    assert longer[2] == pytest.approx(fresh[2], abs=1)  # where the first falls depends on where the run stands
+    assert longer[1] == pytest.approx(fresh[1], rel=0.01)
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.5])

@@ -140,7 +140,7 @@ class Budget:
         left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed() - scale_s)
         if eval_every is None:
             planned = looks(self.total_s, look_s)
-            eval_every = max(done + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
+            eval_every = max(self._n_steps + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
         steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
         self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
         return done + steps, eval_every
