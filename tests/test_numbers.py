@@ -259,6 +259,17 @@ def test_a_run_that_diverges_whatever_is_left_out_stops_and_says_so(tmp_path: Pa
     assert len([event for event in told if isinstance(event, RolledBack)]) == MOST_ROLLBACKS
 
 
+def test_a_run_that_diverges_keeps_its_best_weights_that_were_not_saved_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_FACTOR", 1e9)  # as where saving takes long: the best is copied for the next save
+    poison(monkeypatch, tmp_path)
+    best = POISONED - POISONED % SAVE_EVERY
+    with pytest.raises(DivergedError, match=rf"the last good checkpoint is .*step-0*{best}\b"):
+        train(tmp_path)
+    assert api.load(tmp_path / "run").step == best
+
+
 def test_a_run_that_stopped_goes_on_with_a_roll_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         poison(patch, tmp_path)

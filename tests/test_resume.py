@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, exchange, recorder, store
+from firstwords import api, asking, exchange, recorder, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
@@ -132,8 +132,23 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
         train(tmp_path, "killed", stop_at=stop_at)
     told: list[Told] = []
     resumed = train(tmp_path, "killed", resume=True, listener=told.append)
-    assert Notice("bit-exact resume") in told
+    nothing_left = stop_at == (SaveDue, STEPS)  # it was saved before the kill
+    assert (Notice("bit-exact resume") in told) is not nothing_left
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("given", "micro"), [({}, 4), ({"device": "cpu"}, None), ({"device": "cpu", "micro_batch_size": 2}, 2)]
+)
+def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
+    tmp_path: Path, given: dict[str, Any], micro: int | None
+) -> None:
+    train(tmp_path, "run", steps=1, micro_batch_size=4)
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:1"'))
+    asked = asking.resumed(tmp_path / "run", None, given)
+    assert asked.config.micro_batch_size == micro
+    assert ("micro_batch_size" in asked.given) == ("micro_batch_size" in given)
 
 
 def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
@@ -158,6 +173,16 @@ def test_a_run_that_is_planned_anew_promises_its_state_to_the_last_bit_and_not_w
     said = [notice.text for notice in told if isinstance(notice, Notice)]
     assert "resumed as it was saved, to the last bit; what is left is planned anew" in said
     assert "bit-exact resume" not in said
+
+
+def test_a_run_that_is_done_says_so_and_that_nothing_is_planned(tmp_path: Path) -> None:
+    timed = train(tmp_path, "timed", steps=None, for_s=2, eval_every=None)
+    told: list[Told] = []
+    resumed = api.train(out=tmp_path / "timed", resume=True, listener=told.append)
+    said = [notice.text for notice in told if isinstance(notice, Notice)]
+    assert resumed.steps == timed.steps
+    assert any(line.startswith("the run is done") for line in said)
+    assert not any("planned anew" in line for line in said)
 
 
 def test_a_run_of_one_setting_equals_itself_and_not_another_seed(tmp_path: Path, whole: TrainResult) -> None:

@@ -209,7 +209,16 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     _require_utf8(asked)
     if "threads" in given:
         _require_cores(asked.threads)
-    return Asked(run, asked, None, frozenset(key_types()), more_time=more_time, moved=bool(moved))
+    named = frozenset(key_types())
+    if "micro_batch_size" not in given:
+        named -= {"micro_batch_size"}
+        if _kind_of(asked.device) != _kind_of(str(recorded.get("device"))):  # for whose memory it was cut
+            asked = dataclasses.replace(asked, micro_batch_size=None)
+    return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved))
+
+
+def _kind_of(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:

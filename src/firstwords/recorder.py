@@ -299,6 +299,8 @@ class Recorder:
             yield
         except DivergedError as error:
             self.note("stop", {"step": self.state.step, "reason": str(error)})
+            with suppress(FirstwordsError):  # it cannot be saved, and the divergence is what to tell of
+                self._publish_best()
             good = self._good()
             kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
             do = error.do + ("" if self.config.on_nan == "rollback" else ", or --resume with --on-nan rollback")
@@ -400,6 +402,8 @@ class Recorder:
 
     def _sameness(self, saved: store.Json) -> str:
         """Return how exactly a run goes on that computes as before: its learning rates are those of its new length."""
+        if self.state.step == self.state.total_steps:
+            return "the run is done; to go on with it: --for or --steps"
         if not self.config.on_cpu:
             return "resumed; on a GPU the last bits of a step may differ each time"
         if self.config.for_s is not None or self.state.total_steps != saved["total_steps"]:

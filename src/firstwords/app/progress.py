@@ -73,7 +73,7 @@ class PlainDisplay:
                 self.first = self.first or told
                 self.recent.append(told)
                 self.stepped(told)
-            case Evaluated(step, _, evaluation, best, _) if evaluation is not None:
+            case Evaluated(step, _, evaluation, best) if evaluation is not None:
                 self.held_out = evaluation.bits_per_byte
                 mark = " (best so far)" if best else ""
                 self.line(Text(f"step {step:>6}  held-out {evaluation.bits_per_byte:.3f} bits/byte{mark}", "cyan"))
@@ -179,7 +179,7 @@ class LiveDisplay(PlainDisplay):
                 return
             case StepDone():
                 self.training.add(told.nats_per_token)
-            case Evaluated(_, _, evaluation, _, _) if evaluation is not None:
+            case Evaluated(_, _, evaluation, _) if evaluation is not None:
                 self.evaluations.add(evaluation.bits_per_byte)
         super().tell(told)
 

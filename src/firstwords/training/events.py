@@ -38,7 +38,6 @@ class Evaluated:
     train_nats_per_token: float  # of the batches learnt last, without dropout
     evaluation: Evaluation | None
     best: bool
-    took_s: float
 
 
 @dataclass(frozen=True)

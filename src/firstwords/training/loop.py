@@ -164,14 +164,13 @@ def _look(
     """Evaluate and sample where wanted; returns whether this is the best evaluation so far."""
     best = False
     if evaluating:
-        started_s = time.perf_counter()
         train_nats_per_token, evaluation = evaluate(state.step)
         if evaluation is not None and not math.isfinite(evaluation.nats_per_token):
             raise diverged(f"the held-out loss is {evaluation.nats_per_token}", state.step)
         best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
         if best and evaluation is not None:
             state.best_step, state.best_nats = state.step, evaluation.nats_per_token
-        yield Evaluated(state.step, train_nats_per_token, evaluation, best, time.perf_counter() - started_s)
+        yield Evaluated(state.step, train_nats_per_token, evaluation, best)
     if sampling:
         try:
             text = sample(state.step)
