@@ -59,6 +59,13 @@ def test_a_damaged_prepared_text_is_an_error_of_data(a_run: Path, cache: Path):
         firstwords.evaluate(a_run)
 
 
+def test_a_prepared_text_whose_files_were_cleaned_away_is_prepared_again(a_run: Path, cache: Path):
+    expected, (folder,) = firstwords.evaluate(a_run), cache.iterdir()
+    for file in folder.iterdir():  # as what removes old files from a cache does, and leaves folders
+        file.unlink()
+    assert firstwords.evaluate(a_run) == expected
+
+
 @pytest.mark.parametrize("ids", [[257], [-1], [1, 2, 10**6], []])
 def test_generating_from_an_id_beyond_the_vocabulary_is_a_wrong_call(a_run: Path, ids: list[int]):
     model = firstwords.load(a_run).model

@@ -115,6 +115,22 @@ def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Pat
         assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("rates", "dtype"), [((1e11, 1e9), torch.float32), ((1e11, 9e10), torch.bfloat16)])
+def test_a_model_is_not_computed_in_a_precision_that_this_processor_has_no_instructions_for(
+    rates: tuple[float, float], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **{**TINY, "precision": "bfloat16"})
+    monkeypatch.setattr(machine, "known_rates", lambda *_: dict(zip(("float32", "bfloat16"), rates, strict=True)))
+    told: list[str] = []
+    assert api.load(tmp_path / "run", notice=told.append).dtype == dtype
+    assert [line for line in told if "bfloat16" in line] == (
+        ["it learnt in bfloat16, which is slow on this processor: it is computed in float32 here"]
+        if dtype == torch.float32
+        else []
+    )
+
+
 def test_tiny_numbers_count_as_zero_inside_only() -> None:
     if not torch.set_flush_denormal(False):
         pytest.skip("NOT RUN: this processor cannot flush them")

@@ -177,6 +177,7 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     recorder.listener(Preparing("writing the report", None))
     dtype = machine.DTYPES[recorder.config.precision]
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else read_model(run.path)
+    lm.model.to(recorder.config.device)  # where the time that judging it takes was planned
     recorder.listener(Trained(lm))
     scale = _scale_of(recorder, lm, recorder.last_tokens if is_best else None)
     found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)

@@ -63,7 +63,11 @@ def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: Non
     saved = found.json(checkpoint.CONFIG)
     model = restored_model(saved, found.tensors(checkpoint.MODEL), str(found.folder))
     tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
-    return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
+    wanted = machine.dtype_of(saved.get("precision"), str(found.folder))
+    dtype = machine.computable(wanted, store.cache_folder())
+    if dtype != wanted:
+        notice("it learnt in bfloat16, which is slow on this processor: it is computed in float32 here")
+    return LanguageModel(model.eval(), tokenizer, found.step, dtype)
 
 
 def require_finite(lm: LanguageModel, source: str | Path) -> None:
@@ -132,8 +136,10 @@ def is_foreign(source: Path) -> bool:
 def require_there(source: Path) -> None:
     """Raise a NoInputError where no model is."""
     if not (is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
+        from firstwords.weights import hub
+
         near = reading.nearest(source, _looks_like_a_model)
-        do = f"did you mean {near}?" if near else "name a folder that train made"
+        do = f"did you mean {near}?" if near else hub.meant(str(source)) or "name a folder that train made"
         raise NoInputError("there is no run or checkpoint", where=str(source), do=do)
 
 
@@ -186,7 +192,7 @@ def _held_out(source: Path, listener: Listener) -> Part:
 def prepared_text(run: RunFolder, listener: Listener) -> Corpus:
     """Return the prepared text of a run, made again where the cache has lost it."""
     recorded = run.recorded_corpus()
-    if recorded is not None and recorded.is_dir():
+    if recorded is not None and (recorded / store.MANIFEST).is_file():
         return corpora.load(recorded)
     return preparing.prepare(asking.resumed(run.path, None, {}), listener)
 

@@ -163,6 +163,19 @@ def precision_of(rates: dict[str, float]) -> Precision:
     return "bfloat16" if rates["bfloat16"] > MUCH_FASTER * rates["float32"] else "float32"
 
 
+def computable(dtype: torch.dtype, cache: Path) -> torch.dtype:
+    """Return the dtype, or float32 where this processor has no instructions for it, and takes up to a hundred times as long.
+
+    Args:
+        dtype: Of a model's matrix products.
+        cache: Where measured rates are kept.
+    """
+    if dtype == torch.float32:
+        return dtype
+    rates = known_rates(torch.device("cpu"), cache)
+    return torch.float32 if MUCH_FASTER * rates["bfloat16"] < rates["float32"] else dtype
+
+
 def known_rates(where: torch.device, cache: Path) -> dict[str, float]:
     """Return `rates` as they were measured when this machine was first asked for them."""
     found = known.read(cache, key(where))
