@@ -188,6 +188,16 @@ def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: P
         reader.read(tmp_path / "model.pth", tokenizer="bytes")
 
 
+def test_the_chapters_state_dict_takes_no_more_room_than_its_numbers(tmp_path: Path) -> None:
+    lm = drawn(GPT2)
+    table = lm.model.tok_emb.weight
+    table.data = torch.cat((table.data, table.data))[: len(table)]  # as a model from elsewhere, a view of what was read
+    export.to_pth(lm, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)
+    about_them = 1024 * len(state)  # names, headers, and padding to 64 bytes
+    assert (tmp_path / "model.pth").stat().st_size < sum(tensor.nbytes for tensor in state.values()) + about_them
+
+
 def chapters_state(lm: LanguageModel, prefix: str = "") -> dict[str, torch.Tensor]:
     state = names.to_theirs(lm.model.config, "chapter", dict(lm.model.named_parameters()))
     return {prefix + name: tensor.detach().clone() for name, tensor in state.items()}

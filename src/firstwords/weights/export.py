@@ -90,12 +90,15 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
     if not of_gpt2 or config.gelu_exact or config.gelu_cubic != GELU_CUBIC or config.norm_eps != epsilon:
         why = f"it has GPT-2's block and GELU, norm_eps = {epsilon:g}, a feed-forward layer four times as wide as the model"
         raise ConfigError("the chapter's model is of another shape", where="--to pth", why=why, do="use --to hf")
-    tensors = names.to_theirs(config, "chapter", _tensors(lm))
     mask = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
-    masks = {f"trf_blocks.{layer}.att.mask": mask.clone() for layer in range(config.n_layers)}
+    tensors = {
+        **{name: _alone(tensor) for name, tensor in names.to_theirs(config, "chapter", _tensors(lm)).items()},
+        **{f"trf_blocks.{layer}.att.mask": mask.clone() for layer in range(config.n_layers)},
+    }
     file = io.BytesIO()
-    torch.save({name: tensor.clone() for name, tensor in {**tensors, **masks}.items()}, file)
-    store.write(out, file.getvalue())
+    torch.save(tensors, file)
+    store.write(out, [file.getbuffer()])
+    del file, tensors  # before the model is read back, which takes as much memory again
     store.write(beside, lm.tokenizer.json)
     back = reader.read(out, tokenizer=str(beside), n_heads=config.n_heads)
     with torch.no_grad():
@@ -156,6 +159,11 @@ def model_card(name: str, figures: Mapping[str, Any], *, trained_here: bool) -> 
 
 def _tensors(lm: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that is all of its storage, for a file would hold all of it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
