@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,14 @@ def test_where_a_file_system_has_no_locks_nobody_is_refused_and_it_is_told(
     with store.lock(path, told.append):
         assert not store.is_locked(path)
     assert [str(path) in line and "no locks" in line for line in told] == [True]
+
+
+def test_where_a_system_has_no_locks_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    told = list[str]()
+    with store.lock(tmp_path / "run.lock", told.append):
+        assert not store.is_locked(tmp_path / "run.lock")
+    assert ["no locks" in line for line in told] == [True]
 
 
 def test_who_only_looks_whether_a_lock_is_held_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

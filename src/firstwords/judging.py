@@ -205,8 +205,12 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     Raises:
         NoInputError: No such model.
     """
-    lm, corpus = load(source, notice=noticed(listener)), kept_corpus(Path(source))
-    if corpus is None or corpus.tokenizer.sha256 != lm.tokenizer.sha256:
+    require_there(located(source, noticed(listener)))
+    corpus = kept_corpus(Path(source))
+    if corpus is None:
+        return None
+    lm = load(source, notice=noticed(listener))
+    if corpus.tokenizer.sha256 != lm.tokenizer.sha256:
         return None
 
     from firstwords.insight.memorisation import Meter

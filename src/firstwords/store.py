@@ -329,7 +329,7 @@ def lock(path: Path, notice: Callable[[str], None] = lambda _: None) -> Iterator
 
     Args:
         path: The file.
-        notice: Told where the file system has no locks: then nothing is held.
+        notice: Told where the system or its file system has no locks: then nothing is held.
 
     Raises:
         CannotCreateError: Another process holds it; the message names its pid and host.
@@ -375,6 +375,7 @@ def _try_lock(descriptor: int, path: Path, notice: Callable[[str], None] = lambd
     try:
         import fcntl
     except ImportError:  # Windows has no flock
+        notice(f"{path}: this system has no locks, so see to it yourself that no other process trains here")
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

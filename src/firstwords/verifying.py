@@ -123,7 +123,11 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
     later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]
     began = later[0] if later else {}  # how the steps after it were computed; it may itself be from before a resume
     config = replace(config, **{way: began[way] for way in ("threads", "precision") if way in began})
-    machine.device(config.device)
+    try:
+        machine.device(config.device)
+    except ConfigError as error:
+        do = "replay it where it was trained"
+        raise ConfigError(error.what, where="--replay", why=error.why, do=do) from error
     with machine.threads(config.threads):
         state = _state_at(start, config)
         found = _compare(state, config, run, state.step + n_steps)
