@@ -8,6 +8,7 @@ FOR ?= 2m
 
 demo: $(VENV)/installed  ## pretrain on the built-in text for about two minutes and let the model speak
 	$(BIN)/firstwords train --for $(FOR)
+	@echo 'the commands above are found after: . $(BIN)/activate'
 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest -n auto
@@ -55,6 +56,7 @@ clean:  ## remove the environment and caches, never runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/installed: pyproject.toml
+	@echo 'installing firstwords and PyTorch into $(VENV): some minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@

@@ -173,6 +173,10 @@ def test_info_says_what_is_in_a_run_and_in_a_checkpoint(command: Command, a_run:
     assert found["parameters"] == sum(parameter.numel() for parameter in firstwords.load(a_run).model.parameters())
     assert (found["steps"], found["config"]["emb_dim"]) == (2, 32)
     assert command("info", a_run / "checkpoints/step-00000001", "--json").json["steps"] == 1
+    for source in (a_run, a_run / "checkpoints/step-00000001"):
+        shown = command("info", source).out
+        assert "parameters" in shown
+        assert "None" not in shown
 
 
 # Standard output and standard error

@@ -266,6 +266,15 @@ def test_the_sections_that_a_run_has_nothing_for_are_left_out(tmp_path: Path) ->
     assert "2.5 (2 to 3)" in found.text
 
 
+@pytest.mark.parametrize("eval_tokens", [64, None])
+def test_a_scale_of_more_than_the_run_judged_itself_by_says_so(eval_tokens: int | None, tmp_path: Path) -> None:
+    run = trained(tmp_path, eval_tokens=eval_tokens)
+    api.report(run)
+    judged, there = journal(run, "evaluation")[-1]["n_tokens"], api.scale(run, with_baselines=False).evaluation.n_tokens
+    said = f"Of all {there:,} held-out tokens; the figure at the top is of the {judged:,} by which"
+    assert (said in page(run / "report.html").text) == (judged < there) == (eval_tokens is not None)
+
+
 def test_the_plan_of_a_time_budget_stands_beside_what_came(tmp_path: Path) -> None:
     run = trained(tmp_path, steps=None, for_s=2, eval_every=None)
     found = page(run / "report.html")

@@ -134,19 +134,25 @@ class RunConfig:
     text: tuple[str, ...] = option((), "files and folders of text, or -; none: the built-in text")
     text_sha256: str | None = option(None, "the text that this run was made from; checked when given")
     encoding: str | None = option(None, "encoding of the text files; by default recognised")
-    val: str | None = option(None, "a held-out text; by default a part of each document")
-    val_fraction: float = option(0.1, "share of each document's end that is held out", least=0.0, most=0.9)
+    val: str | None = option(None, "a held-out text; by default a share of the text itself")
+    val_fraction: float = option(
+        0.1, "share that is held out: the end of each document, or some of many short ones", least=0.0, most=0.9
+    )
     tokenizer: str = option(
         "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
     )
     special_tokens: str = option("", "texts that become tokens of their own, separated by commas: <|user|>,<|bot|>")
     from_: str | None = option(
-        None, "a model to go on from: gpt2 or its larger sizes, a run, a checkpoint, a folder for transformers, a .pth"
+        None, "a model to go on from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a folder for transformers, a .pth"
     )
-    preset: str = option("laptop", "a named recipe; the other keys override it")
+    preset: str = option(
+        "laptop", "a named recipe, which the other keys override; by default laptop, or what suits a time budget"
+    )
     steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
     epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
-    for_s: float | None = option(None, "train for this long, all in", least=1.0, most=1e9)
+    for_s: float | None = option(
+        None, "train for this long, all in; by default 3m, without --steps and --epochs", least=1.0, most=1e9
+    )
     until: Until = option("end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best")
     meter: bool = option(True, "measure where evaluation and sample meet how much of what the model says is copied")
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")

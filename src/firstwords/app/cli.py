@@ -38,7 +38,8 @@ LARGEST_SEED = 2**62  # leaves room for one seed a sample
 LARGEST_COUNT, MOST_SAMPLES = 10**9, 10**5  # of tokens, and of samples; more is a slip of the finger
 SPINS = "20000"  # how long a thread waits awake: with the default, two cores that others use too do a third of the work
 MODEL = "a run folder (its best checkpoint), a checkpoint folder, a model from elsewhere, or gpt2"
-FOLLOWING = ("model.vocab_size",)  # keys whose default follows from another
+FOLLOWING = ("model.vocab_size", "preset")  # keys whose default follows from others
+OF_LAPTOP = "defaults are those of laptop; naming one of these keys, and no preset, takes laptop"
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 
 
@@ -222,7 +223,7 @@ def parser() -> Parser:
 
 
 def _import_flags(made: Parser) -> None:
-    known = "gpt2 or its larger sizes, a folder for transformers, a .pth or .safetensors, nanoGPT's ckpt.pt"
+    known = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder for transformers, a .pth or .safetensors, nanoGPT's ckpt.pt"
     made.add_argument("source", metavar="SOURCE", help=known)
     made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
     made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
@@ -292,7 +293,11 @@ def _train_flags(made: Parser) -> None:
     made.add_argument("--out", metavar="RUN", help="the run folder; default: runs/<name of the text>")
     made.add_argument("--config", metavar="FILE", help="a TOML file of these keys, such as a run's config.toml")
     made.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    groups = {"": made, "model": made.add_argument_group("model"), "optim": made.add_argument_group("optimizer")}
+    groups = {
+        "": made,
+        "model": made.add_argument_group("model", OF_LAPTOP),
+        "optim": made.add_argument_group("optimizer", OF_LAPTOP),
+    }
     defaults = flatten(dataclasses.asdict(run_config()))
     made.epilog = "presets: " + ", ".join(presets())
     for key, field in fields_by_key().items():

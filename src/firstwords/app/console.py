@@ -266,10 +266,18 @@ class Console:
             self._json(found)
             return
         for key, value in found.items():
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            if isinstance(value, tuple):
-                shown = ", ".join(value) or "the built-in text"
-            self.out.print(f"{key:15} {f'{shown:,}' if isinstance(shown, int) else visible(str(shown))}")
+            match value:
+                case None:
+                    continue
+                case dict():
+                    shown = ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)
+                case tuple():
+                    shown = ", ".join(value) or "the built-in text"
+                case int():
+                    shown = f"{value:,}"
+                case _:
+                    shown = str(value)
+            self.out.print(f"{key:15} {visible(shown)}")
 
     def verified(self, found: Verdict) -> None:
         """Show what is whole and what is not."""
@@ -328,7 +336,7 @@ class Console:
         self._figures(found.evaluation)
         self.out.print(f"first choice          {found.top1:.1%} of the tokens; among the first five {found.top5:.1%}")
         losses = "  ".join(f"{position.last}: {position.nats_per_token:.2f}" for position in found.by_position)
-        self.out.print(f"nats after so many    {losses}")
+        self.out.print(f"nats by tokens before {losses}")
         self.out.print(_scale_table(found))
         for line in (*found.words, *([found.caveat] if found.caveat else [])):
             self.out.print(visible(line))

@@ -23,7 +23,7 @@ def text_lines(found: Plan) -> list[str]:
     tokens = ", ".join(f"{count:,} ({name})" for name, count in text["tokens"].items())
     memory = "" if free is None else f", {free / 1e9:.1f} GB of memory free"
     return [
-        f"text      {text['n_bytes']:,} bytes in {count}; {scripts}; {text['repeated']:.0%} of it stood before",
+        f"text      {text['n_bytes']:,} bytes in {count}; {scripts}; {text['repeated']:.0%} of it repeats what stood before",
         f"tokens    about {tokens}",
         f"machine   {found.machine['threads']} threads, {found.machine['precision']}{memory}",
     ]

@@ -98,7 +98,7 @@ def report(records: Sequence[Record], explanation: Explanation | None = None) ->
     elif one is not None:
         sections.append(_section("map", "Surprise map", "<p>No held-out text is at hand, so there is nothing to map.</p>"))
     if one is not None and one.scale:
-        sections.append(_scale(one.scale))
+        sections.append(_scale(one.scale, one.best))
     sections.append(_section("curves", "How it learnt", _axes(records) + _places(charts)))
     if one is not None:
         meter = _charts(MEMORISATION_CHARTS, records, first=len(charts))
@@ -244,8 +244,11 @@ def _token(index: int, text: str, heat_of_it: float) -> str:
     return f'<span class="token" {place}>{shown}</span>'
 
 
-def _scale(scale: Mapping[str, Any]) -> str:
-    """Return the one honest scale: a line for each model, its interval, and what that means in words."""
+def _scale(scale: Mapping[str, Any], best: Line | None) -> str:
+    """Return the one honest scale: a line for each model, its interval, and what that means in words.
+
+    It is of all held-out text; where the run judged itself by less, its `best` is another figure, and that is said.
+    """
     known = [row for row in scale.get("scale") or () if number(row.get("bits_per_byte")) is not None]
     most = max([8.0, *(number(row.get("high")) or row["bits_per_byte"] for row in known)])
     rows = []
@@ -261,7 +264,11 @@ def _scale(scale: Mapping[str, Any]) -> str:
         )
     said = [*(scale.get("words") or ()), *filter(None, [scale.get("caveat")])]
     words = "".join(f"<p>{escape(str(line))}</p>" for line in said)
-    return _section("scale", "Bits per byte, beside others", "".join(rows) + words)
+    judged, there, note = _number_of(best, "n_tokens"), number(scale.get("n_tokens")), ""
+    if judged is not None and there is not None and judged < there:
+        top = f"the figure at the top is of the {judged:,} by which the run judged itself"
+        note = f'<p class="note">Of all {there:,} held-out tokens; {top}.</p>'
+    return _section("scale", "Bits per byte, beside others", note + "".join(rows) + words)
 
 
 def _charts(kinds: Any, records: Sequence[Record], first: int = 0) -> list[Line]:

@@ -126,11 +126,15 @@ def of_system(machine: System) -> Iterator[Finding]:
         what = f"this Python was made for another processor and runs under {machine.emulated}: many times slower"
         yield Finding("bad", what, "install a Python for this processor, and firstwords in it")
     if "x86" in machine.name and machine.instructions and "avx2" not in machine.instructions:
-        yield Finding("warn", "the processor has no AVX2: matrix products are slow", "take --preset laptop-small")
+        yield Finding(
+            "warn",
+            "the processor has no AVX2: matrix products are slow",
+            "give no --preset: a time budget takes a size that suits",
+        )
     model, free = run_config({"preset": PRESET, "model.vocab_size": VOCAB_SIZE}).model, machine.available_bytes
     if free is not None and free < max(LITTLE_MEMORY, cost.training_bytes(model, 1)):
         level: Level = "bad" if free < cost.training_bytes(model, 1) else "warn"
-        yield Finding(level, f"{free / GB:.1f} GB of memory are free", "end other programs, or take --preset laptop-small")
+        yield Finding(level, f"{free / GB:.1f} GB of memory are free", "end other programs, or take --preset laptop-tiny")
     if machine.swap_used_bytes and machine.swap_used_bytes > SWAP_SHARE * (machine.memory_bytes or 0):
         what = f"{machine.swap_used_bytes / GB:.1f} GB of memory are on the disk (swap)"
         yield Finding("warn", what, "end other programs: what comes back from there stops a run for seconds")

@@ -24,6 +24,11 @@ PUBLISHED = {"gpt2": (3.7547, 3.5596, " forward"), "gpt2-xl": (3.3046, 3.1195, "
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+def meant(name: str) -> str:
+    """Return advice for a name that is none of `NAMES` but looks like one, such as a preset's; else empty."""
+    return f"GPT-2's weights are called {', '.join(NAMES)}" if name.startswith("gpt2") else ""
+
+
 def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
     """Return the folder of the hub's cache that holds a model, fetching what is not there.
 

@@ -21,7 +21,7 @@ from firstwords.runs import tensor_file
 from firstwords.text import corpus
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
-from firstwords.weights import folder, names, pickled, shapes
+from firstwords.weights import folder, hub, names, pickled, shapes
 from firstwords.weights.folder import Weights
 from firstwords.weights.names import HEAD, Dialect, bare
 
@@ -48,7 +48,7 @@ def read(
         ConfigError: It does not say enough: its heads, its tokenizer.
     """
     if not source.exists():
-        raise NoInputError("there is nothing", where=str(source), do="check the name")
+        raise NoInputError("there is nothing", where=str(source), do=hub.meant(str(source)) or "check the name")
     if source.is_dir() and not (source / CONFIG).is_file():
         do = "name the folder with its config.json, or a .pth; what train made is used as it is"
         raise DataError(f"has no {CONFIG}", where=str(source), do=do)
