@@ -56,7 +56,7 @@ clean:  ## remove the environment and caches, never runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/installed: pyproject.toml
-	@echo 'installing firstwords and PyTorch into $(VENV): some minutes'
+	@echo 'installing firstwords and PyTorch into $(VENV); this takes a few minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@

@@ -275,7 +275,7 @@ CALLS = (
     "openat,mkdir,mkdirat,write,pwrite64,fsync,fdatasync,close,lseek,ftruncate,truncate,flock,rename,renameat,renameat2,"
     "unlink,unlinkat,rmdir,newfstatat,getdents64"
 )
-SAVED_STEP, DAMAGED = 9, "step-00000004"
+SAVED_STEP, DAMAGED = 10, "step-00000005"
 WRITERS = {module.__file__ for module in (store, checkpoint, folder_module, journal, recorder)}
 
 
@@ -319,7 +319,7 @@ def recovering(folder: Path) -> tuple[Path, Act]:
     scene, save = saving(folder)
     with patch.object(checkpoint, "rotate"), patch.object(Recorder, "_scalars", side_effect=HeldError), suppress(HeldError):
         save(scene)  # of the best weights alone
-    half = scene / "checkpoints" / "tmp-step-00000009-x0123abcd"
+    half = scene / "checkpoints" / f"tmp-step-{SAVED_STEP:08d}-x0123abcd"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (scene / "tmp-config.toml-x0123abcd").write_bytes(b"half")

@@ -14,8 +14,9 @@ import torch
 import firstwords
 from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import reading, store
-from firstwords.errors import DataError
+from firstwords.errors import DataError, NoInputError
 from firstwords.model.generate import Sampling, generate
+from firstwords.runs.folder import RunFolder
 from firstwords.text.tokenizer import gpt2
 from firstwords.training import loop
 from rows import row
@@ -61,9 +62,17 @@ def test_a_damaged_prepared_text_is_an_error_of_data(a_run: Path, cache: Path):
 
 def test_a_prepared_text_whose_files_were_cleaned_away_is_prepared_again(a_run: Path, cache: Path):
     expected, (folder,) = firstwords.evaluate(a_run), cache.iterdir()
-    for file in folder.iterdir():  # as what removes old files from a cache does, and leaves folders
-        file.unlink()
+
+    def clean() -> None:  # as what removes old files from a cache does, and leaves folders
+        for file in folder.iterdir():
+            file.unlink()
+
+    clean()
     assert firstwords.evaluate(a_run) == expected
+    clean()
+    Path(RunFolder(a_run).recorded_config()["text"][0]).unlink()
+    with pytest.raises(NoInputError, match=r"text\.txt"):  # not that a manifest is not there
+        firstwords.evaluate(a_run)
 
 
 @pytest.mark.parametrize("ids", [[257], [-1], [1, 2, 10**6], []])

@@ -177,8 +177,9 @@ def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: R
     for key in ("--model.induction-heads", "--model.table-from-text"):
         refused(78, *going_on(key, "true"))  # would be drawn over by what it goes on from
     refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")
-    for mistaken in (("train", "other.txt", "--from", "gpt2-355m"), ("import", "gpt2-355m")):  # a preset, not its weights
-        assert "gpt2-medium" in refused(66, *mistaken, "--out", "run")["do"]
+    for name, is_preset in (("gpt2-355m", True), ("gpt2-notes", False)):
+        for mistaken in (("train", "other.txt", "--from", name), ("import", name)):
+            assert ("gpt2-medium" in refused(66, *mistaken, "--out", "run")["do"]) is is_preset
 
 
 @pytest.mark.parametrize("block", ["gpt2", "qwen3"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from command import Command
 from conftest import OTHER, STORY, TINY, journal, outcome
-from firstwords import api
+from firstwords import api, judging
 from firstwords.errors import ConfigError
 from firstwords.insight import memorisation
 from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place, Samples, TrainingText, copies
@@ -319,6 +320,12 @@ def test_eval_says_how_much_is_learnt_by_heart(a_run: Path, command: Command) ->
     assert found == api.memorisation(a_run).as_dict()  # type: ignore[union-attr]
     assert found["gap"] == pytest.approx(0, abs=1)  # two steps; the two parts are of one kind
     assert "copied of what it says 0%" in command("eval", a_run).out
+
+
+def test_a_model_is_not_read_where_its_text_is_not_there(a_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(cache)
+    monkeypatch.setattr(judging, "load", lambda *_, **__: pytest.fail("the model was read"))
+    assert api.memorisation(a_run) is None
 
 
 def test_a_text_that_is_not_kept_is_measured_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from firstwords.recorder import MOST_ROLLBACKS, TrainResult
 from firstwords.runs import checkpoint
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import RolledBack, Saved, StepDone, Told
+from firstwords.training.events import Notice, RolledBack, Saved, StepDone, Told
 from firstwords.training.state import TrainState
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
@@ -268,6 +268,11 @@ def test_a_run_that_diverges_keeps_its_best_weights_that_were_not_saved_yet(
     with pytest.raises(DivergedError, match=rf"the last good checkpoint is .*step-0*{best}\b"):
         train(tmp_path)
     assert api.load(tmp_path / "run").step == best
+    told: list[Told] = []
+    assert train(tmp_path, resume=True, on_nan="rollback", listener=told.append).steps == STEPS
+    kept = [line.text for line in told if isinstance(line, Notice) and "has weights alone" in line.text]
+    assert len(kept) == 1, "the run goes another way, and does not come to them again"
+    assert (tmp_path / "run/checkpoints" / kept[0].rpartition(" ")[2]).is_dir()
 
 
 def test_a_run_that_stopped_goes_on_with_a_roll_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

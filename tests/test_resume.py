@@ -138,7 +138,8 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
 
 
 @pytest.mark.parametrize(
-    ("given", "micro"), [({}, 4), ({"device": "cpu"}, None), ({"device": "cpu", "micro_batch_size": 2}, 2)]
+    ("given", "micro"),
+    [({}, 4), ({"device": "cuda"}, 4), ({"device": "cpu"}, None), ({"device": "cpu", "micro_batch_size": 2}, 2)],
 )
 def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
     tmp_path: Path, given: dict[str, Any], micro: int | None
@@ -178,11 +179,11 @@ def test_a_run_that_is_planned_anew_promises_its_state_to_the_last_bit_and_not_w
 def test_a_run_that_is_done_says_so_and_that_nothing_is_planned(tmp_path: Path) -> None:
     timed = train(tmp_path, "timed", steps=None, for_s=2, eval_every=None)
     told: list[Told] = []
-    resumed = api.train(out=tmp_path / "timed", resume=True, listener=told.append)
+    resumed = api.train(out=tmp_path / "timed", resume=True, threads=2, listener=told.append)
     said = [notice.text for notice in told if isinstance(notice, Notice)]
     assert resumed.steps == timed.steps
     assert any(line.startswith("the run is done") for line in said)
-    assert not any("planned anew" in line for line in said)
+    assert not any("planned anew" in line or "bit-exact" in line for line in said)
 
 
 def test_a_run_of_one_setting_equals_itself_and_not_another_seed(tmp_path: Path, whole: TrainResult) -> None:
@@ -904,6 +905,11 @@ def test_a_run_is_verified_and_its_last_steps_repeat_themselves(tmp_path: Path, 
     assert far.ok
     with pytest.raises(ConfigError, match="cannot be replayed"):
         api.verify(tmp_path / "whole", replay=STEPS + 1)
+    config = tmp_path / "whole/config.toml"
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:99"'))
+    with pytest.raises(ConfigError, match="replay it where it was trained") as refused:  # verify has no --device
+        api.verify(tmp_path / "whole", replay=1)
+    assert "--device" not in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["journal", "weights", "shard"])

@@ -212,7 +212,8 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     named = frozenset(key_types())
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
-        if _kind_of(asked.device) != _kind_of(str(recorded.get("device"))):  # for whose memory it was cut
+        before = _kind_of(str(recorded.get("device")))
+        if before != "cpu" and before != _kind_of(asked.device):  # for whose memory it was cut
             asked = dataclasses.replace(asked, micro_batch_size=None)
     return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved))
 

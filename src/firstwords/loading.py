@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,8 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
-    and numbers below 1e-38 count as 0 (`planning.machine.flush_denormals`).
+    and numbers below 1e-38 count as 0 (`planning.machine.flush_denormals`). A model that learnt in bfloat16 is computed in
+    float32 on a processor without instructions for it.
 
     Raises:
         NoInputError: None of them is there.
@@ -39,11 +41,15 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     from firstwords.planning import machine
 
     torch.set_num_threads(machine.usable_threads())
-    return lm
+    dtype = machine.computable(lm.dtype, store.cache_folder())
+    if dtype == lm.dtype:
+        return lm
+    notice("it learnt in bfloat16, which is slow on this processor: it is computed in float32 here")
+    return dataclasses.replace(lm, dtype=dtype)
 
 
 def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
-    """Return what `load` does, and leave the number of threads to the run that goes on."""
+    """Return what `load` does, and leave the threads and the precision to the run that goes on."""
     source = located(source, notice)
     found = None if is_foreign(source) else checkpoint_of(source, notice)
 
@@ -63,11 +69,7 @@ def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: Non
     saved = found.json(checkpoint.CONFIG)
     model = restored_model(saved, found.tensors(checkpoint.MODEL), str(found.folder))
     tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
-    wanted = machine.dtype_of(saved.get("precision"), str(found.folder))
-    dtype = machine.computable(wanted, store.cache_folder())
-    if dtype != wanted:
-        notice("it learnt in bfloat16, which is slow on this processor: it is computed in float32 here")
-    return LanguageModel(model.eval(), tokenizer, found.step, dtype)
+    return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
 
 
 def require_finite(lm: LanguageModel, source: str | Path) -> None:
@@ -192,7 +194,7 @@ def _held_out(source: Path, listener: Listener) -> Part:
 def prepared_text(run: RunFolder, listener: Listener) -> Corpus:
     """Return the prepared text of a run, made again where the cache has lost it."""
     recorded = run.recorded_corpus()
-    if recorded is not None and (recorded / store.MANIFEST).is_file():
+    if recorded is not None and corpora.is_there(recorded):
         return corpora.load(recorded)
     return preparing.prepare(asking.resumed(run.path, None, {}), listener)
 

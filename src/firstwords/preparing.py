@@ -63,7 +63,7 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
         return _prepare_anew(asked.config, texts, listener, Began(recorded, _became(asked)))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
-        if asked.moved or recorded is None or not recorded.is_dir():
+        if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise _with_its_place(error, asked) from error
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
         prepared = corpora.load(recorded)

@@ -299,8 +299,9 @@ class Recorder:
             yield
         except DivergedError as error:
             self.note("stop", {"step": self.state.step, "reason": str(error)})
-            with suppress(FirstwordsError):  # it cannot be saved, and the divergence is what to tell of
-                self._publish_best()
+            if self.copy is not None and all(bool(weight.isfinite().all()) for weight in self.copy.weights.values()):
+                with suppress(FirstwordsError):  # where it cannot be saved, the divergence is still what to tell of
+                    self._publish_best()
             good = self._good()
             kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
             do = error.do + ("" if self.config.on_nan == "rollback" else ", or --resume with --on-nan rollback")
@@ -375,7 +376,8 @@ class Recorder:
             what, why = "no checkpoint to go on from is there", "the run was saved, so they were removed or not copied"
             do = "put them back, or begin a new run with another --out"
             raise NoInputError(what, where=str(self.run.checkpoints), why=why, do=do)
-        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
+        repeats = self.config.on_nan != "rollback"
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity, repeats=repeats)
         if found is None:
             for journal in (self.run.metrics, self.run.samples):
                 store.cut(journal.path, 0)
@@ -390,6 +392,9 @@ class Recorder:
         if not has_more_time:
             self.predicted = self._still_true(predicted)
         self.stopped = self.best_is_behind() or ""
+        if self.state.step == self.state.total_steps:
+            self._notice("the run is done; to go on with it: --for, --steps or --epochs")
+            return
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
@@ -402,8 +407,6 @@ class Recorder:
 
     def _sameness(self, saved: store.Json) -> str:
         """Return how exactly a run goes on that computes as before: its learning rates are those of its new length."""
-        if self.state.step == self.state.total_steps:
-            return "the run is done; to go on with it: --for or --steps"
         if not self.config.on_cpu:
             return "resumed; on a GPU the last bits of a step may differ each time"
         if self.config.for_s is not None or self.state.total_steps != saved["total_steps"]:
@@ -449,7 +452,7 @@ class Recorder:
             raise error
         state, from_step, elapsed_s = self.state, self.state.step, self.state.elapsed_s
         last, plan = states.batch_index(from_step, state.skipped), (state.total_steps, state.eval_every)
-        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity, repeats=False)
         assert found is not None  # it would have raised
         self._load(found)
         first = states.batch_index(state.step, state.skipped)

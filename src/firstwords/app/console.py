@@ -336,7 +336,7 @@ class Console:
         self._figures(found.evaluation)
         self.out.print(f"first choice          {found.top1:.1%} of the tokens; among the first five {found.top5:.1%}")
         losses = "  ".join(f"{position.last}: {position.nats_per_token:.2f}" for position in found.by_position)
-        self.out.print(f"nats by tokens before {losses}")
+        self.out.print(f"nats by position      {losses}")
         self.out.print(_scale_table(found))
         for line in (*found.words, *([found.caveat] if found.caveat else [])):
             self.out.print(visible(line))

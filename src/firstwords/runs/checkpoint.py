@@ -142,7 +142,9 @@ def has_begun(parent: Path) -> bool:
     return False
 
 
-def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] | None = None) -> Checkpoint | None:
+def newest(
+    parent: Path, notice: Callable[[str], None], run: Mapping[str, str] | None = None, *, repeats: bool = True
+) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
 
     Args:
@@ -151,6 +153,7 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
         run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run and
             damaged ones are set aside, and newer ones of weights only removed, or set aside too where a damaged one was
             passed over. None: any one's weights will do, and nothing is touched.
+        repeats: Whether the run comes to the same weights again; else newer ones of weights only are set aside.
 
     Raises:
         DataError: There are checkpoints, and none is whole and of this run; nothing is touched.
@@ -168,7 +171,7 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
             continue
         for damaged, reason in refused.items():
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
-        _clear(weights_only, notice, are_last=bool(refused))
+        _clear(weights_only, notice, are_last=bool(refused) or not repeats)
         return found
     if refused:
         why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
@@ -181,8 +184,8 @@ def newest(parent: Path, notice: Callable[[str], None], run: Mapping[str, str] |
 def _clear(weights_only: list[Path], notice: Callable[[str], None], *, are_last: bool) -> None:
     """Make room for what a run that goes on from before these checkpoints of weights only will save.
 
-    A kill came between each and the save that it belongs to, and it will be made again; unless `are_last`, where what came
-    after it is damaged: that may be the best that is left of hours.
+    A kill or a divergence came between each and the save that it belongs to, and it will be made again; unless `are_last`,
+    where what came after it is damaged, or the run goes another way: that may be the best that is left of hours.
     """
     for folder in weights_only:
         if are_last:

@@ -226,7 +226,7 @@ def prepare(
     if folder.exists():
         try:
             return load(folder)
-        except DataError as error:
+        except (DataError, NoInputError) as error:
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
     cuts = learnt_chars(found, fraction, way)
     training = _Slices(texts, None, cuts, found.total_chars, progress)
@@ -269,6 +269,11 @@ def again(documents: Iterable[Document], *found: Iterable[int]) -> Iterator[tupl
         yield row
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a prepared text is in a folder: what removes old files from a cache may leave empty ones."""
+    return (folder / store.MANIFEST).is_file()
+
+
 def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
     """Return a prepared corpus after checking its files against their hashes and its ids against the vocabulary.
 
@@ -280,7 +285,7 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
         NoInputError: It is not there.
         DataError: It is damaged.
     """
-    if not folder.is_dir():
+    if not is_there(folder):
         do = "firstwords eval RUN makes it again where the text itself is still there"
         raise NoInputError("the prepared text is not there", where=str(folder), do=do)
     manifest = store.verify(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from firstwords import reading, store
+from firstwords.config import presets
 from firstwords.errors import DataError, NoInputError
 
 # Repository and revision of each name; a revision is a commit, and its files never change.
@@ -25,8 +26,8 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def meant(name: str) -> str:
-    """Return advice for a name that is none of `NAMES` but looks like one, such as a preset's; else empty."""
-    return f"GPT-2's weights are called {', '.join(NAMES)}" if name.startswith("gpt2") else ""
+    """Return advice for the name of a preset, which is not that of the weights of its size; else empty."""
+    return f"name the weights: {', '.join(NAMES)}" if name in presets() else ""
 
 
 def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
