@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -67,16 +68,20 @@ def test_a_person_s_own_file_of_a_name_that_a_run_uses_is_not_written_over(refus
     assert (Path("own") / name).read_text() == "my own"
 
 
-def test_of_two_runs_that_begin_at_once_each_has_a_folder(command: Command, text: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["text", "stdin"])
+def test_of_two_runs_that_begin_at_once_each_has_a_folder(
+    command: Command, text: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
     """The other took the first folder's lock after it was seen to be free."""
     answers = iter([False])
     ask = store.is_locked
     monkeypatch.setattr(store, "is_locked", lambda path: next(answers, None) is None and ask(path))
-    store.make_folder(Path("runs/text"))
-    with store.lock(Path("runs/text/run.lock")):
-        ended = command("train", text, *TINY, "--json")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))  # which can be read once
+    store.make_folder(Path("runs") / name)
+    with store.lock(Path("runs") / name / "run.lock"):
+        ended = command("train", text if name == "text" else "-", *TINY, "--json")
     assert ended.code == 0, ended.err
-    assert ended.json["run"] == "runs/text-2"
+    assert ended.json["run"] == f"runs/{name}-2"
 
 
 @row(47)

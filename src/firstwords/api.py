@@ -136,13 +136,14 @@ def _begun(
     listener: Listener,
 ) -> Asked:
     """Return what is asked of a run, whose lock is held from now on; of the runs that begin at once, each has a folder."""
+    asked = asking.resumed(out, config, given) if resume else asking.new(out, config, given, _described, listener)
     while True:
-        asked = asking.resumed(out, config, given) if resume else asking.new(out, config, given, _described, listener)
         try:
             locked.enter_context(asked.run.writing(noticed(listener)))
         except CannotCreateError:
             if out is not None or not store.is_locked(asked.run.lock):
                 raise
+            asked = asking.elsewhere(asked)
         else:
             return asked
 

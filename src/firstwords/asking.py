@@ -120,11 +120,23 @@ def new(
     _require_cores(asked.threads)
     texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
     run = run_folder.new(out, texts.name)
-    if tokenizer_json:
-        asked = dataclasses.replace(asked, tokenizer=str(run.tokenizer.absolute()))
-        _require_utf8(asked)
-    store.make_folder(run.path)
-    return Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json)
+    return _in_its_folder(Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json))
+
+
+def elsewhere(asked: Asked) -> Asked:
+    """Return what is asked of a new run with another folder by its text's name; standard input cannot be read again."""
+    assert asked.texts is not None
+    return _in_its_folder(dataclasses.replace(asked, run=run_folder.new(None, asked.texts.name)))
+
+
+def _in_its_folder(asked: Asked) -> Asked:
+    """Return what is asked with the place that its tokenizer will have, and make the folder."""
+    if asked.tokenizer_json:
+        config = dataclasses.replace(asked.config, tokenizer=str(asked.run.tokenizer.absolute()))
+        _require_utf8(config)
+        asked = dataclasses.replace(asked, config=config)
+    store.make_folder(asked.run.path)
+    return asked
 
 
 def _of_model(
