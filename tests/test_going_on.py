@@ -13,13 +13,13 @@ import torch
 from command import TINY, Command, Refused, write
 from conftest import journal
 from firstwords import api, store
-from firstwords.config import ModelConfig, from_toml, run_config
+from firstwords.config import ModelConfig, from_toml, presets, run_config
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.planning import system
 from firstwords.text.tokenizer import byte_tokenizer
 from firstwords.training import state as states
-from firstwords.weights import export
+from firstwords.weights import export, hub
 
 GPT2 = ModelConfig(257, 32, 32, 2, 1, 0.0, qkv_bias=True, tied_head=True, init_std=0.1)
 OTHER = "".join(f"Line {n} of another text, and {n * n} more.\n" for n in range(100))
@@ -177,7 +177,8 @@ def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: R
     for key in ("--model.induction-heads", "--model.table-from-text"):
         refused(78, *going_on(key, "true"))  # would be drawn over by what it goes on from
     refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")
-    for name, is_preset in (("gpt2-355m", True), ("gpt2-notes", False)):
+    assert set(hub.PRESETS) < presets().keys()
+    for name, is_preset in (("gpt2-355m", True), ("gpt2-notes", False), ("laptop", False)):
         for mistaken in (("train", "other.txt", "--from", name), ("import", name)):
             assert ("gpt2-medium" in refused(66, *mistaken, "--out", "run")["do"]) is is_preset
 

@@ -119,6 +119,24 @@ def test_without_the_pass_over_the_state_a_bad_weight_would_be_learnt_on(
     assert not api.load(tmp_path / "run").model.tok_emb.weight.isfinite().all()
 
 
+def test_a_bad_weight_that_the_held_out_text_does_not_show_is_not_kept_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_FACTOR", 1e9)  # the best is copied for the next save
+    real = loop.train_step
+
+    def step_with(state: TrainState, *given: Any) -> Any:
+        done = real(state, *given)
+        if state.step == SAVE_EVERY - 1:  # what is judged, and copied, next
+            inject("one weight", float("nan"), state, monkeypatch)
+        return done
+
+    monkeypatch.setattr(loop, "train_step", step_with)
+    with pytest.raises(DivergedError, match="the update left a weight"):
+        train(tmp_path, model={**TINY["model"], "tied_head": False}, meter=False)
+    assert api.load(tmp_path / "run").step == 0
+
+
 class KilledError(Exception):
     """Stands for the end of the process."""
 

@@ -224,14 +224,9 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     named = frozenset(key_types())
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
-        before = _kind_of(str(recorded.get("device")))
-        if before != "cpu" and before != _kind_of(asked.device):  # for whose memory it was cut
+        if asked.on_cpu and not run_config(recorded).on_cpu:  # it was cut for the memory of a GPU
             asked = dataclasses.replace(asked, micro_batch_size=None)
     return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved))
-
-
-def _kind_of(device: str) -> str:
-    return device.partition(":")[0]
 
 
 def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:

@@ -205,7 +205,7 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     Raises:
         NoInputError: No such model.
     """
-    require_there(located(source, noticed(listener)))
+    require_there(Path(source))
     corpus = kept_corpus(Path(source))
     if corpus is None:
         return None

@@ -136,10 +136,11 @@ def is_foreign(source: Path) -> bool:
 
 
 def require_there(source: Path) -> None:
-    """Raise a NoInputError where no model is."""
-    if not (is_foreign(source) or (source / store.MANIFEST).is_file() or RunFolder(source).exists):
-        from firstwords.weights import hub
+    """Raise a NoInputError where no model is; one of GPT-2's names is there, whether it was fetched yet or not."""
+    from firstwords.weights import hub
 
+    there = str(source) in hub.NAMES or is_foreign(source) or (source / store.MANIFEST).is_file()
+    if not (there or RunFolder(source).exists):
         near = reading.nearest(source, _looks_like_a_model)
         do = f"did you mean {near}?" if near else hub.meant(str(source)) or "name a folder that train made"
         raise NoInputError("there is no run or checkpoint", where=str(source), do=do)

@@ -299,9 +299,8 @@ class Recorder:
             yield
         except DivergedError as error:
             self.note("stop", {"step": self.state.step, "reason": str(error)})
-            if self.copy is not None and all(bool(weight.isfinite().all()) for weight in self.copy.weights.values()):
-                with suppress(FirstwordsError):  # where it cannot be saved, the divergence is still what to tell of
-                    self._publish_best()
+            with suppress(FirstwordsError):  # where they cannot be saved, the divergence is still what to tell of
+                self._publish_best()
             good = self._good()
             kept = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
             do = error.do + ("" if self.config.on_nan == "rollback" else ", or --resume with --on-nan rollback")

@@ -171,24 +171,24 @@ def newest(
             continue
         for damaged, reason in refused.items():
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
-        _clear(weights_only, notice, are_last=bool(refused) or not repeats)
+        _clear(weights_only, notice, keep=bool(refused) or not repeats)
         return found
     if refused:
         why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
         do = newest_refused.do or "begin a new run with another --out"
         raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
-    _clear(weights_only, notice, are_last=False)
+    _clear(weights_only, notice, keep=not repeats)
     return None
 
 
-def _clear(weights_only: list[Path], notice: Callable[[str], None], *, are_last: bool) -> None:
+def _clear(weights_only: list[Path], notice: Callable[[str], None], *, keep: bool) -> None:
     """Make room for what a run that goes on from before these checkpoints of weights only will save.
 
-    A kill or a divergence came between each and the save that it belongs to, and it will be made again; unless `are_last`,
-    where what came after it is damaged, or the run goes another way: that may be the best that is left of hours.
+    A kill or a divergence came between each and the save that it belongs to, and it will be made again. To `keep` where
+    what came after it is damaged, or the run goes another way: that may be the best that is left of hours.
     """
     for folder in weights_only:
-        if are_last:
+        if keep:
             kept = store.set_aside(folder).name
             notice(f"{folder.name} has weights alone, from after where the run goes on: kept as {kept}")
         else:

@@ -102,6 +102,7 @@ def fit(
             took_s = yield from _save(state)
             saved_s = time.perf_counter()
         elif best:
+            _require_finite(state)
             yield CopyDue(state.step)
         if reason:
             break
@@ -117,11 +118,17 @@ def _due(state: TrainState, config: FitConfig) -> tuple[bool, bool, bool]:
 
 def _save(state: TrainState) -> Generator[Event, None, float]:
     """Ask for a save and return the seconds that it took."""
-    if state.step and not all_finite(state):
-        raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
+    if state.step:
+        _require_finite(state)
     started_s = time.perf_counter()
     yield SaveDue(state.step)
     return time.perf_counter() - started_s
+
+
+def _require_finite(state: TrainState) -> None:
+    """Raise a DivergedError for a state that must not outlive the run, be it saved or copied for the next save."""
+    if not all_finite(state):
+        raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
 
 
 def _save_interval_s(config: FitConfig, took_s: float) -> float:

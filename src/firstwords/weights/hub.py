@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from firstwords import reading, store
-from firstwords.config import presets
 from firstwords.errors import DataError, NoInputError
 
 # Repository and revision of each name; a revision is a commit, and its files never change.
@@ -19,6 +18,7 @@ NAMES = {
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
+PRESETS = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")  # of the same sizes
 # Nats per token on the chapter's story, training and held-out part, and how the story's prompt goes on, by the chapter's
 # code and its exercise 5.5 (rasbt/LLMs-from-scratch, ch05): what a right import comes to.
 PUBLISHED = {"gpt2": (3.7547, 3.5596, " forward"), "gpt2-xl": (3.3046, 3.1195, "")}
@@ -26,8 +26,9 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def meant(name: str) -> str:
-    """Return advice for the name of a preset, which is not that of the weights of its size; else empty."""
-    return f"name the weights: {', '.join(NAMES)}" if name in presets() else ""
+    """Return advice for the preset of one of GPT-2's sizes, whose weights have another name; else empty."""
+    by_preset = dict(zip(PRESETS, NAMES, strict=True))
+    return f"that is a preset, its weights are called {by_preset[name]}" if name in by_preset else ""
 
 
 def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
