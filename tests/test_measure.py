@@ -136,11 +136,22 @@ def test_where_nothing_was_measured_one_size_tells_how_fast_all_are(preset: str)
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2])
-@pytest.mark.parametrize("update_tokens", [256, 2048, 8192])
-def test_a_measured_step_is_foretold_to_take_as_long_as_it_did(drop_rate: float, update_tokens: int) -> None:
-    model = dataclasses.replace(run_config({"preset": "laptop", "model.vocab_size": 512}).model, drop_rate=drop_rate)
-    speed = Speed((point(model, update_tokens, 0.25),))
-    assert speed.tokens_per_s(model, update_tokens) == pytest.approx(update_tokens / 0.25)
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_measured_step_is_foretold_to_take_as_long_as_it_did(drop_rate: float, rows: int, kind: str) -> None:
+    named = {"preset": "laptop", "model.vocab_size": 512, "model.drop_rate": drop_rate, "optim.kind": kind}
+    config = run_config(named)
+    speed = Speed((point(config, rows, 0.25),))
+    assert speed.of_run(config, rows) == pytest.approx(rows * 256 / 0.25)
+
+
+def test_only_an_update_by_muon_takes_longer_the_fewer_tokens_it_is_of() -> None:
+    """An update of the chapter's model by Muon would take as much as learning from its 512 tokens four times over."""
+    config = run_config({"preset": "chapter"})
+    speed = Speed((point(config, 2, 4.0),))
+    assert speed.of_run(config) == speed.of_run(config, 64) == pytest.approx(2 * 256 / 4.0)
+    by_muon = run_config({"preset": "chapter", "optim.kind": "muon"})
+    assert speed.of_run(by_muon, 2) < 0.5 * speed.of_run(config, 2)
 
 
 def test_what_a_processor_cannot_do_is_not_measured_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

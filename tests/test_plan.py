@@ -16,13 +16,13 @@ from command import TINY as FLAGS
 from conftest import STORY, TINY, journal
 from firstwords import api, asking, judging, preparing, resolve
 from firstwords.app import plans
-from firstwords.config import SHORTEST_CONTEXT, RunConfig, run_config
+from firstwords.config import SHORTEST_CONTEXT, ModelConfig, RunConfig, run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, Tokens
 from firstwords.planning.prediction import WORDS, Prediction
-from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDE, Point, Speed
+from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDTH_POWER, Point, Speed
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
 from firstwords.training.events import Event, Saved, ignore
@@ -256,9 +256,15 @@ def test_a_measured_shape_is_as_fast_as_it_was_and_another_as_its_operations_say
     found = Speed(((small, 1e-5), (usual, 3e-5)))
     assert found.tokens_per_s(small) == pytest.approx(1e5)
     assert found.tokens_per_s(usual) == pytest.approx(1 / 3e-5)
-    expected = cost.training_flops(usual) / cost.training_flops(large) / 3e-5
-    wider = min(WIDE, large.emb_dim) / usual.emb_dim
-    assert found.tokens_per_s(large) == pytest.approx(math.sqrt(wider) * expected)  # by the nearest in width
+
+    def operations(model: ModelConfig) -> float:
+        return cost.training_flops(model) + cost.update_flops(model) / UPDATE_TOKENS
+
+    expected = operations(usual) / operations(large) / 3e-5  # by the nearest in width
+    assert found.tokens_per_s(large) == pytest.approx(expected)
+    tiny = run_config({"preset": "laptop-tiny"}).model
+    wide, narrow = (operations(model) * found.tokens_per_s(model) for model in (small, tiny))
+    assert narrow == pytest.approx(wide * (tiny.emb_dim / small.emb_dim) ** WIDTH_POWER)
     more_words = dataclasses.replace(usual, vocab_size=4 * usual.vocab_size)
     assert found.tokens_per_s(more_words) < found.tokens_per_s(usual)
 

@@ -157,7 +157,7 @@ def _expected(config: RunConfig, tokens: Tokens, here: Machine, found: known.Kno
         config = dataclasses.replace(config, compile="on" if compiling is not None and compiling.pays(learnt) else "off")
     if compiling is None or config.compile == "off":
         return config, expected
-    share = min(MOST_SAVED_SHARE, compiling.saves_s * here.speed.tokens_per_s(config.model))
+    share = min(MOST_SAVED_SHARE, compiling.saves_s * here.speed.of_run(config))
     tokens = dataclasses.replace(tokens, start_s=tokens.start_s + compiling.takes_s)
     return config, plan.of_config(config, tokens, dataclasses.replace(here, speed=here.speed.quicker(share)))
 
@@ -177,7 +177,7 @@ def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling
     measured = found.compiling.get(known.shape_of(config.model, config.precision))
     if measured is not None or not speed.points or not machine.compiles_for_gpu(torch.device(config.device)):
         return measured
-    tokens_per_s = speed.tokens_per_s(config.model)
+    tokens_per_s = speed.of_run(config)
     share = tokens_per_s * cost.training_flops(config.model) / found.rates[config.precision]
     return known.believed(share, tokens_per_s)
 
@@ -252,7 +252,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     for_s = config.budget_s
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
-        rate = here.speed.tokens_per_s(config.model)
+        rate = here.speed.of_run(config)
         learnt = recipe.expected_tokens(for_s, rate, tokens.beside)
         if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
             config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))

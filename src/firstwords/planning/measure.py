@@ -101,11 +101,11 @@ def point_now(config: RunConfig, before: Speed, most_s: float) -> Point | None:
         limit = config.micro_batch_size or _gpu_rows(config, limit)
     else:
         limit = config.micro_batch_size or cost.micro_batch_size(config.model, limit)
-    rows = _rows(before.tokens_per_s(config.model), T, most_s, limit)
+    rows = _rows(before.of_run(config), T, most_s, limit)
     if not rows:
         return None
     rows, took_s = _fitting_step_s(config, rows, PACE_STEPS, most_s)
-    return speeds.point(config.model, rows * T, took_s)
+    return speeds.point(config, rows, took_s)
 
 
 def _fitting_step_s(config: RunConfig, rows: int, steps: int, most_s: float) -> tuple[int, float]:
@@ -129,9 +129,9 @@ def _point(preset: str, n_words: int, device: torch.device, precision: Precision
     most = UPDATE_TOKENS // model.context_length
     if device.type != "cpu":
         most = _gpu_rows(config, recipe.BATCH_TOKENS // model.context_length)
-    rows = max(1, _rows(guess.tokens_per_s(model), model.context_length, MEASURED_S, most))
+    rows = max(1, _rows(guess.of_run(config), model.context_length, MEASURED_S, most))
     rows, took_s = _fitting_step_s(config, rows, MEASURED_STEPS, MEASURED_S)
-    return speeds.point(model, rows * model.context_length, took_s)
+    return speeds.point(config, rows, took_s)
 
 
 def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -> int:

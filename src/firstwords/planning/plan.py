@@ -129,7 +129,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         tokens: The text.
         machine: The machine.
     """
-    model, rate = config.model, machine.speed.tokens_per_s(config.model)
+    model, rate = config.model, machine.speed.of_run(config)
 
     def learnt_at(rate: float) -> float:
         if config.for_s is not None:
@@ -137,8 +137,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
     batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
-    if config.optim.kind == "muon":
-        rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
+    rate = machine.speed.of_run(config, batch_size)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     looks = math.ceil(steps / (recipe.eval_every(config, tokens.held_out) or steps))
@@ -250,19 +249,14 @@ def _bits(candidate: Candidate) -> float:
 
 def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> float | None:
     """Return the seconds in which a preset would be as good as `bits`, most likely; None: in none."""
-    law, model = prediction.law(), _model(tokens, preset)
-    n_bytes = law.text_for(bits, _situation(tokens, model, 0.0))
+    config = run_config({"preset": preset, "model.vocab_size": tokens.vocab_size})
+    n_bytes = prediction.law().text_for(bits, _situation(tokens, config.model, 0.0))
     if n_bytes is None:
         return None
     learnt = n_bytes / bytes_a_token(tokens)
-    model = _dropping(model, preset, learnt / max(1.0, tokens.training))
-    batch_size = recipe.batch_size(model.context_length, learnt, tokens.training)
-    rate = machine.speed.tokens_per_s(model, batch_size * model.context_length)
-    return recipe.elapsed_s(learnt, rate, tokens.beside)
-
-
-def _model(tokens: Tokens, preset: str) -> ModelConfig:
-    return run_config({"preset": preset, "model.vocab_size": tokens.vocab_size}).model
+    config = replace(config, model=_dropping(config.model, preset, learnt / max(1.0, tokens.training)))
+    batch_size = recipe.batch_size(config.model.context_length, learnt, tokens.training)
+    return recipe.elapsed_s(learnt, machine.speed.of_run(config, batch_size), tokens.beside)
 
 
 @dataclass(frozen=True)
@@ -390,12 +384,13 @@ def hint(facts: TextFacts) -> str | None:
 
 
 def _described(facts: TextFacts, texts: dict[str, Tokens]) -> dict[str, Any]:
+    any_one = next(iter(texts.values()))
     return {
         "n_bytes": facts.n_bytes,
         "n_documents": facts.n_documents,
         "scripts": {name: round(share, 3) for name, share in facts.scripts.items()},
-        "repeated": round(facts.repeated, 4),
-        "difficulty": round(next(iter(texts.values())).difficulty, 3),
+        "repeated": round(any_one.repeated, 4),
+        "difficulty": round(any_one.difficulty, 3),
         "tokens": {name: round(tokens.training + tokens.held_out) for name, tokens in texts.items()},
         "vocab_size": {name: tokens.vocab_size for name, tokens in texts.items()},
     }

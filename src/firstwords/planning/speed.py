@@ -2,7 +2,8 @@
 
 A shape that was measured is as fast as that; one of another vocabulary takes as much more as the same shape did that was
 measured with two; any other needs its operations at the rate of the measured shape that is nearest to it in width, as much
-more or less of it as wider products are more efficient. What an update by Muon takes is the same for any number of tokens.
+more or less of it as wider products are more efficient. What an update by Muon takes is the same for any number of tokens,
+an update by AdamW takes next to nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import itertools
 import math
 from dataclasses import asdict, dataclass
 
-from firstwords.config import ModelConfig
+from firstwords.config import ModelConfig, RunConfig
 from firstwords.model import cost
 
-PRODUCT_SHARE = 0.52  # of the machine's matrix products that a model of `WIDE` channels reaches, about
-WIDE = 256  # narrower ones reach less, as the square root: 0.53 of 192 channels' rate at 64, 0.71 at 96, 0.87 at 128
+PRODUCT_SHARE = 0.58  # of the machine's matrix products that a model of `WIDE` channels reaches, about
+# Narrower ones reach less: 0.44 to 0.48 of its rate at 64 channels, 0.6 at 96, 0.77 at 128; 384 and 768 reach as much.
+WIDE, WIDTH_POWER = 192, 2 / 3
 UPDATE_TOKENS = 2048  # of the steps that are measured
 DROPPING_SHARE = 0.89  # of its speed that a model keeps which drops numbers: 0.90 at a tenth of them, 0.88 at a fifth
-Point = tuple[ModelConfig, float]  # a shape, and the seconds that learning from one token took
+Point = tuple[ModelConfig, float]  # a shape, and the seconds that a token takes which Muon learns from, nothing dropped
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,24 @@ class Speed:
     points: tuple[Point, ...] = ()
     flops_per_s: float = 0.0
 
-    def tokens_per_s(self, model: ModelConfig, update_tokens: int = UPDATE_TOKENS) -> float:
+    def of_run(self, config: RunConfig, batch_size: int | None = None) -> float:
+        """Return from how many tokens a second such a run learns.
+
+        Args:
+            config: With a shape and an optimizer.
+            batch_size: Sequences of an update; None: not known, `UPDATE_TOKENS` are.
+        """
+        tokens = UPDATE_TOKENS if batch_size is None else batch_size * config.model.context_length
+        return self.tokens_per_s(config.model, _muon_tokens(config, tokens))
+
+    def tokens_per_s(self, model: ModelConfig, muon_tokens: float = UPDATE_TOKENS) -> float:
         """Return from how many tokens a second a model of this shape learns.
 
         Args:
             model: The shape.
-            update_tokens: From how many tokens Muon makes an update.
+            muon_tokens: From how many tokens Muon makes an update; infinitely many where it makes none.
         """
-        one, flops = cost.update_flops(model), cost.training_flops(model)
-        kept = DROPPING_SHARE if model.drop_rate else 1.0
-        return kept * self._measured(model) * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
+        return _kept(model) * self._measured(model) * _operations(model) / _operations(model, muon_tokens)
 
     def now(self, point: Point, *, others: bool) -> Speed:
         """Return the speed of this machine where one shape was measured anew.
@@ -60,13 +70,13 @@ class Speed:
 
     def _measured(self, model: ModelConfig) -> float:
         if not self.points:
-            return self.flops_per_s * _efficiency(model) / cost.training_flops(model)
+            return self.flops_per_s * _efficiency(model) / _operations(model)
         shape, token_s = min(self.points, key=lambda point: _distance(point[0], model))
         if not same_layers(shape, model):
             more_efficient = _efficiency(model) / _efficiency(shape)
-            return more_efficient * cost.training_flops(shape) / cost.training_flops(model) / token_s
+            return more_efficient * _operations(shape) / _operations(model) / token_s
         more_flops = cost.training_flops(model) - cost.training_flops(shape)
-        return 1 / (token_s + more_flops / self._head_flops_per_s(token_s / cost.training_flops(shape)))
+        return 1 / (token_s + more_flops / self._head_flops_per_s(token_s / _operations(shape)))
 
     def _head_flops_per_s(self, flop_s: float) -> float:
         """Return how fast more words are learnt from; where no shape was measured with two vocabularies, 1 / `flop_s`."""
@@ -77,11 +87,11 @@ class Speed:
         return 1 / flop_s
 
 
-def point(model: ModelConfig, update_tokens: int, step_s: float) -> Point:
-    """Return a shape's point from the seconds of a whole step on so many tokens."""
-    one, flops = cost.update_flops(model), cost.training_flops(model)
-    kept = DROPPING_SHARE if model.drop_rate else 1.0
-    return model, kept * step_s / update_tokens * (flops + one / UPDATE_TOKENS) / (flops + one / update_tokens)
+def point(config: RunConfig, rows: int, step_s: float) -> Point:
+    """Return the point of a run's shape from the seconds of a whole step on so many sequences."""
+    tokens = rows * config.model.context_length
+    times = _operations(config.model) / _operations(config.model, _muon_tokens(config, tokens))
+    return config.model, _kept(config.model) * times * step_s / tokens
 
 
 def guessed(flops_per_s: float) -> Speed:
@@ -89,9 +99,22 @@ def guessed(flops_per_s: float) -> Speed:
     return Speed(flops_per_s=PRODUCT_SHARE * flops_per_s)
 
 
+def _muon_tokens(config: RunConfig, update_tokens: int) -> float:
+    return update_tokens if config.optim.kind == "muon" else math.inf
+
+
+def _operations(model: ModelConfig, muon_tokens: float = UPDATE_TOKENS) -> float:
+    """Return the operations that a token takes, with its share of an update by Muon, which each has in a point."""
+    return cost.training_flops(model) + cost.update_flops(model) / muon_tokens
+
+
+def _kept(model: ModelConfig) -> float:
+    return DROPPING_SHARE if model.drop_rate else 1.0
+
+
 def _efficiency(model: ModelConfig) -> float:
     """Return the share of what wide products reach, about, by the width of a model's."""
-    return min(1.0, math.sqrt(model.emb_dim / WIDE))
+    return float(min(1.0, (model.emb_dim / WIDE) ** WIDTH_POWER))
 
 
 def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float, float]:
