@@ -62,7 +62,7 @@ def stdin_holding(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 def test_no_paths_is_the_topics_of_pydoc_as_one_document():
     texts = read([])
-    assert (texts.name, texts.paths, names(texts)) == ("pydoc-topics", (), ["pydoc_data.topics"])
+    assert (texts.name, names(texts)) == ("pydoc-topics", ["pydoc_data.topics"])
     assert 300_000 < len(contents(texts)[0]) < 1_000_000
     assert contents(texts) == contents(texts)
 
@@ -125,7 +125,7 @@ def test_texts_can_be_iterated_again_and_side_by_side(tmp_path: Path, monkeypatc
     for left, right in zip(texts, texts, strict=True):
         assert all(a == b for a, b in zip(left.pieces(), right.pieces(), strict=True))
         assert list(left.pieces()) == list(left.pieces())
-    assert (texts.name, texts.paths[1], names(texts)[1]) == ("a", "-", "standard input")
+    assert (texts.name, names(texts)[1]) == ("a", "standard input")
 
 
 def test_a_folder_is_searched_in_sorted_order_without_hidden_and_other_files(tmp_path: Path):
@@ -201,12 +201,12 @@ def test_jsonl_lines_across_pieces_come_back_exactly(tmp_path: Path):
     assert [len(list(document.pieces())) for document in read([path])] == [1, 1, 2]
 
 
-def test_paths_are_absolute_and_names_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_texts_have_short_names_and_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "v1.2 notes/my text.v2.txt.gz", gzip.compress(b"a", mtime=0))
     monkeypatch.chdir(tmp_path / "v1.2 notes")
     texts = read(["my text.v2.txt.gz"])
     monkeypatch.chdir("/")
-    assert (texts.name, texts.paths) == ("my text.v2", (str(tmp_path / "v1.2 notes/my text.v2.txt.gz"),))
+    assert texts.name == "my text.v2"
     assert contents(texts) == ["a"]
     monkeypatch.chdir(tmp_path / "v1.2 notes")
     assert [read([path]).name for path in (".", "../v1.2 notes", tmp_path / "v1.2 notes/../v1.2 notes")] == [
@@ -220,7 +220,6 @@ def test_paths_are_absolute_and_names_short(tmp_path: Path, monkeypatch: pytest.
 def test_strange_names_work_and_are_shown_escaped(tmp_path: Path, name: str):
     texts = read([write(tmp_path / name, "a")])
     assert contents(texts) == ["a"]
-    assert texts.paths == (str(tmp_path / name),)
     assert names(texts)[0].isprintable()
     assert texts.name.isprintable()
 

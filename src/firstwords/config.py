@@ -84,16 +84,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
-        rotary = self.block == "qwen3"
-        pairs = 2 if rotary else 1
-        do = f"the nearest widths are {nearest_multiples(self.emb_dim, pairs * self.n_heads)}"
-        if self.emb_dim % pairs == 0:
-            do += f"; or --model.n-heads {nearest_divisors(self.emb_dim // pairs, self.n_heads).replace(' and ', ' or ')}"
+        pairs = 2 if self.block == "qwen3" else 1
+        what = ""
         if self.emb_dim % self.n_heads:
             what = f"{self.emb_dim} channels cannot be shared by {self.n_heads} heads"
-            raise ConfigError(what, where="--model.emb-dim", do=do)
-        if rotary and self.head_dim % 2:
+        elif self.head_dim % pairs:
             what = f"rotary positions need an even head size, not {self.head_dim}"
+        if what:
+            do = f"the nearest widths are {nearest_multiples(self.emb_dim, pairs * self.n_heads)}"
+            if self.emb_dim % pairs == 0:
+                heads = nearest_divisors(self.emb_dim // pairs, self.n_heads)
+                do += f"; or --model.n-heads {heads.replace(' and ', ' or ')}"
             raise ConfigError(what, where="--model.emb-dim", do=do)
 
     @property

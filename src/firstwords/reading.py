@@ -89,13 +89,13 @@ def opening(path: Path) -> Iterator[None]:
         raise DataError("cannot be read", where=str(path), why=str(error)) from error
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
         DataError: As `read_bytes` and `parse_json`.
     """
-    return parse_json(read_bytes(path, most_bytes), str(path), most_bytes)
+    return parse_json(read_bytes(path), str(path))
 
 
 def parse_json(data: bytes, where: str, most_bytes: int = MOST_BYTES) -> dict[str, Any]:

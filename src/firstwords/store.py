@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -57,6 +58,15 @@ def cache_folder() -> Path:
 def canonical_json(value: Mapping[str, Any]) -> bytes:
     """Return the one spelling of `value` that is hashed and compared: sorted keys, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def without_infinities(value: Any) -> Any:
+    """Return a JSON value with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
     if not checkpoints and run.was_saved:
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
         checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
-    return Verdict(checkpoints, _corpus(run), None if replay_steps is None else replay(run, replay_steps))
+    whole = [folder for folder, one in found if one.ok]
+    return Verdict(checkpoints, _corpus(run), None if replay_steps is None else _replay(run, replay_steps, whole))
 
 
 def _checkpoint(folder: Path) -> Finding:
@@ -104,14 +106,19 @@ def _corpus(run: RunFolder) -> Finding:
     return Finding(folder.name, None, ok=True)
 
 
-def replay(run: RunFolder, n_steps: int) -> Replay:
+def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     """Train `n_steps` again from a checkpoint and compare each loss and gradient, and weights where both are on disk.
 
     Equal means equal to the last bit, which holds on the machine and with the threads of the run.
+
+    Args:
+        run: Only read.
+        n_steps: At least 1.
+        whole: Its checkpoints that are not damaged, oldest first.
     """
     config = run_config(run.recorded_config())
     last = max((step for step, _ in run.metrics.of_steps("step")), default=0)
-    whole = [folder for folder in checkpoint.existing(run.checkpoints) if _is_a_start(folder)]
+    whole = [folder for folder in whole if checkpoint.unverified(folder).continuable]
     if not whole:
         return Replay(0, 0, ok=False, problem="no checkpoint to start from is whole")
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
@@ -140,16 +147,12 @@ def replay(run: RunFolder, n_steps: int) -> Replay:
 
 def _fingerprint(folder: Path) -> dict[str, Any]:
     """Return all that the bits of a run depended on when a whole checkpoint was made."""
-    found = Checkpoint(folder, store.read_manifest(folder)).json(checkpoint.STATE).get("fingerprint")
+    found = checkpoint.unverified(folder).json(checkpoint.STATE).get("fingerprint")
     return found if isinstance(found, dict) else {}
 
 
-def _is_a_start(folder: Path) -> bool:
-    return _checkpoint(folder).ok and Checkpoint(folder, store.read_manifest(folder)).continuable
-
-
 def _state_at(folder: Path, config: RunConfig) -> TrainState:
-    found = Checkpoint(folder, store.read_manifest(folder))
+    found = checkpoint.unverified(folder)
     state = states.initial(config.model, config.optim, config.seed, config.device, machine.DTYPES[config.precision])
     states.load_model_tensors(state.model, found.tensors(checkpoint.MODEL), str(folder))
     states.load_optimizer_tensors(state, found.tensors(checkpoint.OPTIMIZER))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from firstwords import api
+from firstwords import api, store
 from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
@@ -363,17 +362,8 @@ class Console:
 
     def _json(self, value: Mapping[str, Any]) -> None:
         if sys.stdout is not None:  # closed by whoever started us: then what is said goes nowhere
-            sys.stdout.write(json.dumps(_without_infinities(value), ensure_ascii=True, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(store.without_infinities(value), ensure_ascii=True, allow_nan=False) + "\n")
             sys.stdout.flush()
-
-
-def _without_infinities(value: Any) -> Any:
-    """Return a JSON value with null for numbers that JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _candidate_table(found: Plan) -> Table:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from firstwords.errors import DataError
+from firstwords.model.gpt import evaluating
 from firstwords.model.language_model import LanguageModel
 from firstwords.text.tokenizer import Tokenizer
 from firstwords.training.evaluate import Evaluation, Window, windows
@@ -67,11 +68,11 @@ def explain(lm: LanguageModel, text: str) -> Explanation:
     ids = lm.tokenizer.encode(text)
     if len(ids) < 2:
         raise DataError("the text has fewer than two tokens", where="TEXT", why="the first token is not predicted")
-    lm.model.eval()
     letters = _letters(lm.tokenizer, ids)
     tokens = [TokenExplained(ids[0], _show(lm.tokenizer, ids[0]), letters[0])]
-    for window in windows(np.array([0]), np.array([len(ids)]), lm.model.config.context_length):
-        tokens += _explain_window(lm, ids, letters, window)
+    with evaluating(lm.model):
+        for window in windows(np.array([0]), np.array([len(ids)]), lm.model.config.context_length):
+            tokens += _explain_window(lm, ids, letters, window)
     nats = -sum(token.log_probability or 0.0 for token in tokens)
     n_bytes = sum(len(lm.tokenizer.token_bytes(token)) for token in ids[1:])
     evaluation = Evaluation.of(nats, len(ids) - 1, n_bytes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from firstwords.insight.tasks import Item, Task, TaskScore
-from firstwords.model.gpt import GPTModel
+from firstwords.model.gpt import GPTModel, evaluating
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.loss import token_figures
 from firstwords.text.batches import IGNORE
@@ -81,17 +81,14 @@ def likelihoods(lm: LanguageModel, requests: Sequence[Continuation]) -> list[Lik
         raise ValueError("a context or a continuation has no token")
     rows = [row for number, request in enumerate(requests) for row in _rows(number, request, limit)]
     rows.sort(key=lambda row: -len(row.inputs))
-    nats, greedy, was_training = [0.0] * len(requests), [True] * len(requests), lm.model.training
-    lm.model.eval()
-    try:
+    nats, greedy = [0.0] * len(requests), [True] * len(requests)
+    with evaluating(lm.model):
         while rows:
             count = max(1, TOKENS_AT_ONCE // len(rows[0].inputs))
             group, rows = rows[:count], rows[count:]
             for row, (row_nats, row_greedy) in zip(group, _judged(lm.model, group, device), strict=True):
                 nats[row.request] += row_nats
                 greedy[row.request] &= row_greedy
-    finally:
-        lm.model.train(was_training)
     return [Likelihood(*pair) for pair in zip(nats, greedy, strict=True)]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from firstwords.errors import ConfigError, DataError
 from firstwords.insight.record import Record
+from firstwords.model.gpt import evaluating
 from firstwords.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def temperature_plot(lm: LanguageModel, prompt: str) -> Figure:
     """Return softmax(logits / T) of the likeliest next tokens after a prompt, among themselves, for each temperature."""
     figure, axes = _figure()
     ids = lm.tokenizer.encode(prompt)[-lm.model.config.context_length :] or [lm.tokenizer.end_of_text]
-    lm.model.eval()
-    logits = lm.model(torch.tensor([ids], device=lm.model.tok_emb.weight.device))[0, -1].float().cpu()
+    with evaluating(lm.model):
+        logits = lm.model(torch.tensor([ids], device=lm.model.tok_emb.weight.device))[0, -1].float().cpu()
     best = logits[: lm.tokenizer.vocab_size].topk(min(SHOWN_TOKENS, lm.tokenizer.vocab_size))
     width = 0.8 / len(TEMPERATURES)
     for i, temperature in enumerate(TEMPERATURES):

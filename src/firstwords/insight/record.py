@@ -229,7 +229,7 @@ def _checkpoints(run: RunFolder) -> tuple[Mapping[str, Any], dict[str, str]]:
     checksums = {}
     for folder in checkpoint.existing(run.checkpoints):
         try:
-            found = checkpoint.Checkpoint(folder, store.read_manifest(folder))
+            found = checkpoint.unverified(folder)
             checksums[folder.name] = found.weights_sha256
             environment = flatten(found.json(checkpoint.STATE).get("fingerprint") or {})
         except (FirstwordsError, KeyError) as error:

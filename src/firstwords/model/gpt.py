@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, assert_never
 
 import torch
@@ -299,6 +300,17 @@ class GPTModel(nn.Module):
         """Return the logits (B, T, V) of the token after each of the ids (B, T)."""
         logits: Tensor = self.out_head(self.features(tokens))
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Drop nothing inside, and leave the model in the mode that it came in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class _Undrawn(TorchFunctionMode):

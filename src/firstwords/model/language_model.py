@@ -11,7 +11,7 @@ import torch
 
 from firstwords.errors import ConfigError
 from firstwords.model.generate import Drawn, generate, generate_batch, in_precision
-from firstwords.model.gpt import GPTModel
+from firstwords.model.gpt import GPTModel, evaluating
 from firstwords.model.sampling import Sampling
 from firstwords.text.tokenizer import Tokenizer
 
@@ -86,13 +86,10 @@ class LanguageModel:
         """
         ids = self._prompt_ids(prompt, max_new_tokens, notice)
         generator = torch.Generator().manual_seed(seed)
-        was_training = self.model.training
         model = self._in_precision(several=False)
         drawn = islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens)
-        try:
+        with evaluating(self.model):
             yield from _until(self._decoded(drawn), stop)
-        finally:
-            self.model.train(was_training)
 
     def generate_batch(
         self,
@@ -119,16 +116,13 @@ class LanguageModel:
         """
         ids = [self._prompt_ids(prompt, max_new_tokens, notice) for prompt in prompts]
         seeds = range(123, 123 + len(ids)) if seeds is None else seeds
-        was_training = self.model.training
         model = self._in_precision(several=len(ids) > 1)
-        try:
+        with evaluating(self.model):
             for start in range(0, len(ids), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
                 batches = generate_batch(model, ids[rows], sampling or Sampling(), generators)
                 yield from self._said(islice(batches, max_new_tokens), len(ids[rows]), stop)
-        finally:
-            self.model.train(was_training)
 
     def _said(self, batches: Iterator[list[Drawn]], n_rows: int, stop: Sequence[str]) -> list[Said]:
         """Return the texts of rows that are drawn together; a row that has ended is drawn on unheard until all have."""
@@ -172,14 +166,13 @@ class LanguageModel:
             yield rest
 
     def _in_precision(self, *, several: bool) -> GPTModel:
-        """Return the model as it speaks, one text or several, in eval mode; made once for weights that nobody trains."""
-        is_trained, version = self.model.training, sum(parameter._version for parameter in self.model.parameters())
-        self.model.eval()
-        key = version, several
+        """Return the model as it speaks, one text or several; made once for weights that nobody trains."""
+        key = sum(parameter._version for parameter in self.model.parameters()), several
         if key not in self._rounded:
             self._rounded.clear()
-            made = in_precision(self.model, self.dtype, several=several)
-            if is_trained:  # the copy would only take memory until the weights change
+            with evaluating(self.model):  # so is a copy
+                made = in_precision(self.model, self.dtype, several=several)
+            if self.model.training:  # the copy would only take memory until the weights change
                 return made
             self._rounded[key] = made
         return self._rounded[key]

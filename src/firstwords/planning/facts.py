@@ -18,7 +18,6 @@ from firstwords.text.sources import Document, Texts
 from firstwords.text.tokenizer import Tokenizer
 
 PASSAGE_BYTES = 64  # repeated to the letter, they are no chance
-FINGERPRINT_BYTES = 64 << 20  # of a text are searched for repeated passages
 IDS_AT_ONCE = 1 << 17
 HASHED_BYTES = 1 << 18  # at once: each takes up to 40 bytes of memory meanwhile
 FEWEST_SHARE = 0.01  # of the letters that a script must have to be named
@@ -68,13 +67,11 @@ class TextFacts:
     """What was found in a text. Bytes are of UTF-8."""
 
     n_bytes: int
-    n_chars: int
     n_documents: int
     training_chars: int
     training_bytes: int
     held_out_bytes: int
     scripts: dict[str, float]  # share of the letters in the sample, the most used first
-    repeated: float  # share of the passages that stood somewhere before, to the letter
     sample: Sample
 
     @property
@@ -100,19 +97,16 @@ def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent
     cuts = corpora.learnt_chars(found, val_fraction)
     training = _Spread(sum(cuts), difficulty.TRAINING_BYTES)
     held_out = _Spread(found.total_chars - sum(cuts), difficulty.HELD_OUT_BYTES)
-    passages = _Passages()
     for document, cut in corpora.again(texts, cuts):
-        _take(document, cut, training, held_out, passages)
+        _take(document, cut, training, held_out)
     sample = Sample(training.sample, held_out.sample)
     return TextFacts(
         n_bytes=training.n_bytes + held_out.n_bytes,
-        n_chars=found.total_chars,
         n_documents=len(found.n_chars),
         training_chars=sum(cuts),
         training_bytes=training.n_bytes,
         held_out_bytes=held_out.n_bytes,
         scripts=scripts(_heads(sample.training, difficulty.PACKED_TRAINING).decode(errors="ignore")),
-        repeated=passages.repeated,
         sample=sample,
     )
 
@@ -152,13 +146,12 @@ def scripts(text: str) -> dict[str, float]:
     return {name: count / total for name, count in names.most_common() if count >= FEWEST_SHARE * total}
 
 
-def _take(document: Document, cut: int, training: _Spread, held_out: _Spread, passages: _Passages) -> None:
+def _take(document: Document, cut: int, training: _Spread, held_out: _Spread) -> None:
     at = 0
     for piece in document.pieces():
         before = max(0, min(len(piece), cut - at))
         training.add(piece[:before])
         held_out.add(piece[before:])
-        passages.add(piece.encode())
         at += len(piece)
 
 
@@ -206,13 +199,9 @@ class _Passages:
 
     def __init__(self) -> None:
         self._hashes: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
-        self._n_bytes = 0
 
     def add(self, data: bytes) -> None:
         """Take note of the passages of a piece."""
-        if self._n_bytes >= FINGERPRINT_BYTES or len(data) < PASSAGE_BYTES:
-            return
-        self._n_bytes += len(data)
         for start in range(0, len(data) - PASSAGE_BYTES + 1, HASHED_BYTES):
             piece = data[start : start + HASHED_BYTES + PASSAGE_BYTES - 1]  # as many places, and the last one's passage
             hashes = _rolling(np.frombuffer(piece, np.uint8).astype(np.uint64))

@@ -78,10 +78,10 @@ class Check:
         return ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the check as the journal has it, with null for what is no finite number."""
+        """Return the check as the journal has it."""
         figures = {**asdict(self.way), **asdict(self), "ok": not self.problem}
         del figures["way"]
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        return figures
 
 
 def begun(

@@ -131,11 +131,20 @@ def existing(parent: Path) -> list[Path]:
     return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdecimal()), key=step_of)
 
 
+def unverified(folder: Path) -> Checkpoint:
+    """Return a checkpoint by its manifest alone; its files are not read.
+
+    Raises:
+        DataError: There is no manifest, or it is damaged.
+    """
+    return Checkpoint(folder, store.read_manifest(folder))
+
+
 def has_begun(parent: Path) -> bool:
     """Return whether a run has a checkpoint to go on from, by their manifests; one that cannot be read counts as one."""
     for folder in existing(parent):
         try:
-            if Checkpoint(folder, store.read_manifest(folder)).continuable:
+            if unverified(folder).continuable:
                 return True
         except (FirstwordsError, KeyError, TypeError):
             return True
@@ -219,8 +228,7 @@ def weights_sha256(parent: Path, step: int) -> str:
     Raises:
         DataError: There is no such checkpoint, or its manifest is damaged.
     """
-    folder = folder_of(parent, step)
-    return Checkpoint(folder, store.read_manifest(folder)).weights_sha256
+    return unverified(folder_of(parent, step)).weights_sha256
 
 
 def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class Journal:
 
     def add(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
-        line = {"event": event, **{key: _finite(value) for key, value in values.items()}}
+        line = {"event": event, **store.without_infinities(values)}
         store.append(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
     def size_bytes(self) -> int:
@@ -61,7 +60,3 @@ class Journal:
         except (DataError, KeyError) as error:
             do = "put as many spaces in its place: a run that goes on counts the bytes before its checkpoint"
             raise DataError("is no event", where=f"{self.path}:{number}", why=str(error), do=do) from error
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -108,11 +108,9 @@ class Texts:
 
     Attributes:
         name: A short name: `notes` for `notes/` or `notes.txt.gz`, `stdin`, `pydoc-topics`; the first's of several.
-        paths: What was named, made absolute; `-` is standard input. Empty for the built-in corpus.
     """
 
     name: str
-    paths: tuple[str, ...]
     _parts: tuple[Callable[[], Iterator[Document]], ...] = field(repr=False)
 
     def __iter__(self) -> Iterator[Document]:
@@ -144,10 +142,9 @@ def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: No
     if encoding is not None:
         _check_encoding(encoding)
     if not paths:
-        return Texts("pydoc-topics", (), (_built_in,))
+        return Texts("pydoc-topics", (_built_in,))
     sources = [source for path in paths for source in _find(path, encoding, notice)]
-    absolute = tuple("-" if str(path) == "-" else str(Path(path).absolute()) for path in paths)
-    return Texts(_short_name(absolute[0]), absolute, tuple(source.documents for source in sources))
+    return Texts(_short_name(str(paths[0])), tuple(source.documents for source in sources))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 
 from firstwords.errors import DivergedError
 from firstwords.model.cost import EVALUATED_AT_ONCE
-from firstwords.model.gpt import GPTModel
+from firstwords.model.gpt import GPTModel, evaluating
 from firstwords.model.loss import bits_per_byte, perplexity, token_figures, token_nats
 from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
@@ -120,12 +120,8 @@ def evaluate(
     if not part.n_tokens:
         return None
     plan = _plan(part, model.config.context_length, most_tokens)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         nats = sum(_nats(model, part, group, dtype) for group in _groups(plan))
-    finally:
-        model.train(was_training)
     return Evaluation.of(nats, *_counts(part, plan))
 
 
@@ -148,10 +144,8 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
         return None
     plan = _plan(part, model.config.context_length, None)
     nats, ranks = np.zeros(len(part.ids), np.float32), np.zeros(len(part.ids), np.int32)
-    at = np.zeros((2, model.config.context_length))
-    was_training, total = model.training, 0.0
-    model.eval()
-    try:
+    at, total = np.zeros((2, model.config.context_length)), 0.0
+    with evaluating(model):
         for group in _groups(plan):
             tokens, targets = _stacked(model, part, group, skipping=False)
             with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
@@ -162,8 +156,6 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
                 nats[window.counted], ranks[window.counted] = group_nats[row, counted], group_ranks[row, counted]
                 at[:, : window.length] += group_nats[row, : window.length], np.ones(window.length)
                 total += float(group_nats[row, counted].sum(dtype=np.float64))
-    finally:
-        model.train(was_training)
     sizes, is_text = part.id_bytes[part.ids], part.ids != separator(part)
     bytes_before = (np.cumsum(sizes) - sizes)[is_text]
     evaluation = Evaluation.of(total, *_counts(part, plan))
@@ -240,17 +232,14 @@ def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: in
         step: Updates done.
         dtype: Of the matrix products.
     """
-    first, device, was_training = batches(max(0, step - 1)), model.tok_emb.weight.device, model.training
+    first, device = batches(max(0, step - 1)), model.tok_emb.weight.device
     count = max(1, TRAINING_TOKENS // first.tokens.numel())
     seen = [batches(step) for step in range(max(0, step - count), step or count)]
     rows = max(1, TOKENS_AT_ONCE // first.tokens.shape[1])
     inputs, wanted = torch.cat([batch.tokens for batch in seen]), torch.cat([batch.targets for batch in seen])
     groups = zip(torch.split(inputs, rows), torch.split(wanted, rows), strict=True)
-    model.eval()
-    try:
+    with evaluating(model):
         nats = sum(_group_nats(model, tokens.to(device), targets.to(device), dtype) for tokens, targets in groups)
-    finally:
-        model.train(was_training)
     return nats / sum(batch.n_targets for batch in seen)
 
 
