@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def simulate(
     end_s: float = 0.0,
     rest_slower: float | None = None,
     done: int = 0,
+    rest: Callable[[int], float] = lambda _: 0.0,
 ) -> tuple[float, int, int]:
     """Play a run on a simulated clock; everything becomes `slower` half-way. Returns (seconds, steps, evaluations).
 
-    What is not a step becomes slower by `rest_slower`, where it is named; `done` steps were done before.
+    What is not a step becomes slower by `rest_slower`, where it is named; `done` steps were done before; `rest` seconds
+    pass after a step on what is neither a step nor an evaluation.
     """
     now_s, step, looks = 0.1, done, 0  # the first save and sample
     plans = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s, end_s=end_s)
@@ -46,6 +49,7 @@ def simulate(
         if step == total or (every and step % every == 0):
             now_s, looks = now_s + look_s * rest_pace, looks + 1
             plans.look()
+        now_s += rest(step) * rest_pace
     return now_s + end_s * rest_pace, step - done, looks
 
 
@@ -56,6 +60,20 @@ def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: f
     # within 3 % or the few steps that come before the first plan
     assert took_s == pytest.approx(budget_s, abs=max(0.03 * budget_s, PROBE_STEPS * step_s))
     assert looks >= 1
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda _: 0.1,  # who listens draws a picture at each step
+        lambda step: 0.3 * (step % 3 == 0),  # a sample at every third
+        lambda step: 3.0 * (step % 400 == 0),  # a save now and then
+    ],
+)
+def test_what_passes_between_steps_is_time_too_and_no_evaluation_s(rest: Callable[[int], float]) -> None:
+    took_s, _, looks = simulate(60, 0.02, 0.5, rest=rest)
+    assert took_s == pytest.approx(60, rel=0.03)  # without counting it, 138 s of the first kind
+    assert looks >= 7  # as often as without: they did not become slower
 
 
 @pytest.mark.parametrize("done", [100, 12_345])

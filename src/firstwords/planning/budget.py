@@ -92,19 +92,22 @@ class Budget:
     scale_steps: float = 0.0
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
-    _between_s: float = 0.0  # spent between steps since the first plan; before it: on the first save and sample
+    _looking_s: float = 0.0  # spent on evaluations since the first plan; before it: on the first save and sample
     _looks: int = 0  # since the first plan
+    _looked: bool = True  # since the last step
+    _rest_s: float = 0.0  # spent otherwise between steps: on saves, on samples of their own, by who listens
     _look_s: float = 0.0
     _is_best: bool = True  # the last evaluation
     _first_step_s: float = 0.0  # of the first plan
     _planned_looks: int = -1
     _planned_step_s: float = 0.0
-    _late_s: float = 0.0  # behind the plan, by its steps alone
+    _late_s: float = 0.0  # behind the plan
     _next_plan: int = 0
 
     def look(self, *, is_best: bool = True) -> None:
         """Count an evaluation; its time, and that of what comes with it, is what passes between two steps."""
-        self._looks, self._is_best = self._looks + 1, is_best
+        self._looks, self._looked, self._is_best = self._looks + 1, True, is_best
+        self._late_s -= self._look_s * self._slowed()
 
     def step(self, now_s: float, took_s: float) -> bool:
         """Take note of a step and return whether a plan is due."""
@@ -112,12 +115,17 @@ class Budget:
         if self._n_steps <= WARM_STEPS + 1:
             self._steps_s.clear()
         self._steps_s.append(took_s)
-        self._between_s += max(0.0, now_s - self.now_s - took_s) / self._slowed()
-        self.now_s = now_s
+        passed_s, self.now_s = now_s - self.now_s, now_s
+        between_s = max(0.0, passed_s - took_s) / self._slowed()
+        if self._looked:
+            self._looking_s += between_s
+        else:
+            self._rest_s += between_s
+        self._looked = False
         if self._planned_looks < 0:
             long = sum(self._steps_s) > PROBE_SHARE * self.total_s
             return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and long)
-        self._late_s += took_s - self._planned_step_s
+        self._late_s += passed_s - self._planned_step_s
         drifted = abs(self._late_s) > DRIFT_SHARE * self.total_s
         return drifted or self._looks > self._planned_looks or self._n_steps >= self._next_plan
 
@@ -130,13 +138,14 @@ class Budget:
         """
         step_s = statistics.fmean(self._steps_s)
         if self._planned_looks < 0:
-            self._look_s, self._first_step_s = self._between_s + self.evaluation_steps * step_s, step_s
-            self._between_s, self._looks = 0.0, 0
+            self._look_s, self._first_step_s = self._looking_s + self.evaluation_steps * step_s, step_s
+            self._looking_s, self._looks = 0.0, 0
         if self._looks:
-            self._look_s = self._between_s / self._looks
-        self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
+            self._look_s = self._looking_s / self._looks
         look_s = self._look_s * self._slowed()
         scale_s = 0.0 if self._is_best else self.scale_steps * step_s
+        step_s += self._rest_s / self._n_steps * self._slowed()
+        self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
         left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed() - scale_s)
         if eval_every is None:
             planned = looks(self.total_s, look_s)
