@@ -31,6 +31,7 @@ import numpy as np
 from firstwords.config import AS_DRAWN, NONE, flag, model_config, run_config
 from firstwords.model import cost
 from firstwords.planning import facts, plan, prediction, recipe
+from firstwords.planning.budget import LOOK_SHARE, MOST_LOOKS
 from firstwords.planning.prediction import MOST_REPEATED, Law, Situation
 from firstwords.text import sources
 from record import ROOT, commit
@@ -87,7 +88,6 @@ BYTES_A_TOKEN = 3.2  # about
 INDUCTION, FROM_TEXT = "induction heads", "table from text"
 FEWER_WORDS = "fewer words"  # of texts of over 2.6 million characters: since a vocabulary grows as their third root
 LARGE = ("prose", "torch", "handbook", "docs", "changelogs", "headers", "japanese", "perl")
-LOOK_SHARE, MOST_LOOKS = 0.08, 20
 
 
 @dataclass(frozen=True)

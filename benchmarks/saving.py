@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         parent, run, took = Path(folder), {"config_sha256": "benchmark"}, {"save": [], "rotate": [], "write": [], "hash": []}
         for step in range(given.times):
-            weights, optimizer = states.model_tensors(state.model), states.optimizer_tensors(state)
+            weights, optimizer = state.model.tensors(), states.optimizer_tensors(state)
             saved: list[checkpoint.Checkpoint] = []
             took["save"].append(
                 seconds(lambda: saved.append(checkpoint.save(parent, step, weights, optimizer, {}, b"", run)))  # noqa: B023

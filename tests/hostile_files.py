@@ -26,7 +26,6 @@ from firstwords.config import ModelConfig
 from firstwords.model.gpt import GPTModel
 from firstwords.runs import checkpoint, tensor_file
 from firstwords.text.tokenizer import byte_tokenizer
-from firstwords.training.state import model_tensors
 
 Case = tuple[str, Path]
 Entry = Callable[[Path], Iterator[Case]]
@@ -126,7 +125,7 @@ def make_checkpoint(parent: Path, config: dict[str, Any] | None = None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     model = GPTModel(ModelConfig(**SHAPE))
     jsons = {"state.json": {"step": 1, "best_step": 1}, "config.json": config or {"model": SHAPE, "precision": "float32"}}
-    return checkpoint.save(parent, 1, model_tensors(model), {}, jsons, byte_tokenizer().json, run={}).folder
+    return checkpoint.save(parent, 1, model.tensors(), {}, jsons, byte_tokenizer().json, run={}).folder
 
 
 def seal(folder: Path) -> Path:

@@ -34,6 +34,7 @@ ORDER = [
     "loading",
     "exchange",
     "judging",
+    "pretraining",
     "api",
     "app",
 ]
@@ -197,7 +198,7 @@ def test_importing_the_package_and_parsing_a_command_line_import_no_torch() -> N
 
 
 def test_three_calls_lead_from_the_command_line_to_backward() -> None:
-    """cli.train -> api.train -> loop.fit -> loop.train_step, where backward is; each names the next."""
+    """cli.train -> pretraining.train -> loop.fit -> loop.train_step, where backward is; each names the next."""
 
     def calls(module: str, function: str) -> set[str]:
         tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
@@ -206,6 +207,6 @@ def test_three_calls_lead_from_the_command_line_to_backward() -> None:
         return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in found}
 
     assert "train" in calls("app/cli.py", "train")
-    assert "fit" in calls("api.py", "train")
+    assert "fit" in calls("pretraining.py", "train")
     assert "train_step" in calls("training/loop.py", "fit")
     assert "backward" in calls("training/loop.py", "train_step")

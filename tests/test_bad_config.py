@@ -268,6 +268,17 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused, text: Path, dev
     assert "--device cpu" in error["do"]
 
 
+@pytest.mark.parametrize("more", [("-",), ("text.txt", "--val", "-")])
+def test_standard_input_is_one_text(refused: Refused, text: Path, more: tuple[str, ...]):
+    assert refused(78, "train", "-", *more, *TINY)["what"] == "standard input can be read only once"
+
+
+def test_heads_that_have_no_room_are_told_to_be_left_out(command: Command, text: Path):
+    notice = "no room for two heads that copy"  # for which one block is not enough
+    assert notice in command("train", text, *TINY, "--model.induction-heads=true").err
+    assert notice not in command("train", text, *TINY).err  # the preset's wish is nobody's
+
+
 @pytest.mark.parametrize("second", [["--for", "1m"], ["--epochs", "2"]])
 def test_two_lengths_are_one_too_many(refused: Refused, text: Path, second: list[str]):
     error = refused(78, "train", text, *TINY, *second)

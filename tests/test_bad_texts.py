@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import gzip
+import json
 import os
 import re
 import socket
@@ -190,6 +191,8 @@ def test_training_on_the_held_out_text_is_done_and_told(command: Command, text: 
         ),
         pytest.param("a.csv", "a,b\n" + TEXT, "a,b\n" + TEXT, "a table", marks=row(35)),
         pytest.param("a.TSV", "a\tb\n" + TEXT, "a\tb\n" + TEXT, "a table", marks=row(35)),
+        ("a.json", f'["{TEXT}"]', f'["{TEXT}"]', "JSON"),
+        ("a.ndjson", json.dumps({"text": TEXT}), TEXT, ""),
     ],
 )
 def test_an_unusual_text_is_learnt_exactly_as_it_is_and_told_of_where_it_may_surprise(

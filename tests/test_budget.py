@@ -19,6 +19,8 @@ from firstwords import api
 from firstwords.errors import ConfigError
 from firstwords.planning import budget
 from firstwords.planning.budget import PROBE_STEPS, Budget, Preparation
+from firstwords.text import corpus as corpora
+from firstwords.text import sources
 
 
 def simulate(
@@ -206,6 +208,21 @@ def test_a_model_too_large_for_a_budget_is_refused_before_it_takes_any_of_it(com
     assert "no time is left to learn" in ended.err
     assert re.search(r"give --for [1-9]\d*[sm] or more, or a smaller --preset", ended.err)
     assert command(*given, "laptop-tiny").code == 0  # the negative control
+
+
+def test_the_first_pass_over_a_text_can_be_seen_to_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text that is gigabytes, reading it once is more than a short budget has."""
+    (tmp_path / "text.txt").write_text(STORY * 200)
+    told = list[tuple[str, float | None]]()
+    corpora.survey(sources.read([tmp_path / "text.txt"]), lambda what, share: told.append((what, share)))
+    shares = [share for what, share in told if what == "reading the text"]
+    assert shares == sorted(filter(None, shares))
+    assert shares[-1] == 1.0
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr(budget.Preparation, "too_long_s", lambda *_: 1000.0)
+    with pytest.raises(ConfigError, match="it takes about 1000 s to prepare this text"):
+        api.train(tmp_path / "text.txt", out=tmp_path / "run", for_s=10)
+    assert not (tmp_path / "cache/corpora").exists()  # nothing was tokenized by then
 
 
 @pytest.mark.parametrize(("pass_s", "total_s", "too_long"), [(200, 180, True), (200, 240, True), (200, 600, False)])

@@ -124,6 +124,8 @@ def test_a_text_of_other_documents_than_a_moment_before_is_told(tmp_path: Path, 
     changed: list[None] = []
 
     class Growing(list[Document]):
+        n_bytes = None
+
         def __iter__(self) -> Iterator[Document]:
             changed.append(None)
             return iter(texts[: 5 + more * (len(changed) > 1)])
@@ -258,15 +260,17 @@ def test_two_processes_may_prepare_one_text_at_once(tmp_path: Path, monkeypatch:
 
 def test_what_a_killed_preparation_left_is_removed_after_a_day_and_not_before(tmp_path: Path) -> None:
     yesterday = time.time() - corpora.ABANDONED_S - 60
-    for name, age in (("tmp-old", yesterday), ("tmp-young", None), ("tmp-at-work", None)):
+    old, young, at_work = (f"tmp-{number}-x0123abcd" for number in range(3))
+    for name, age in ((old, yesterday), (young, None), (at_work, None), ("tmp-a-person-s-own", yesterday)):
         folder = tmp_path / "cache" / name
         folder.mkdir(parents=True)
         (folder / "train.bin").write_bytes(b"ids")
         if age is not None:
             os.utime(folder / "train.bin", (age, age))
-        os.utime(folder, (yesterday, yesterday) if name != "tmp-young" else None)
+        os.utime(folder, (yesterday, yesterday) if name != young else None)
     corpus = prepare(tmp_path, STORY)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tmp-young", "tmp-at-work", corpus.folder.name}
+    left = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert left == {young, at_work, "tmp-a-person-s-own", corpus.folder.name}
 
 
 def test_text_that_is_only_white_space_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_short_documents_are_judged_many_at_once(small: ModelConfig, monkeypatch
     monkeypatch.setattr(model, "features", lambda tokens: (calls.append(len(tokens)), features(tokens))[1])
     evaluate(model, part_of([3] * 1000))
     assert sum(calls) == 1000
-    assert len(calls) <= 3000 // evaluation.TOKENS_AT_ONCE + 1
+    assert len(calls) <= 3000 // evaluation.EVALUATED_AT_ONCE + 1
 
 
 @pytest.mark.parametrize(("step", "asked"), [(0, range(16)), (1, [0]), (5, range(5)), (40, range(24, 40))])
@@ -86,7 +86,7 @@ def test_the_figures_do_not_depend_on_how_many_windows_go_together(
     torch.manual_seed(0)
     model, part, seen = GPTModel(small).eval(), part_of([50, 3, 80]), []
     for tokens in (1, 64, 8192):
-        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr(evaluation, "EVALUATED_AT_ONCE", tokens)
         seen.append(evaluate(model, part))
     assert all(found is not None for found in seen)
     assert seen[0].nats_per_token == pytest.approx(seen[2].nats_per_token, rel=1e-6)  # order of float32 sums

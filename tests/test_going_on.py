@@ -177,6 +177,8 @@ def test_what_would_make_another_model_of_it_is_refused(learnt: Path, refused: R
     for key in ("--model.induction-heads", "--model.table-from-text"):
         refused(78, *going_on(key, "true"))  # would be drawn over by what it goes on from
     refused(66, "train", "other.txt", "--from", "nothing", "--out", "run")
+    assert refused(66, "train", "misspelt.txt", "--from", "nothing")["where"] == "misspelt.txt"  # before it is fetched
+    assert refused(78, *going_on("--threads", "4000"), "--from", "nothing")["where"] == "--threads"
     assert set(hub.PRESETS) < presets().keys()
     for name, is_preset in (("gpt2-355m", True), ("gpt2-notes", False), ("laptop", False)):
         for mistaken in (("train", "other.txt", "--from", name), ("import", name)):

@@ -20,7 +20,7 @@ import torch
 
 import kill_farm
 from conftest import OTHER, STORY, TINY, outcome
-from firstwords import api, resolve, store
+from firstwords import api, recorder, resolve, store
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
 from firstwords.training import loop
@@ -191,7 +191,7 @@ def leave_out(piece: str, patch: pytest.MonkeyPatch) -> None:
     """Let the next resume go on without a piece of what was saved, as if it had not been."""
     match piece:
         case "weights":
-            patch.setattr(states, "load_model_tensors", lambda model, tensors, where: None)
+            patch.setattr(recorder, "fill", lambda model, tensors, where: None)
         case "metrics.jsonl" | "samples.jsonl":
             cut = store.cut
             patch.setattr(store, "cut", lambda path, size: None if path.name == piece else cut(path, size))

@@ -20,7 +20,7 @@ from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import Evaluated, Event, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.loop import FitConfig, fit, train_step
 from firstwords.training.optim import Optimizer, optimizers
-from firstwords.training.state import TrainState, model_tensors, optimizer_tensors
+from firstwords.training.state import TrainState, optimizer_tensors
 
 CONFIG = FitConfig(
     OptimConfig(peak_lr=0.01, warmup_steps=2),
@@ -45,7 +45,7 @@ def new_batches(small: ModelConfig) -> Batches:
 
 
 def weights(state: TrainState) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(model_tensors(state.model))
+    return copy.deepcopy(state.model.tensors())
 
 
 def one_step(small: ModelConfig, config: FitConfig, kind: str = "adamw") -> tuple[float, float, dict[str, torch.Tensor]]:

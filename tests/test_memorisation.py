@@ -306,6 +306,7 @@ def test_a_run_that_stopped_at_its_best_goes_on_only_when_it_is_told_to(whole: W
     again = api.train(out=tmp_path / "run", resume=True, listener=told.append)
     assert (again.stopped, again.steps) == ("best", ended.steps)
     assert any("--until end" in event.text for event in told if isinstance(event, Notice))
+    assert [line["reason"] for line in journal(tmp_path / "run", "stop")] == ["best"]  # its last save was before that
     assert api.train(out=tmp_path / "run", resume=True, until="end").stopped == "done"
     assert outcome(tmp_path / "run")["weights"] == outcome(whole.folder)["weights"]
 

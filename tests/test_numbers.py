@@ -37,7 +37,7 @@ def train(folder: Path, **options: Any) -> TrainResult:
 
 def learnt(state: TrainState) -> dict[str, torch.Tensor]:
     """Return a copy of everything that an update changes."""
-    tensors = {**states.model_tensors(state.model), **states.optimizer_tensors(state)}
+    tensors = {**state.model.tensors(), **states.optimizer_tensors(state)}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

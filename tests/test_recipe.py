@@ -14,9 +14,9 @@ from conftest import STORY
 from firstwords import api
 from firstwords.config import run_config
 from firstwords.insight import memorisation
-from firstwords.planning import recipe
+from firstwords.planning import budget, recipe
 from firstwords.planning.recipe import Beside
-from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens
+from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens, held_out_tokens
 
 UNSEEN: dict[str, Any] = {"report": False, "meter": False, "eval_every": 10**6}  # nobody looks at what was learnt
 
@@ -31,6 +31,13 @@ def test_longer_runs_take_larger_batches() -> None:
     assert sizes == sorted(sizes)
     assert sizes[0] * 256 == recipe.FEWEST_TOKENS
     assert sizes[-1] * 256 > 100 * recipe.BATCH_TOKENS
+
+
+def test_the_chapter_s_recipe_is_judged_by_no_more_than_the_chapter_judges_by() -> None:
+    """Five batches of two sequences; of a long text, a run would else do little but judge itself every five steps."""
+    config = run_config({"preset": "chapter"})
+    assert held_out_tokens(5, config) == 5 * (config.batch_size or 0) * config.model.context_length
+    assert held_out_tokens(5, dataclasses.replace(config, eval_tokens=None)) > 10_000  # the negative control
 
 
 def test_a_text_that_is_read_on_and_on_is_read_in_batches_as_if_it_were_read_a_few_times() -> None:
@@ -79,11 +86,11 @@ def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: i
     every = recipe.eval_every(config, held_out_tokens)
     assert every is not None
     looks = math.ceil(steps / every)
-    assert 1 <= looks <= recipe.MOST_LOOKS + 1  # what does not divide has one more, at its end
+    assert 1 <= looks <= budget.MOST_LOOKS + 1  # what does not divide has one more, at its end
     if held_out_tokens > FIRST_TOKENS and looks > 1:
         assert (looks - 1) * cost_in_tokens(held_out_tokens) <= 1.1 * recipe.LOOKS_SHARE * steps * 4096  # whole steps
     if steps >= 2000:  # which has the time for all of them
-        assert every == steps // recipe.MOST_LOOKS
+        assert every == steps // budget.MOST_LOOKS
     assert recipe.eval_every(dataclasses.replace(config, eval_every=3), held_out_tokens) == 3
     assert recipe.eval_every(dataclasses.replace(config, steps=None, for_s=60.0), held_out_tokens) is None
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, asking, exchange, recorder, store
+from firstwords import api, asking, exchange, pretraining, recorder, store
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
@@ -139,7 +139,13 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
 
 @pytest.mark.parametrize(
     ("given", "micro"),
-    [({}, 4), ({"device": "cuda"}, 4), ({"device": "cpu"}, None), ({"device": "cpu", "micro_batch_size": 2}, 2)],
+    [
+        ({}, 4),
+        ({"device": "cuda"}, 4),
+        ({"device": "cpu"}, None),
+        ({"device": "auto"}, None),
+        ({"device": "cpu", "micro_batch_size": 2}, 2),
+    ],
 )
 def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
     tmp_path: Path, given: dict[str, Any], micro: int | None
@@ -417,6 +423,12 @@ def test_more_steps_in_place_of_a_time_budget_bring_their_own_evaluations(tmp_pa
     assert [line["step"] for line in journal(tmp_path / "killed", "evaluation")] == [0, *range(4, 41, 2)]
 
 
+def test_evaluations_of_a_time_budget_become_as_often_as_a_resume_says(tmp_path: Path) -> None:
+    train(tmp_path, "run", stop_by=(StepDone, 12), steps=None, for_s=3600, eval_every=None)  # its first plan is behind
+    api.train(out=tmp_path / "run", resume=True, eval_every=7, listener=stopping((StepDone, 40)))
+    assert [line["step"] for line in journal(tmp_path / "run", "evaluation")] == [0, 14, 21, 28, 35]
+
+
 def test_a_run_that_was_not_judged_since_it_began_speaks_with_what_it_learnt(tmp_path: Path) -> None:
     stopped = train(tmp_path, "stopped", eval_every=20, stop_by=(StepDone, 12))
     assert (stopped.stopped, stopped.best_step, stopped.bits_per_byte) == ("SIGTERM", 12, None)
@@ -456,7 +468,7 @@ def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed
         (tmp_path / changed).write_bytes(train_bpe([STORY[::-1]], 280).json)
     else:
         (tmp_path / changed).write_text("another text")
-    with pytest.raises(DataError, match="changed since the run began"):
+    with pytest.raises(DataError, match=r"changed since the run began.*move it away"):
         api.train(out=tmp_path / "killed", resume=True)
 
 
@@ -484,32 +496,6 @@ def test_a_run_keeps_the_tokenizer_that_it_was_given(tmp_path: Path, then: str) 
     shutil.rmtree(tmp_path / "cache/corpora")
     again = {"tokenizer": str(file)} if then == "named again" else {}
     assert same(whole, api.train(out=tmp_path / "killed", resume=True, **again))
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_run_goes_on_in_the_way_that_its_text_was_cut_when_it_began(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
-) -> None:
-    """Short documents were held out by their ends before, and a run from then has lost its prepared text."""
-    many = tmp_path / "many.jsonl"
-    many.write_text("".join(json.dumps({"text": f"{number} {STORY[number : number + 60]}"}) + "\n" for number in range(300)))
-    options = {**TINY, "tokenizer": "bpe:300", "steps": 12, "eval_every": 6, "save_every_s": 0.0}
-    with monkeypatch.context() as before:
-        before.setattr(corpus, "WAYS", (1,))
-        whole = api.train(many, out=tmp_path / "whole", **options)
-        with pytest.raises(KilledError):
-            api.train(many, out=tmp_path / "killed", listener=killing((StepDone, 7)), **options)
-    if not saved:
-        shutil.rmtree(tmp_path / "killed/checkpoints")
-        (tmp_path / "killed/metrics.jsonl").unlink()
-    shutil.rmtree(tmp_path / "cache/corpora")
-    resumed = api.train(out=tmp_path / "killed", resume=True)
-    assert (tmp_path / "killed/corpus.json").read_text() == (tmp_path / "whole/corpus.json").read_text()
-    if saved:  # else its tokenizer is trained anew, which no weight depends on yet
-        assert resumed.weights_sha256 == whole.weights_sha256
-    new = api.train(many, out=tmp_path / "new", **options)
-    assert (tmp_path / "new/corpus.json").read_text() != (tmp_path / "whole/corpus.json").read_text()
-    assert new.weights_sha256 != whole.weights_sha256
 
 
 def test_another_tokenizer_than_a_run_keeps_is_refused_when_it_goes_on(tmp_path: Path) -> None:
@@ -741,7 +727,7 @@ def test_a_run_goes_on_with_its_held_out_text_at_another_place(tmp_path: Path) -
         api.train(out=tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="changed since the run began"):
         api.train(out=tmp_path / "run", resume=True, val=str(tmp_path / "story.txt"))
-    assert api.train(out=tmp_path / "run", resume=True, val=str(tmp_path / "moved.txt")).steps == STEPS
+    assert api.train(out=tmp_path / "run", resume=True, val=tmp_path / "moved.txt").steps == STEPS
 
 
 def test_a_run_with_rows_to_spare_goes_on_without_its_prepared_text(tmp_path: Path) -> None:
@@ -787,7 +773,7 @@ def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_n
     train(tmp_path, "run", stop_by=(StepDone, 3))
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {"text": "story.txt", "out": "run", "resume": True}
-    assert api.train(val="other.txt", **given).steps == STEPS
+    assert api.train(val=Path("other.txt"), **given).steps == STEPS
     with pytest.raises(DataError, match="changed since the run began"):
         api.train(val="story.txt", **given)  # the negative control
 
@@ -795,7 +781,7 @@ def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_n
 @pytest.mark.parametrize(("late_s", "told"), [(30.0, True), (0.0, False)])
 def test_a_budget_that_the_start_alone_used_up_is_told(late_s: float, told: bool) -> None:
     heard: list[Told] = []
-    api._tell_of_a_late_start(20.0, time.perf_counter() - late_s, heard.append)
+    pretraining._tell_of_a_late_start(20.0, time.perf_counter() - late_s, heard.append)
     assert any("the start alone took 30 s" in one.text for one in heard if isinstance(one, Notice)) is told
 
 
@@ -1032,20 +1018,3 @@ def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 0
     assert len(journal(tmp_path / "run", "step")) == 120
-
-
-def test_a_run_from_before_a_way_to_begin_goes_on_without_it(tmp_path: Path) -> None:
-    model = {"emb_dim": 64, "n_heads": 1, "n_layers": 2, "ff_dim": 64, "context_length": 32}
-    before = {"table_std": None, "table_from_text": False, "induction_heads": False}
-    out, options = tmp_path / "run", {**TINY, "preset": "laptop-tiny", "model": {**model, **before}}
-    (tmp_path / "text.txt").write_text(STORY)
-    api.train(tmp_path / "text.txt", out=out, steps=2, **options)
-    lines = (out / "config.toml").read_text().splitlines(keepends=True)
-    old = [line for line in lines if line.split(" = ")[0] not in before]
-    assert len(old) == len(lines) - len(before)
-    preset = run_config({"preset": "laptop-tiny"}).model
-    assert all(getattr(preset, key) != value for key, value in before.items())  # so that what is missing would mean that
-    (out / "config.toml").write_text("".join(old))
-    assert api.train(resume=True, out=out, steps=3).steps == 3
-    recorded = run_config(RunFolder(out).recorded_config()).model
-    assert {key: getattr(recorded, key) for key in before} == before

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,12 +28,12 @@ from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
-from firstwords.training.evaluate import Tokens, evaluate, evaluate_tokens
+from firstwords.training.evaluate import TokenFigures, evaluate, evaluate_tokens
 
 HELD_OUT = [STORY[:2000].encode(), "Ende gut, alles süß. 山上有一座庙\n".encode(), STORY[4000:].encode()]
 
 
-def tokens_of(model: GPTModel, tokenizer: tokenizers.Tokenizer) -> Tokens:
+def tokens_of(model: GPTModel, tokenizer: tokenizers.Tokenizer) -> TokenFigures:
     found = evaluate_tokens(model, corpora.part_of(HELD_OUT, tokenizer))
     assert found is not None
     return found
@@ -45,7 +46,7 @@ def model() -> GPTModel:
 
 
 @pytest.fixture(scope="module")
-def seen(model: GPTModel) -> Tokens:
+def seen(model: GPTModel) -> TokenFigures:
     return tokens_of(model, tokenizers.byte_tokenizer())
 
 
@@ -63,7 +64,7 @@ def test_documents_come_back_from_a_part_as_they_were() -> None:
         assert corpora.documents(part, tokenizer, 10**6) == HELD_OUT
 
 
-def test_token_by_token_is_what_evaluate_sums_up(model: GPTModel, seen: Tokens) -> None:
+def test_token_by_token_is_what_evaluate_sums_up(model: GPTModel, seen: TokenFigures) -> None:
     part = corpora.part_of(HELD_OUT, tokenizers.byte_tokenizer())
     summed = evaluate(model, part)
     assert summed is not None
@@ -73,7 +74,7 @@ def test_token_by_token_is_what_evaluate_sums_up(model: GPTModel, seen: Tokens) 
     assert seen.bytes_before.tolist() == list(range(summed.n_bytes))  # a byte a token
 
 
-def test_ranks_and_nats_are_those_of_the_logits(model: GPTModel, seen: Tokens) -> None:
+def test_ranks_and_nats_are_those_of_the_logits(model: GPTModel, seen: TokenFigures) -> None:
     first = torch.tensor([[256, *HELD_OUT[0][:9]]])  # <|endoftext|> and the begin of a document: one window sees it all
     logits = torch.log_softmax(model(first)[0], dim=-1)
     for i, byte in enumerate(HELD_OUT[0][:10]):
@@ -90,7 +91,7 @@ def test_who_knows_nothing_is_right_where_the_first_of_all_words_is(model: GPTMo
     assert [token.rank for token in told.tokens[1:]] == wanted[1 : len(HELD_OUT[0])]
 
 
-def test_the_loss_by_position_is_a_mean_over_all_windows(model: GPTModel, seen: Tokens) -> None:
+def test_the_loss_by_position_is_a_mean_over_all_windows(model: GPTModel, seen: TokenFigures) -> None:
     found = scales.by_position(seen)
     assert [(p.first, p.last) for p in found] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
     windows = sum(1 + max(0, math.ceil((len(text) - 16) / 8)) for text in HELD_OUT)
@@ -100,13 +101,13 @@ def test_the_loss_by_position_is_a_mean_over_all_windows(model: GPTModel, seen: 
     assert int(seen.position_tokens.sum()) > len(ids)
 
 
-def test_a_model_beside_itself_is_not_to_be_told_from_itself(seen: Tokens) -> None:
+def test_a_model_beside_itself_is_not_to_be_told_from_itself(seen: TokenFigures) -> None:
     found = scales.scale("a", seen, [("b", seen)], [], blocks())
     (difference,) = found.differences
     assert (difference.bits_per_byte, difference.interval) == (0, Interval(0, 0))
     assert found.words == ("not to be told from b: +0.00 ± 0.00 bits per byte",)
     noise = np.random.default_rng(0).normal(0, 0.1, len(seen.nats)).astype(np.float32)
-    twin = Tokens(
+    twin = TokenFigures(
         seen.evaluation, seen.bytes_before, seen.nats + noise, seen.ranks, seen.position_nats, seen.position_tokens
     )
     around = scales.scale("a", seen, [("b", twin)], [], blocks()).differences[0].interval
@@ -114,7 +115,7 @@ def test_a_model_beside_itself_is_not_to_be_told_from_itself(seen: Tokens) -> No
     assert around.low < 0 < around.high
 
 
-def test_a_real_difference_is_told_although_the_blocks_differ_more(seen: Tokens) -> None:
+def test_a_real_difference_is_told_although_the_blocks_differ_more(seen: TokenFigures) -> None:
     worse = dataclasses.replace(seen, nats=seen.nats * np.float32(1.05))
     nats = (byte_nats(seen), byte_nats(worse))
     own, other = (interval(blocks().sums(each), blocks().n_bytes) for each in nats)
@@ -126,7 +127,7 @@ def test_a_real_difference_is_told_although_the_blocks_differ_more(seen: Tokens)
     assert between.half < own.half / 2  # pairing takes out what makes a block hard for both
 
 
-def test_models_with_other_tokenizers_are_compared_on_the_same_bytes(seen: Tokens) -> None:
+def test_models_with_other_tokenizers_are_compared_on_the_same_bytes(seen: TokenFigures) -> None:
     tokenizer = tokenizers.gpt2()
     uniform = GPTModel(ModelConfig(tokenizer.vocab_size, 16, 8, 2, 1, 0.0))
     torch.nn.init.zeros_(uniform.out_head.weight)
@@ -138,7 +139,7 @@ def test_models_with_other_tokenizers_are_compared_on_the_same_bytes(seen: Token
     assert blocks().sums(per_byte).sum() == pytest.approx(found.evaluation.nats_per_token * found.evaluation.n_tokens)
 
 
-def test_uniform_is_8_bits_and_every_mark_is_on_the_axis_in_order(seen: Tokens) -> None:
+def test_uniform_is_8_bits_and_every_mark_is_on_the_axis_in_order(seen: TokenFigures) -> None:
     given = Given(len(STORY), lambda most: [STORY.encode()[-most:]])
     rows = list(baselines(HELD_OUT, given, blocks().starts))
     found = scales.scale("model", seen, [], rows, blocks()).as_dict()
@@ -261,7 +262,7 @@ def test_words_follow_from_the_differences() -> None:
     assert doubt == "not to be told from b: +0.01 ± 0.03 bits per byte"
 
 
-def test_a_baseline_without_costs_by_byte_has_no_interval(seen: Tokens) -> None:
+def test_a_baseline_without_costs_by_byte_has_no_interval(seen: TokenFigures) -> None:
     found = scales.scale("a", seen, [], [Baseline("xz alone", "compressor", 2.0)], blocks())
     mark = next(mark for mark in found.marks if mark.kind == "compressor")
     assert mark.interval is None
@@ -299,6 +300,10 @@ def test_without_its_training_text_a_model_is_judged_and_the_gap_is_named(
 def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: Path, text: Path, cache: Path) -> None:
     write(Path("other.txt"), "other words\n" * 9)
     assert "the very text that it learnt from" in command("eval", a_run, text).err
+    write(Path("part.txt"), "A new beginning, and then: " + text.read_text()[200:1200])
+    assert re.search(
+        r"\b[89]\d% of this text, word for word, is what it learnt from", command("eval", a_run, "part.txt").err
+    )
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # the negative control
     shutil.rmtree(cache)
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # it is prepared again

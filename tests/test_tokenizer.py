@@ -11,6 +11,7 @@ import regex
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from conftest import STORY
+from firstwords.config import run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import (
@@ -205,6 +206,16 @@ def test_a_special_token_that_files_or_tools_could_take_for_another_is_refused(t
     with pytest.raises(ConfigError, match="special-tokens"):
         byte_tokenizer().with_special(texts)
     assert byte_tokenizer().with_special(["<a>", "<b>"]).vocab_size == 259  # the negative control
+
+
+def test_the_token_between_documents_is_no_special_one() -> None:
+    """It would be learnt as the letters it is written with, whatever was asked for."""
+    with pytest.raises(ConfigError, match=r"a token already.*\.jsonl"):
+        byte_tokenizer().with_special(["<|user|>", "<|endoftext|>"])
+
+
+def test_a_special_token_that_is_named_twice_is_one() -> None:
+    assert run_config({"special_tokens": "<a>,<b>,<a>"}).special == ("<a>", "<b>")
 
 
 def test_a_special_token_of_two_ids_is_refused() -> None:

@@ -48,8 +48,8 @@ VOCABULARY = frozenset(("text", "tokenizer", "special_tokens", "val", "val_fract
 PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
 # What of a model may change when training goes on from it.
 ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
-# How a model that has learnt already goes on, where no preset is named: in smaller steps than one that begins.
-GOING_ON = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
+# How a model that has learnt already is trained, where no preset is named: in smaller steps than one that begins.
+FINE_TUNING = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,20 @@ def new(
     if "text_sha256" in file and VOCABULARY & given.keys():  # a run's own file, which counted the words of something else
         file.pop("model.vocab_size", None)
         asked = run_config(file, given)
-    if asked.from_ is not None:
+    _require_sense(asked, given, out)
+    tokenizer_json = b"" if asked.from_ is not None else _tokenizer_file(asked.tokenizer)
+    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
+    run = run_folder.new(out, texts.name)
+    if asked.from_ is not None:  # last, for it may be fetched
         shape, tokenizer_json = describe(asked.from_)
         given = _of_model(asked, file, given, shape, tokenizer_json)
         if "preset" in given:
             listener(Notice(f"the model is that of {asked.from_}: --preset {asked.preset} says only how it is trained"))
         elif "preset" not in file:
-            file = {**GOING_ON, **file}
+            file = {**FINE_TUNING, **file}
         asked = run_config(file, given)
-    else:
-        tokenizer_json = _tokenizer_file(asked.tokenizer)
-        if "preset" in given:
-            _tell_of_a_preset(str(config), file, given, asked, listener)
-    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
-        what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
-        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
-    _require_utf8(asked, *(() if out is None else (str(out),)))
-    _require_cores(asked.threads)
-    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
-    run = run_folder.new(out, texts.name)
+    elif "preset" in given:
+        _tell_of_a_preset(str(config), file, given, asked, listener)
     return _in_its_folder(Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json))
 
 
@@ -173,6 +168,18 @@ def _tell_of_a_preset(file: str, layer: dict[str, Any], given: dict[str, Any], a
         listener(Notice(told))
 
 
+def _require_sense(asked: RunConfig, given: dict[str, Any], out: Path | None) -> None:
+    """Raise for what can be seen to be wrong with a new run before its text is read."""
+    _require_utf8(asked, *(() if out is None else (str(out),)))
+    if [*asked.text, asked.val].count("-") > 1:
+        raise ConfigError("standard input can be read only once", where="-", do="name a file")
+    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
+        what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
+        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
+    _require_cores(asked.threads)
+    tokenizers.byte_tokenizer().with_special(asked.special)  # what is wrong with them in any tokenizer
+
+
 def _require_cores(threads: int | None) -> None:
     """Raise a ConfigError for threads that would do little but wait for each other, at every operation."""
     cores = os.cpu_count() or 1
@@ -224,7 +231,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     named = frozenset(key_types())
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
-        if asked.on_cpu and not run_config(recorded).on_cpu:  # it was cut for the memory of a GPU
+        if not run_config(recorded).on_cpu and (asked.on_cpu or asked.device == "auto"):  # it was for a GPU's memory
             asked = dataclasses.replace(asked, micro_batch_size=None)
     return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved))
 

@@ -80,7 +80,7 @@ class ModelConfig:
         None, "std that the token table begins with; none: as init_std says", least=0.0, most=10.0
     )
     table_from_text: bool = option(False, "half of the token table begins as the text has it: tokens in like places alike")
-    induction_heads: bool = option(False, "begin with two heads that copy; in a qwen3 of two blocks or more")
+    induction_heads: bool = option(False, "begin with two heads that copy, in a qwen3 that has room for them")
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
@@ -181,7 +181,7 @@ class RunConfig:
     seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps")
     precision: Precision = option("auto", "of the matrix products; auto: what is faster on this machine")
-    threads: int | None = option(None, "CPU threads; by default all cores", least=1, most=4096)
+    threads: int | None = option(None, "CPU threads; by default as many as there are cores to use", least=1, most=4096)
     compile: Compile = option(
         "auto", "torch.compile; auto: where `bench --compile` measured that it pays, or a GPU is busy for long"
     )
@@ -215,7 +215,7 @@ class RunConfig:
     @property
     def special(self) -> tuple[str, ...]:
         """The texts that become tokens of their own."""
-        return tuple(filter(None, self.special_tokens.split(",")))
+        return tuple(dict.fromkeys(filter(None, self.special_tokens.split(","))))
 
 
 PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
@@ -280,6 +280,7 @@ def presets() -> dict[str, Overrides]:
             "batch_size": 2,
             "epochs": 10,
             "eval_every": 5,
+            "eval_tokens": 5 * 2 * 256,  # its batches of an evaluation; the-verdict's held-out part has fewer
             "sample_every": 9,
             "shift_windows": False,
             "optim.peak_lr": 4e-4,
@@ -378,10 +379,13 @@ def flag(key: str) -> str:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one with dotted keys."""
+    """Return nested tables as one with dotted keys, and paths as text."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return flat
 
 

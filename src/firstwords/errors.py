@@ -1,4 +1,4 @@
-"""Every error that a user can meet, on one page, with the exit code that it ends the program with.
+"""Every error that a user can meet, on one page, with the exit code that it ends the program with; and lesser news.
 
 An error says what is wrong, where, why, and what to do. A wrong call from Python code is a `ValueError`, not one of these.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable
+
+Notify = Callable[[str], None]  # told one line that a person should read
 
 
 class FirstwordsError(Exception):
@@ -58,20 +61,6 @@ class StoppedError(FirstwordsError):
     exit_code = 130
 
 
-SPECIAL = set("&|<>^()")  # to cmd.exe, outside of quotes
-
-
-def quoted(*words: str) -> str:
-    """Return words of a command as the shell of this system takes them, for a person to repeat."""
-    if os.name != "nt":
-        return shlex.join(words)
-
-    import subprocess  # which takes its time
-
-    as_arguments = (subprocess.list2cmdline([word]) for word in words)
-    return " ".join(f'"{word}"' if set(word) & SPECIAL and word[0] != '"' else word for word in as_arguments)
-
-
 class DivergedError(FirstwordsError):
     """Training produced a loss or gradient that is not a finite number."""
 
@@ -100,3 +89,21 @@ class ConfigError(FirstwordsError):
     """A configuration key or value is unknown or impossible."""
 
     exit_code = 78
+
+
+def unheard(line: str) -> None:
+    """Do nothing with a line."""
+
+
+SPECIAL = set("&|<>^()")  # to cmd.exe, outside of quotes
+
+
+def quoted(*words: str) -> str:
+    """Return words of a command as the shell of this system takes them, for a person to repeat."""
+    if os.name != "nt":
+        return shlex.join(words)
+
+    import subprocess  # which takes its time
+
+    as_arguments = (subprocess.list2cmdline([word]) for word in words)
+    return " ".join(f'"{word}"' if set(word) & SPECIAL and word[0] != '"' else word for word in as_arguments)

@@ -82,9 +82,8 @@ def import_model(
     place = located(source, notice)
     lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
     require_finite(lm, source)
-    weights = {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
     store.make_folder(Path(out).absolute().parent)
-    saved = checkpoint.publish(Path(out), weights, dataclasses.asdict(lm.model.config), lm.tokenizer.json)
+    saved = checkpoint.publish(Path(out), lm.model.tensors(), dataclasses.asdict(lm.model.config), lm.tokenizer.json)
     return Imported(
         run=str(out),
         weights_sha256=saved.weights_sha256,

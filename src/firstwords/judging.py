@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
-    from firstwords.training.evaluate import Evaluation, Tokens
+    from firstwords.training.evaluate import Evaluation, TokenFigures
 
 Found = TypeVar("Found")
 QUICK_IDS, QUICK_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
@@ -157,7 +157,9 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     return None
 
 
-def quick_scale(lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: Tokens | None = None) -> dict[str, Any] | None:
+def quick_scale(
+    lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: TokenFigures | None = None
+) -> dict[str, Any] | None:
     """Return the scale of a run's model on its own held-out text, where that takes a moment; else None.
 
     Args:
@@ -217,6 +219,8 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
 
     prompts = sample_prompts(corpus, "", EVALUATED_SAMPLES)
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, EVALUATED_TOKENS)
+    if not meter.text.is_kept:
+        listener(Preparing("looking for what it says in what it learnt from", None))
     samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
     gap = None
     for step, line in run_of(Path(source)).metrics.of_steps("evaluation"):

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from firstwords import asking, preparing, reading, store
-from firstwords.errors import DataError, NoInputError, quoted
+from firstwords.config import model_config
+from firstwords.errors import DataError, NoInputError, Notify, quoted, unheard
+from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Notice, noticed
+from firstwords.training.events import Listener, Notice, Preparing, noticed
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from firstwords.model.gpt import GPTModel
     from firstwords.model.language_model import LanguageModel
     from firstwords.runs.checkpoint import Checkpoint
 
+LOOKED_UP_TOKENS = 200  # of each piece of a text that is looked for in what a model learnt from
+LEARNT_SHARE = 0.1  # of a text that is found there, from which on that is told: set phrases and quotations are less
 MODEL_SUFFIXES = (*archive.SUFFIXES, ".safetensors")  # of files that are a model by themselves
 
 
-def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
+def load(source: str | Path, *, notice: Notify = unheard) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
@@ -48,7 +55,7 @@ def load(source: str | Path, *, notice: Callable[[str], None] = lambda _: None) 
     return dataclasses.replace(lm, dtype=dtype)
 
 
-def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: None) -> LanguageModel:
+def read_model(source: str | Path, notice: Notify = unheard) -> LanguageModel:
     """Return what `load` does, and leave the threads and the precision to the run that goes on."""
     source = located(source, notice)
     found = None if is_foreign(source) else checkpoint_of(source, notice)
@@ -64,12 +71,32 @@ def read_model(source: str | Path, notice: Callable[[str], None] = lambda _: Non
     from firstwords.model.language_model import LanguageModel
     from firstwords.runs import checkpoint
     from firstwords.text import tokenizer as tokenizers
-    from firstwords.training.state import restored_model
 
     saved = found.json(checkpoint.CONFIG)
-    model = restored_model(saved, found.tensors(checkpoint.MODEL), str(found.folder))
+    model = _restored(saved.get("model"), found.tensors(checkpoint.MODEL), str(found.folder))
     tokenizer = tokenizers.read(found.folder / checkpoint.TOKENIZER)
     return LanguageModel(model.eval(), tokenizer, found.step, machine.dtype_of(saved.get("precision"), str(found.folder)))
+
+
+def _restored(described: Any, tensors: Mapping[str, Tensor], where: str) -> GPTModel:
+    """Return the model that a checkpoint describes, with its weights.
+
+    The shape is held against the size of the weights before a model of it is built: a file of a few bytes cannot ask for
+    a thousand million layers.
+
+    Raises:
+        ConfigError: An impossible shape.
+        DataError: Weights of another shape.
+    """
+    from firstwords.model.gpt import fill, unfilled
+
+    config = model_config(described, where)
+    wanted, there = cost.parameters(config), sum(tensor.numel() for tensor in tensors.values())
+    if wanted != there:
+        raise DataError(f"has {there} parameters, its configuration needs {wanted}", where=where)
+    model = unfilled(config)
+    fill(model, tensors.items(), where)
+    return model
 
 
 def require_finite(lm: LanguageModel, source: str | Path) -> None:
@@ -102,7 +129,27 @@ def model_and_text(
     prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
+    elif (share := _learnt_share(Path(source), prepared, listener)) >= LEARNT_SHARE:
+        listener(
+            Notice(f"{share:.0%} of this text, word for word, is what it learnt from: such figures say little of any other")
+        )
     return lm, prepared.train
+
+
+def _learnt_share(source: Path, judged: Corpus, listener: Listener) -> float:
+    """Return how much of a text stands in what a model learnt from, by pieces from all over it; 0 where that is not here."""
+    from firstwords.insight.memorisation import TrainingText, copies, held_out_pieces
+
+    learnt = kept_corpus(source)
+    if learnt is None:
+        return 0.0
+    pieces, text = (
+        held_out_pieces(judged.train, judged.tokenizer, LOOKED_UP_TOKENS),
+        TrainingText(learnt.train, learnt.tokenizer),
+    )
+    if not text.is_kept:
+        listener(Preparing("looking for the text in what it learnt from", None))
+    return copies(pieces, text).share
 
 
 def _learnt_sha256(run: RunFolder) -> str | None:
@@ -113,7 +160,7 @@ def _learnt_sha256(run: RunFolder) -> str | None:
         return None
 
 
-def located(source: str | Path, notice: Callable[[str], None]) -> Path:
+def located(source: str | Path, notice: Notify) -> Path:
     """Return where a model is; one of GPT-2's names is fetched, unless something of that name is here."""
     from firstwords.weights import hub
 
@@ -152,7 +199,7 @@ def _looks_like_a_model(path: Path) -> bool:
     return RunFolder(path).exists or any((path / name).is_file() for name in (store.MANIFEST, "config.json"))
 
 
-def checkpoint_of(source: Path, notice: Callable[[str], None]) -> Checkpoint:
+def checkpoint_of(source: Path, notice: Notify) -> Checkpoint:
     """Return the best checkpoint of a run, or the one that a folder is.
 
     Raises:

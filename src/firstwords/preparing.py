@@ -17,7 +17,7 @@ from firstwords.runs import folder as run_folder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
-from firstwords.text.corpus import Began, Corpus
+from firstwords.text.corpus import Corpus
 from firstwords.text.sources import Texts
 from firstwords.text.tokenizer import Tokenizer
 from firstwords.training.events import Listener, Notice, Preparing, Told, noticed
@@ -61,7 +61,7 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        return _prepare_anew(asked.config, texts, listener, Began(recorded, _became(asked)))
+        return _prepare_anew(asked.config, texts, listener, recorded, _became(asked))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise _with_its_place(error, asked) from error
@@ -75,11 +75,14 @@ def _require_unchanged(config: RunConfig, recorded: Path | None, text_sha256: st
     """Raise a DataError for a text whose preparation would not be the recorded one, or that has another hash."""
     where = ", ".join(config.text) or "text"
     if recorded is not None and folder != recorded:
+        do = "restore it, or begin a new run"
+        if corpora.is_there(recorded):
+            do += "; or move it away: the run then goes on with the text as it was prepared"
         raise DataError(
             "the text, its held-out part or its tokenizer changed since the run began",
             where=where,
             why=f"it is {folder.name[:12]} now, the run was made from {recorded.name[:12]}",
-            do="restore it, or begin a new run",
+            do=do,
         )
     if config.text_sha256 not in (None, text_sha256):
         raise DataError(
@@ -130,7 +133,13 @@ def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener
     return heard
 
 
-def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, began: Began | None = None) -> Corpus:
+def _prepare_anew(
+    config: RunConfig,
+    texts: Texts,
+    listener: Listener,
+    recorded: Path | None = None,
+    became: Tokenizer | int | None = None,
+) -> Corpus:
     notice = noticed(listener)
     val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
@@ -139,8 +148,8 @@ def _prepare_anew(config: RunConfig, texts: Texts, listener: Listener, began: Be
         cache=corpora.cache_folder(),
         held_out=config.val_fraction if val is None else val,
         special=config.special,
-        began=began,
-        check=functools.partial(_require_unchanged, config, began.folder if began else None),
+        became=became,
+        check=functools.partial(_require_unchanged, config, recorded),
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from firstwords.errors import (
 )
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
+from firstwords.model.gpt import fill
 from firstwords.planning import machine, recipe
 from firstwords.planning.budget import PROBE_STEPS, Budget
 from firstwords.runs import checkpoint
@@ -33,7 +34,7 @@ from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
 from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
-from firstwords.training.evaluate import Evaluation, Tokens, held_out_tokens, of_mean
+from firstwords.training.evaluate import Evaluation, TokenFigures, held_out_tokens, of_mean
 from firstwords.training.events import (
     CopyDue,
     Evaluated,
@@ -93,6 +94,14 @@ class BestCopy:
     weights: dict[str, Tensor]
 
 
+class Judged(NamedTuple):
+    """What an evaluation came to, in nats per token."""
+
+    step: int
+    train: float | None
+    held_out: float | None  # None: there is no held-out text
+
+
 @dataclass
 class Recorder:
     """The record of one run while it goes on. The caller holds the run's lock."""
@@ -108,13 +117,8 @@ class Recorder:
     newest: Checkpoint | None = None
     copy: BestCopy | None = None  # newer than `newest`
     whole: set[Path] = dataclasses.field(default_factory=set)  # checkpoints that were read back here
-    last_evaluated: int | None = None  # step of the last evaluation
-    last_train: float | None = None  # its nats per token on training text
-    last_held_out: float | None = None  # and on held-out text
-    history: list[tuple[int, float]] = dataclasses.field(
-        default_factory=list
-    )  # step and held-out figure of every evaluation
-    last_tokens: Tokens | None = None  # of the evaluation at the last step, where the report will have a scale
+    evaluations: list[Judged] = dataclasses.field(default_factory=list)  # all so far
+    last_tokens: TokenFigures | None = None  # of the evaluation at the last step, where the report will have a scale
     measure: Measure | None = None  # of what the model says; None: nobody asks
     failed_saves: int = 0  # in a row
     rollbacks: int = 0  # since the newest save
@@ -130,6 +134,8 @@ class Recorder:
         line = {"step": self.state.step, "total_steps": self.state.total_steps, "checks": self.checks}
         self.note("start" if fresh else "resume", {**line, "predicted": self.predicted})
         self.listener(Started(self.run.path, self.config, self.corpus, self.state.step, self.predicted))
+        if self.stopped:  # before it went on
+            self._note_stop(self.stopped)
 
     def take(self, event: Event) -> None:
         """Record one event of the loop and pass it on.
@@ -163,8 +169,7 @@ class Recorder:
         figures = dict.fromkeys(EVALUATION_KEYS) if event.evaluation is None else event.evaluation.as_dict()
         learnt = {"step": event.step, "train_nats_per_token": event.train_nats_per_token}
         self.note("evaluation", {**learnt, **figures, "best": event.best, "memory_bytes": machine.peak_bytes()})
-        self.last_evaluated = event.step
-        self.last_train, self.last_held_out = event.train_nats_per_token, figures["nats_per_token"]
+        self.evaluations.append(Judged(event.step, event.train_nats_per_token, figures["nats_per_token"]))
 
     def _stop(self, event: Stopped) -> None:
         """Journal the end, once its state is saved."""
@@ -172,14 +177,15 @@ class Recorder:
             time.sleep(RETRY_S)
             self._save()
         self.stopped = event.reason
+        self._note_stop(event.reason)
+
+    def _note_stop(self, reason: str) -> None:
         told = {"elapsed_s": self.state.elapsed_s, "memory_bytes": machine.peak_bytes(), "predicted": self.predicted}
-        self.note("stop", {"step": event.step, "reason": event.reason, **told})
+        self.note("stop", {"step": self.state.step, "reason": reason, **told})
 
     def _look_closer(self, event: Evaluated) -> None:
         """Measure how much is learnt by heart, and say so where the run has turned."""
-        if event.evaluation is not None:
-            self.history.append((event.step, event.evaluation.nats_per_token))
-        turns = None if event.evaluation is None else overfitting.turns(self.history)
+        turns = overfitting.turns(self._held_out())
         at_last = turns is not None or event.step == self.state.total_steps
         figures = self._measured(event, at_last=at_last)
         if figures is not None:
@@ -200,7 +206,10 @@ class Recorder:
 
     def best_is_behind(self) -> str | None:
         """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
-        return "best" if self.config.until == "best" and overfitting.turned(self.history) else None
+        return "best" if self.config.until == "best" and overfitting.turned(self._held_out()) else None
+
+    def _held_out(self) -> list[tuple[int, float]]:
+        return [(one.step, one.held_out) for one in self.evaluations if one.held_out is not None]
 
     def note(self, event: str, values: Mapping[str, Any], journal: Journal | None = None) -> None:
         """Add a line to a journal, by default metrics.jsonl; that it cannot be written is told once and ends nothing."""
@@ -208,14 +217,14 @@ class Recorder:
             (journal or self.run.metrics).add(event, values)
         except (StorageError, PermissionDeniedError) as error:
             if not self.journal_failed:
-                self.listener(Notice(f"{error}; training goes on without its journal"))
+                self._notice(f"{_briefly(error)}; training goes on without its journal")
             self.journal_failed = True
 
     def _save(self) -> None:
         """Publish a checkpoint; a failure is told, and ends the run only when it goes on failing."""
         try:
             self._publish_best()
-            weights, optimizer = states.model_tensors(self.state.model), states.optimizer_tensors(self.state)
+            weights, optimizer = self.state.model.tensors(), states.optimizer_tensors(self.state)
             saved = self._publish(self.state.step, self._scalars(), weights, optimizer)
         except FirstwordsError as error:
             with suppress(FirstwordsError):
@@ -223,7 +232,7 @@ class Recorder:
             self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
-            self._notice(f"{error}; training goes on and the next save tries again")
+            self._notice(f"{_briefly(error)}; training goes on and the next save tries again")
             if self.state.step == self.state.best_step:
                 self._copy()
             return
@@ -243,8 +252,7 @@ class Recorder:
             self._publish(self.copy.step, self.copy.scalars, self.copy.weights, None)
 
     def _copy(self) -> None:
-        weights = states.model_tensors(self.state.model)
-        copied = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        copied = {name: weight.to("cpu", copy=True) for name, weight in self.state.model.tensors().items()}
         scalars = {**states.scalars(self.state), "fingerprint": self.fingerprint}
         self.copy = BestCopy(self.state.step, scalars, copied)
 
@@ -318,6 +326,7 @@ class Recorder:
         """Return what came of the run; at least one checkpoint must be saved."""
         assert self.newest is not None
         state, context_length, best = self.state, self.config.model.context_length, None
+        last = self.evaluations[-1] if self.evaluations else None
         best_step, nats, weights_sha256 = self._best()
         if nats is not None:
             best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step, self.config))
@@ -332,9 +341,9 @@ class Recorder:
             perplexity=None if best is None else best.perplexity,
             bits_per_byte=None if best is None else best.bits_per_byte,
             last={
-                "step": self.last_evaluated,
-                "train_nats_per_token": self.last_train,
-                "nats_per_token": self.last_held_out,
+                "step": last and last.step,
+                "train_nats_per_token": last and last.train,
+                "nats_per_token": last and last.held_out,
                 "weights_sha256": self.newest.weights_sha256,
             },
             weights_sha256=weights_sha256,
@@ -357,8 +366,8 @@ class Recorder:
                 return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
             except FirstwordsError as error:  # its save was refused
                 self._notice(f"{error}; using step {newest.step} instead of the best")
-        judged = self.last_evaluated == newest.step  # a run that was stopped is saved between two evaluations
-        return newest.step, self.last_held_out if judged else None, newest.weights_sha256
+        judged = {one.step: one.held_out for one in self.evaluations}  # a run that was stopped is saved between two of them
+        return newest.step, judged.get(newest.step), newest.weights_sha256
 
     def restore(self, *, more_time: bool = False) -> None:
         """Bring the run back to its newest valid checkpoint, and its journals with it.
@@ -396,6 +405,7 @@ class Recorder:
             return
         if self.stopped:
             self._notice(f"the best was at step {self.state.best_step}; to go on nevertheless: --until end")
+            return
         changed = machine.differences(saved["fingerprint"], self.fingerprint)
         self._notice(f"not bit-exact because: {changed}" if changed else self._sameness(saved))
         before, ways = saved["fingerprint"], ("threads", "precision")
@@ -417,25 +427,27 @@ class Recorder:
 
         Returns its `state.json`, and what was last predicted of the run.
         """
-        saved, predicted, history = found.json(checkpoint.STATE), None, list[tuple[int, float]]()
+        saved, predicted, evaluations = found.json(checkpoint.STATE), None, list[Judged]()
         match saved:
-            case {"fingerprint": dict(), "journal_bytes": {"metrics.jsonl": int(metrics), "samples.jsonl": int(samples)}}:
+            case {
+                "fingerprint": dict(),
+                "journal_bytes": {"metrics.jsonl": int(metrics), "samples.jsonl": int(samples)},
+                "for_s": None | int() | float(),
+            }:
                 pass
             case _:
                 raise DataError("is no state of a run", where=str(found.folder / checkpoint.STATE))
         store.cut(self.run.metrics.path, metrics)
         store.cut(self.run.samples.path, samples)
-        states.load_model_tensors(self.state.model, found.tensors(checkpoint.MODEL), str(found.folder))
+        fill(self.state.model, found.tensors(checkpoint.MODEL).items(), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
         for line in self.run.metrics.lines():
             if line["event"] == "evaluation" and isinstance(line.get("step"), int):
-                self.last_evaluated = line["step"]
-                self.last_train, self.last_held_out = line.get("train_nats_per_token"), line.get("nats_per_token")
-                history += [] if self.last_held_out is None else [(line["step"], self.last_held_out)]
+                evaluations.append(Judged(line["step"], line.get("train_nats_per_token"), line.get("nats_per_token")))
             if line["event"] in ("start", "resume"):
                 predicted = line.get("predicted", predicted)
-        self.history, self.newest, self.copy = history, found, None
+        self.evaluations, self.newest, self.copy = evaluations, found, None
         return saved, predicted
 
     def roll_back(self, error: DivergedError) -> None:
@@ -470,13 +482,15 @@ class Recorder:
         Returns whether there is more time than there was.
         """
         state, for_s = self.state, self.config.for_s
-        longer = more_time or for_s != saved.get("for_s", for_s)  # states from before this key do not say
+        longer = more_time or for_s != saved["for_s"]
         if more_time and for_s is not None:  # recorded as what all of the run has, wherever it stops again
             for_s = for_s + state.elapsed_s
             self.config = dataclasses.replace(self.config, for_s=for_s)
         if for_s is not None and longer:  # as fast as before, until its first steps say more
             pace = state.step / state.elapsed_s if state.elapsed_s else 0.0
             state.total_steps = max(state.step + 2 * PROBE_STEPS, round(pace * for_s)) if pace else None
+            state.eval_every = self.config.eval_every
+        if self.config.eval_every is not None:
             state.eval_every = self.config.eval_every
         if self.config.steps is not None:
             state.total_steps = self.config.steps
@@ -491,3 +505,8 @@ class Recorder:
 
     def _notice(self, line: str) -> None:
         self.listener(Notice(line))
+
+
+def _briefly(error: FirstwordsError) -> str:
+    """Return what is wrong and why, but not what to do where nobody need do anything now."""
+    return str(FirstwordsError(error.what, where=error.where, why=error.why))

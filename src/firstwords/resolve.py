@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import store
 from firstwords.asking import RESUMABLE, Asked, absolute
-from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, run_config
+from firstwords.config import Precision, RunConfig, flag, flatten, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.planning import known
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_SAVED_SHARE = 0.9  # of a step's time by compiling: what is measured on one day is held against another day's speed
 PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
-# What no weight depends on, or what the corpus's own hash tells better.
+# What no weight depends on, or the first ones alone, which checkpoints hold; or what the corpus's own hash tells better.
 UNTRAINED = frozenset(
     (
         "text",
@@ -43,10 +43,11 @@ UNTRAINED = frozenset(
         "eval_every",
         "eval_tokens",
         "sample_every",
+        "model.table_std",
+        "model.table_from_text",
+        "model.induction_heads",
     )
 )
-# What only decides the first weights. Checkpoints hold the weights, so runs from before the option go on.
-BEGINNING = frozenset(AS_DRAWN)
 
 
 def settled(
@@ -316,7 +317,7 @@ def fit_config(config: RunConfig) -> FitConfig:
 
 def identity(config: RunConfig, prepared: Corpus) -> dict[str, str]:
     """Return the hashes that tell a run from others: with equal ones a checkpoint goes on in the same way, step for step."""
-    free = RESUMABLE | UNTRAINED | BEGINNING
+    free = RESUMABLE | UNTRAINED
     fixed = {key: value for key, value in flatten(dataclasses.asdict(config)).items() if key not in free}
     return {
         "config_sha256": store.sha256(store.canonical_json(fixed)),

@@ -29,7 +29,15 @@ from typing import Any, TypeAlias
 import platformdirs
 
 from firstwords import reading
-from firstwords.errors import CannotCreateError, DataError, FirstwordsError, PermissionDeniedError, StorageError
+from firstwords.errors import (
+    CannotCreateError,
+    DataError,
+    FirstwordsError,
+    Notify,
+    PermissionDeniedError,
+    StorageError,
+    unheard,
+)
 
 Json = dict[str, Any]
 Bytes: TypeAlias = "bytes | memoryview[int]"
@@ -288,8 +296,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-x{secrets.token_hex(4)}")
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove the temporary folders and files that a killed process left in `parent`. Call it under the lock.
+def remove_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
+    """Remove the temporary folders and files that a killed process left in `parent`.
+
+    Args:
+        parent: Whose lock is held; or other processes may write there meanwhile, to what is younger.
+        older_than_s: How long nothing was written to what is removed, at least.
 
     Raises:
         PermissionDeniedError, StorageError: The first one that could not be removed; the others are, where they can be.
@@ -300,11 +312,18 @@ def remove_leftovers(parent: Path) -> None:
             continue
         try:
             with _speaking_of(path):
-                _remove(path)
+                if not older_than_s or time.time() - _written_s(path) > older_than_s:
+                    _remove(path)
         except FirstwordsError as error:
             failed = failed or error
     if failed is not None:
         raise failed
+
+
+def _written_s(path: Path) -> float:
+    """Return when something was last written to a file, or to a folder or a file in it: seconds since 1970."""
+    times_s: list[float] = [one.stat().st_mtime for one in (path, *(path.iterdir() if path.is_dir() else ()))]
+    return max(times_s)
 
 
 def folders(parent: Path, prefix: str) -> list[Path]:
@@ -322,7 +341,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
         raise StorageError(
             f"the disk has {free / 1e9:.2f} GB free, two checkpoints need {2 * size_bytes / 1e9:.2f} GB",
             where=str(folder),
-            do="free some space, or give --out on another disk",
+            do="free some space; a new run may have its --out on another disk",
         )
     probe = folder / f"{TEMPORARY}{PROBE}-x{secrets.token_hex(4)}"
     with _speaking_of(folder):
@@ -334,7 +353,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
 
 
 @contextmanager
-def lock(path: Path, notice: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def lock(path: Path, notice: Notify = unheard) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends.
 
     Args:
@@ -380,7 +399,7 @@ def is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, path: Path, notice: Callable[[str], None] = lambda _: None) -> bool:
+def _try_lock(descriptor: int, path: Path, notice: Notify = unheard) -> bool:
     """Return whether the lock is ours now; where there are no locks it is a courtesy only, and always ours."""
     try:
         import fcntl
@@ -490,6 +509,8 @@ def as_firstwords_error(error: OSError, path: Path) -> FirstwordsError:
         case errno.EEXIST | errno.ENOTDIR | errno.EISDIR | errno.ENOTEMPTY | errno.ENAMETOOLONG:
             return CannotCreateError("cannot be created", where=where, why=why, do="take another place or name")
         case errno.ENOSPC | errno.EDQUOT:
-            return StorageError("the disk is full", where=where, why=str(error), do="free some space, then --resume")
+            do = "free some space there and try again; a run goes on with --resume"
+            return StorageError("the disk is full", where=where, why=str(error), do=do)
         case _:
-            return StorageError("writing failed", where=where, why=str(error), do="check the disk, then --resume")
+            do = "check the disk and try again; a run goes on with --resume"
+            return StorageError("writing failed", where=where, why=str(error), do=do)

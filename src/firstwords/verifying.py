@@ -13,6 +13,7 @@ import torch
 from firstwords import resolve, store
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
+from firstwords.model.gpt import fill
 from firstwords.planning import machine
 from firstwords.runs import checkpoint, tensor_file
 from firstwords.runs.checkpoint import Checkpoint
@@ -154,7 +155,7 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
 def _state_at(folder: Path, config: RunConfig) -> TrainState:
     found = checkpoint.unverified(folder)
     state = states.initial(config.model, config.optim, config.seed, config.device, machine.DTYPES[config.precision])
-    states.load_model_tensors(state.model, found.tensors(checkpoint.MODEL), str(folder))
+    fill(state.model, found.tensors(checkpoint.MODEL).items(), str(folder))
     states.load_optimizer_tensors(state, found.tensors(checkpoint.OPTIMIZER))
     states.load_scalars(state, found.json(checkpoint.STATE))
     return state
@@ -196,6 +197,6 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> 
 
 def _weights_sha256(state: TrainState) -> str:
     digest = hashlib.sha256()
-    for piece in tensor_file.safetensors_bytes(states.model_tensors(state.model)):
+    for piece in tensor_file.safetensors_bytes(state.model.tensors()):
         digest.update(piece)
     return digest.hexdigest()

@@ -25,6 +25,7 @@ from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError, quoted
 from firstwords.model.sampling import Sampling
+from firstwords.pretraining import SAMPLE_TEMPERATURE
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Started, Told, Trained
 
@@ -149,7 +150,7 @@ class Console:
         lm = self._lm or api.load(result.run)
         self.out.print("\nit says:")
         prompt = RunFolder(Path(result.run)).recorded_config().get("sample_prompt", "")
-        said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=api.SAMPLE_TEMPERATURE))
+        said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=SAMPLE_TEMPERATURE))
         self._to_the_letter(prompt, "bold")
         self._to_the_letter(f"{said}\n")
 

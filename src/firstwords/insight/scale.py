@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from firstwords.insight.baselines import Baseline
-from firstwords.training.evaluate import Evaluation, Tokens
+from firstwords.training.evaluate import Evaluation, TokenFigures
 
 BLOCKS, FEWEST_BLOCKS = 30, 5
 SHORTEST_BLOCK = 256  # bytes
@@ -163,7 +163,7 @@ def interval(nats: Array, n_bytes: Array) -> Interval | None:
     return Interval(float(mean[0] - high * error[0]), float(mean[0] - low * error[0]))
 
 
-def byte_nats(tokens: Tokens) -> Array:
+def byte_nats(tokens: TokenFigures) -> Array:
     """Return the nats of each byte, (N,): those of a token stand at its first."""
     found = np.zeros(tokens.evaluation.n_bytes)
     found[tokens.bytes_before] = tokens.nats
@@ -171,7 +171,11 @@ def byte_nats(tokens: Tokens) -> Array:
 
 
 def scale(
-    name: str, tokens: Tokens, others: Sequence[tuple[str, Tokens]], baselines: Sequence[Baseline], blocks: Blocks
+    name: str,
+    tokens: TokenFigures,
+    others: Sequence[tuple[str, TokenFigures]],
+    baselines: Sequence[Baseline],
+    blocks: Blocks,
 ) -> Scale:
     """Return the scale of a model on a held-out text.
 
@@ -209,7 +213,7 @@ def scale(
     )
 
 
-def by_position(tokens: Tokens) -> tuple[Position, ...]:
+def by_position(tokens: TokenFigures) -> tuple[Position, ...]:
     """Return the loss by how many tokens stand before the target: 1, 2, 3-4, 5-8, and so on."""
     T = len(tokens.position_tokens)
     edges = [0, *(1 << i for i in range((T - 1).bit_length())), T]

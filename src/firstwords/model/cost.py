@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations, bytes. Formulas, no measurements."""
+"""What a model costs: parameters, operations, bytes. Formulas; their factors were measured once, not on this machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from firstwords.config import ModelConfig, Precision
 PROCESS_BYTES = {2: 350 << 20, 4: 300 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
 MAPPED_BYTES = 64 << 10  # that Linux maps at once around what is read of a file
 KEPT_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
-EVALUATED_AT_ONCE = 2048  # tokens; training.evaluate: 8,192 are a twentieth faster and take 150 MB more
+EVALUATED_AT_ONCE = 2048  # tokens, whatever a run's batch, for its figures; 8,192 are a twentieth faster, take 150 MB more
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
 FEWEST_CHUNK_BYTES, MOST_CHUNK_BYTES = 16 << 20, 128 << 20  # of logits
 CHUNK_TABLES = 8  # times the table's bytes: each chunk adds once to the gradient of the whole table, so few are better
+# Learnt from at once by a processor: as good as more; of each of `kept_numbers`; for what is kept.
+MOST_CPU_TOKENS, CPU_KEPT_BYTES, CPU_ROOM_BYTES = 8192, 8.0, 4 << 30
 # Learnt from at once by a GPU; of each of `kept_numbers` in bfloat16, measured as 1.7 to 2.6 with the logits; of the memory
 # that weights and optimizers leave, for what is kept.
 MOST_GPU_TOKENS, GPU_KEPT_BYTES, GPU_SHARE = 65536, 3.0, 0.7
@@ -108,10 +110,10 @@ def micro_batch_size(
     Args:
         config: The shape.
         batch_size: Sequences of an update.
-        gpu_bytes: What a GPU has left; None: a processor learns, to which 8,192 tokens and 4 GiB are as good as more.
+        gpu_bytes: What a GPU has left; None: a processor learns.
         precision: Of a GPU's products.
     """
-    most_tokens, kept_bytes, room_bytes = 8192, 8.0, 4.0 * 2**30
+    most_tokens, kept_bytes, room_bytes = MOST_CPU_TOKENS, CPU_KEPT_BYTES, float(CPU_ROOM_BYTES)
     if gpu_bytes is not None:
         most_tokens, kept_bytes = MOST_GPU_TOKENS, GPU_KEPT_BYTES * (1 if precision == "bfloat16" else 2)
         room_bytes = GPU_SHARE * (gpu_bytes - 20 * parameters(config))

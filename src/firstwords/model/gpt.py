@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from firstwords.config import ModelConfig
+from firstwords.errors import DataError
 from firstwords.model import induction
 from firstwords.model.functional import (
     GELU_CUBIC,
@@ -258,6 +259,10 @@ class GPTModel(nn.Module):
             first, second = (block.att for block in [*self.trf_blocks][:2] if isinstance(block, TransformerBlock))
             induction.begin_copying(config, self.tok_emb.weight, self.out_head.weight, first, second)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name; a tied head is there once, as `tok_emb.weight`."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
     def features(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Return what the head reads, (B, T, C), for the ids (B, T).
 
@@ -327,6 +332,26 @@ def unfilled(config: ModelConfig) -> GPTModel:
         model = GPTModel(dataclasses.replace(config, induction_heads=False))
     model.config = config
     return model
+
+
+def fill(model: GPTModel, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copy weights into a model, one after another.
+
+    Raises:
+        DataError: A tensor is unknown, of another shape, or missing.
+    """
+    own, why = model.tensors(), "it was made with another configuration"
+    left = set(own)
+    for name, tensor in tensors:
+        if name not in own:
+            raise DataError(f"tensor {name!r} is unknown", where=where, why=why)
+        if own[name].shape != tensor.shape:
+            shapes = f"{list(tensor.shape)}, the model needs {list(own[name].shape)}"
+            raise DataError(f"tensor {name!r} has shape {shapes}", where=where)
+        own[name].copy_(tensor)
+        left.discard(name)
+    if left:
+        raise DataError(f"tensor {min(left)!r} is missing", where=where, why=why)
 
 
 def initialise(model: GPTModel, std: float) -> None:

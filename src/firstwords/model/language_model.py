@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 
-from firstwords.errors import ConfigError
+from firstwords.errors import ConfigError, Notify, unheard
 from firstwords.model.generate import Drawn, generate, generate_batch, in_precision
 from firstwords.model.gpt import GPTModel, evaluating
 from firstwords.model.sampling import Sampling
@@ -69,7 +69,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         seed: int = 123,
         stop: Sequence[str] = (),
-        notice: Callable[[str], None] = lambda _: None,
+        notice: Notify = unheard,
     ) -> Iterator[str]:
         """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>` and before a stop text.
 
@@ -99,7 +99,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
         stop: Sequence[str] = (),
-        notice: Callable[[str], None] = lambda _: None,
+        notice: Notify = unheard,
     ) -> Iterator[Said]:
         """Yield what the model says after each prompt: in float32 what `generate` says after it, in a fraction of the time.
 
@@ -142,7 +142,7 @@ class LanguageModel:
         tail = b"".join(self._bytes(one.id) for one in tokens[-max(map(len, stop), default=1) :])
         return tokens[-1].id == self.tokenizer.end_of_text or any(word in tail for word in stop)
 
-    def _prompt_ids(self, prompt: str | Sequence[int], max_new_tokens: int, notice: Callable[[str], None]) -> list[int]:
+    def _prompt_ids(self, prompt: str | Sequence[int], max_new_tokens: int, notice: Notify) -> list[int]:
         """Return the ids that the model sees of a prompt."""
         if max_new_tokens < 1:
             raise ConfigError(f"cannot be {max_new_tokens}", where="--max-new-tokens", do="allowed: from 1")

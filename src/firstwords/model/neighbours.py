@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from firstwords.config import ModelConfig
 from firstwords.model import induction
 from firstwords.model.gpt import GPTModel
+from firstwords.text import corpus
 
 MOST_CELLS = 1 << 22  # V * K
 MOST_TOKENS = 1 << 20  # of the text that are looked at, in `CHUNKS` evenly spread parts
@@ -64,11 +65,8 @@ def directions(ids: Ids, config: ModelConfig, seed: int) -> Tensor:
 
 def _spread(ids: Ids) -> Ids:
     """Return at most `MOST_TOKENS` ids, in parts from all over the text."""
-    size = MOST_TOKENS // CHUNKS
-    if len(ids) <= MOST_TOKENS:
-        return np.asarray(ids, dtype=np.int64)
-    starts = [i * (len(ids) - size) // (CHUNKS - 1) for i in range(CHUNKS)]
-    return np.concatenate([ids[start : start + size] for start in starts]).astype(np.int64)
+    ranges = corpus.evenly(len(ids), CHUNKS, MOST_TOKENS // CHUNKS)
+    return np.concatenate([ids[start:end] for start, end in ranges]).astype(np.int64)
 
 
 def _pmi(tokens: Ids, columns: Ids, vocab_size: int, K: int) -> Tensor:

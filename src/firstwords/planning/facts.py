@@ -23,7 +23,6 @@ HASHED_BYTES = 1 << 18  # at once: each takes up to 40 bytes of memory meanwhile
 FEWEST_SHARE = 0.01  # of the letters that a script must have to be named
 ENGLISH = re.compile(rb"\b(?:the|and|of|to|in|that|he|was|it|is|for|with|as|his|on|be|at|by|I)\b")
 ENGLISH_SHARE, PROSE_SIGNS = 0.15, 0.02  # of the words; of the characters that are brackets and the like
-Ranges = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _decoded(part: Part, corpus: Corpus, most_bytes: int) -> tuple[bytes, ...]:
     """Return evenly spread chunks of a part, laid by bytes: how many a token has changes on the way."""
     if not part.n_tokens:
         return ()
-    ranges, at = _ranges(part.n_bytes, difficulty.CHUNKS, most_bytes // difficulty.CHUNKS), 0
+    ranges, at = corpora.evenly(part.n_bytes, difficulty.CHUNKS, most_bytes // difficulty.CHUNKS), 0
     chunks: list[list[int]] = [[] for _ in ranges]
     for ids in part.pieces(IDS_AT_ONCE):
         ends = at + np.cumsum(part.id_bytes[ids], dtype=np.int64)
@@ -172,22 +171,14 @@ class _Spread:
                 self._taken.setdefault(number, []).append(text[max(0, start - self._at) : end - self._at])
         self._at += len(text)
 
-    def _wanted(self) -> Ranges:
-        return _ranges(self.total_chars, difficulty.CHUNKS, self.most_bytes // difficulty.CHUNKS)
+    def _wanted(self) -> list[tuple[int, int]]:
+        return corpora.evenly(self.total_chars, difficulty.CHUNKS, self.most_bytes // difficulty.CHUNKS)
 
     @property
     def sample(self) -> tuple[bytes, ...]:
         """What was taken: of writings of several bytes a letter, the beginning of each chunk."""
         size = self.most_bytes // max(1, len(self._taken))
         return tuple("".join(parts).encode()[:size] for parts in self._taken.values())
-
-
-def _ranges(total: int, count: int, size: int) -> Ranges:
-    """Return `count` evenly spread ranges of `size`; one, of all, where that is not more."""
-    if total <= count * size:
-        return [(0, total)]
-    starts = (i * (total - size) // (count - 1) for i in range(count))
-    return [(start, start + size) for start in starts]
 
 
 class _Passages:

@@ -13,11 +13,10 @@ from typing import Any
 from firstwords import reading, store
 from firstwords.config import ModelConfig, Precision, model_config
 from firstwords.errors import FirstwordsError
-from firstwords.planning.speed import Speed
+from firstwords.planning.speed import NO_TIME, Speed
 
 FOLDER = "machines"
-# What a saving by compiling hardly depends on.
-UNCOMPILED = ("vocab_size", "tied_head", "init_std", "table_std", "table_from_text", "induction_heads", "drop_rate")
+UNCOMPILED = NO_TIME | {"tied_head"}  # what a saving by compiling hardly depends on
 WORTH = 2.0  # compiling must save so many times what it takes
 # On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
 # laptop presets (0.1 to 8 % of its products' rate), learns no faster from compiled ones.

@@ -1,4 +1,4 @@
-"""This machine: which device and precision, and what decides whether two runs can be equal to the last bit."""
+"""This machine: its devices and their speed, how this process computes on it, and what the bits of a run depend on."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_
 START_S = 4.0  # pass before the first look at the model, about, but for preparing the text
 BEGIN_S = 0.8  # of them, when everything is decided: the first table, the first save, and the check of the device
 SPOKEN_S = 0.3  # an evaluation's samples are drawn and looked up in: 0.2 s on a fast machine, 0.8 on a slow one
-MOST_LOOKS, LOOKS_SHARE = 20, 0.25  # evaluations of a run of known length, and of the time of its steps for them, at most
+LOOKS_SHARE = 0.25  # of the time of its steps, at most, a run of known length takes for its evaluations
 EVALUATION_SHARE, FEWEST_HELD_OUT = 0.05, 2048  # of a run's time for one evaluation, and its held-out tokens at least
 UNSURE = 2.0  # times as slow as it is, a machine may be guessed to be for a model of which no step fits into a measurement
 NEAR_SHARE = 1e-3  # of the time that a number of tokens takes, to which it is looked for
@@ -90,7 +90,7 @@ def eval_every(config: RunConfig, n_held_out: float) -> int | None:
     """
     if config.eval_every is not None or config.steps is None:
         return config.eval_every
-    looks, judged = float(MOST_LOOKS), min(n_held_out, held_out_tokens(config.steps, config))
+    looks, judged = float(budget.MOST_LOOKS), min(n_held_out, held_out_tokens(config.steps, config))
     if judged > FIRST_TOKENS:  # fewer cost next to nothing
         learnt = config.steps * (config.batch_size or 1) * config.model.context_length
         looks = min(looks, LOOKS_SHARE * learnt / cost_in_tokens(judged))

@@ -20,6 +20,10 @@ PRODUCT_SHARE = 0.58  # of the machine's matrix products that a model of `WIDE` 
 WIDE, WIDTH_POWER = 192, 2 / 3
 UPDATE_TOKENS = 2048  # of the steps that are measured
 DROPPING_SHARE = 0.89  # of its speed that a model keeps which drops numbers: 0.90 at a tenth of them, 0.88 at a fifth
+# What a step takes no time for, but for the vocabulary, and dropping at all.
+NO_TIME = frozenset(
+    ("vocab_size", "drop_rate", "init_std", "table_std", "table_from_text", "induction_heads", "norm_eps", "rope_base")
+)
 Point = tuple[ModelConfig, float]  # a shape, and the seconds that a token takes which Muon learns from, nothing dropped
 
 
@@ -124,16 +128,5 @@ def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float, floa
 
 def same_layers(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two shapes take the same time, but for their vocabularies: the rest only changes numbers."""
-    free = {
-        "vocab_size",
-        "drop_rate",
-        "init_std",
-        "table_std",
-        "table_from_text",
-        "induction_heads",
-        "norm_eps",
-        "gelu_cubic",
-        "rope_base",
-    }
-    one, other = ({key: value for key, value in asdict(shape).items() if key not in free} for shape in (a, b))
+    one, other = ({key: value for key, value in asdict(shape).items() if key not in NO_TIME} for shape in (a, b))
     return one == other

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from firstwords.config import Compile, Precision
+from firstwords.errors import Notify
 from firstwords.model.gpt import Dropout, GPTModel
 from firstwords.model.loss import target_nats
 from firstwords.planning import machine
@@ -91,7 +92,7 @@ def begun(
     cpu_precision: Callable[[], Precision],
     *,
     insist: bool,
-    notice: Callable[[str], None],
+    notice: Notify,
 ) -> tuple[Way, TrainState, list[Check]]:
     """Return how a run is computed, its state at step 0 there, and what was checked.
 

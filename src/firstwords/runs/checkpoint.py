@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from firstwords import reading, store
-from firstwords.errors import DataError, FirstwordsError, NoInputError
+from firstwords.errors import DataError, FirstwordsError, NoInputError, Notify
 from firstwords.runs import tensor_file
 from firstwords.runs.tensor_file import safetensors_bytes
 
@@ -151,9 +151,7 @@ def has_begun(parent: Path) -> bool:
     return False
 
 
-def newest(
-    parent: Path, notice: Callable[[str], None], run: Mapping[str, str] | None = None, *, repeats: bool = True
-) -> Checkpoint | None:
+def newest(parent: Path, notice: Notify, run: Mapping[str, str] | None = None, *, repeats: bool = True) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
 
     Args:
@@ -190,7 +188,7 @@ def newest(
     return None
 
 
-def _clear(weights_only: list[Path], notice: Callable[[str], None], *, keep: bool) -> None:
+def _clear(weights_only: list[Path], notice: Notify, *, keep: bool) -> None:
     """Make room for what a run that goes on from before these checkpoints of weights only will save.
 
     A kill or a divergence came between each and the save that it belongs to, and it will be made again. To `keep` where
@@ -231,7 +229,7 @@ def weights_sha256(parent: Path, step: int) -> str:
     return unverified(folder_of(parent, step)).weights_sha256
 
 
-def best(parent: Path, notice: Callable[[str], None]) -> Checkpoint | None:
+def best(parent: Path, notice: Notify) -> Checkpoint | None:
     """Return the checkpoint that speaks for a run: the best, or the newest where that is damaged or none is known.
 
     Raises:

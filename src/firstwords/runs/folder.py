@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import AS_DRAWN, read_toml
-from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError
+from firstwords.config import read_toml
+from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError, Notify, unheard
 from firstwords.runs.journal import Journal
 from firstwords.text import corpus as corpora
 
@@ -79,12 +79,12 @@ class RunFolder:
         return any(line["event"] == "save" for line in self.metrics.lines())
 
     def recorded_config(self) -> dict[str, Any]:
-        """Return the keys that it recorded; one of `AS_DRAWN` that came later is as it was then, whatever its preset has.
+        """Return the keys that it recorded.
 
         Raises:
             FirstwordsError: As `config.read_toml`.
         """
-        return {**AS_DRAWN, **read_toml(self.config)}
+        return read_toml(self.config)
 
     def recorded_corpus(self) -> Path | None:
         """Return the folder of its prepared text, which may be gone; None where none was recorded.
@@ -103,7 +103,7 @@ class RunFolder:
         return corpora.cache_folder() / name
 
     @contextmanager
-    def writing(self, notice: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    def writing(self, notice: Notify = unheard) -> Iterator[None]:
         """Hold the run's lock, having removed what a killed process left half-written.
 
         Args:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import math
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,18 +23,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from firstwords import store
-from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError, Notify, unheard
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
-from firstwords.text.sources import Document, Notice, Texts
+from firstwords.text.sources import Document, Texts
 from firstwords.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
-# How a text is cut and its tokenizer trained, the newest way first; part of the key under which it is cached. A run goes on
-# in the way that it began. 1: of each document the end is held out, and a `bpe` reads all documents as one.
-WAYS = (2, 1)
+FORMAT = 2  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
 MANY_DOCUMENTS, SHORT_DOCUMENT = 100, 2000  # so many, of so few characters in the mean, are held out whole
 LARGEST_SHARE = 0.05  # of the text that one of them may be
 DTYPES = ("<u2", "<u4")
@@ -87,14 +84,6 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Began:
-    """How a run began that goes on."""
-
-    folder: Path | None  # of its prepared text, which may be gone
-    tokenizer: Tokenizer | int | None  # what a `bpe` became, or of how many ids, where its checkpoints are not there
-
-
-@dataclass(frozen=True)
 class Survey:
     """What one pass over the documents tells: the hash of their texts in order, and the length and a mark of each."""
 
@@ -114,7 +103,7 @@ class Survey:
         return n >= MANY_DOCUMENTS and total <= SHORT_DOCUMENT * n and max(self.n_chars) <= LARGEST_SHARE * total
 
 
-def learnt_chars(found: Survey, held_out: float, way: int = WAYS[0]) -> array.array[int]:
+def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
     """Return from how many characters of each document a run learns; the rest, its end or all of it, is held out.
 
     Of short documents a share is held out whole, the same text always on the same side: their ends, cut off from what they
@@ -123,13 +112,20 @@ def learnt_chars(found: Survey, held_out: float, way: int = WAYS[0]) -> array.ar
     Args:
         found: The text.
         held_out: The share that is held out.
-        way: One of `WAYS`.
     """
-    if way > 1 and found.is_of_short_documents:
+    if found.is_of_short_documents:
         learns = [mark >= held_out * 2**32 for mark in found.marks]
         if any(learns) and not all(learns):
             return array.array("q", (n if one else 0 for n, one in zip(found.n_chars, learns, strict=True)))
     return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
+
+
+def evenly(total: int, count: int, size: int) -> list[tuple[int, int]]:
+    """Return `count` evenly spread ranges [start, end) of `size` in `total`; one, of all, where that is not more."""
+    if total <= count * size:
+        return [(0, total)]
+    starts = (i * (total - size) // (count - 1) for i in range(count))
+    return [(start, start + size) for start in starts]
 
 
 def cache_folder() -> Path:
@@ -141,13 +137,11 @@ def silent(what: str, share: float | None) -> None:
     """Show no progress."""
 
 
-def survey(
-    documents: Iterable[Document], progress: Progress = silent, take: Callable[[bytes], object] = lambda _: None
-) -> Survey:
+def survey(texts: Texts, progress: Progress = silent, take: Callable[[bytes], object] = lambda _: None) -> Survey:
     """Read every document once.
 
     Args:
-        documents: What is read.
+        texts: What is read.
         progress: Told what is being done.
         take: Given the hash of each document that is not empty.
 
@@ -155,13 +149,15 @@ def survey(
         DataError: Nothing but white space in all of them.
     """
     whole, n_chars, marks, blank, name = hashlib.sha256(), array.array("q"), array.array("I"), True, "text"
-    for document in documents:
-        progress("reading the text", None)
+    n_bytes = 0
+    for document in texts:
         digest, length, name = hashlib.sha256(), 0, document.name
         for piece in document.pieces():
-            digest.update(_encoded(piece, document.name))
-            length += len(piece)
+            data = _encoded(piece, document.name)
+            digest.update(data)
+            n_bytes, length = n_bytes + len(data), length + len(piece)
             blank = blank and not piece.strip()
+            progress("reading the text", min(1.0, n_bytes / texts.n_bytes) if texts.n_bytes else None)
         whole.update(digest.digest())
         n_chars.append(length)
         marks.append(int.from_bytes(digest.digest()[:4], "big"))
@@ -189,9 +185,9 @@ def prepare(
     cache: Path,
     held_out: float | Texts = 0.1,
     special: tuple[str, ...] = (),
-    began: Began | None = None,
+    became: Tokenizer | int | None = None,
     check: Callable[[str, Path], None] = lambda *_: None,
-    notice: Notice = lambda _: None,
+    notice: Notify = unheard,
     progress: Progress = silent,
 ) -> Corpus:
     """Return the corpus of `texts`, from the cache where the same content was prepared in the same way before.
@@ -203,7 +199,7 @@ def prepare(
         cache: Folder of prepared corpora, named by content hash.
         held_out: The share that is held out, as `learnt_chars` says; or texts that are held out as a whole.
         special: Texts that are to be tokens of their own; see `Tokenizer.with_special`.
-        began: How a run that goes on began; None: a new one.
+        became: What a `bpe` became when a run that goes on began, or of how many ids; None: it is trained.
         check: Given the SHA-256 of the text and the corpus's folder, before anything is tokenized; raises where they will
             not do.
         notice: Told what a person should know.
@@ -217,24 +213,23 @@ def prepare(
         parse_tokenizer(tokenizer)
     val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
     found, found_val = _surveyed(texts, val, notice, progress)
-    folders = {way: cache / _key(found, found_val, fraction, tokenizer, special, way) for way in WAYS}
-    way = next((way for way in WAYS if began and folders[way] == began.folder), WAYS[0])
-    folder = folders[way]
+    folder = cache / _key(found, found_val, fraction, tokenizer, special)
     check(found.sha256, folder)
     store.make_folder(cache)
-    _remove_abandoned(cache)
+    with suppress(FirstwordsError):  # another process may remove it too, and nothing depends on it
+        store.remove_leftovers(cache, older_than_s=ABANDONED_S)
     if folder.exists():
         try:
             return load(folder)
         except (DataError, NoInputError) as error:
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
-    cuts = learnt_chars(found, fraction, way)
+    cuts = learnt_chars(found, fraction)
     training = _Slices(texts, None, cuts, found.total_chars, progress)
     if val is not None and found_val is not None:
         validation = _Slices(val, None, found_val.n_chars, found_val.total_chars, progress)
     else:
         validation = _Slices(texts, cuts, found.n_chars, found.total_chars, progress)
-    made = make_tokenizer(tokenizer, training, sum(cuts), began.tokenizer if began else None).with_special(special)
+    made = make_tokenizer(tokenizer, training, sum(cuts), became).with_special(special)
     try:
         _publish(folder, training, validation, made, found.sha256)
     except CannotCreateError:  # another process was faster with the same text
@@ -243,7 +238,7 @@ def prepare(
     return load(folder, made)
 
 
-def _surveyed(texts: Texts, val: Texts | None, notice: Notice, progress: Progress) -> tuple[Survey, Survey | None]:
+def _surveyed(texts: Texts, val: Texts | None, notice: Notify, progress: Progress) -> tuple[Survey, Survey | None]:
     """Return what a pass over the text tells, and one over its held-out text; shared documents are told."""
     held, both = set[bytes](), Counter[bool]()
     found_val = None if val is None else survey(val, progress, held.add)
@@ -417,14 +412,14 @@ class _Slices:
 
 
 def _key(
-    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...], way: int
+    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...]
 ) -> str:
     """Return the cache folder's name: a hash of all that decides the shards."""
     if isinstance(tokenizer, Tokenizer):
         tokenizer = "ranks:" + tokenizer.sha256
     elif parse_tokenizer(tokenizer)[0] == "file":
         tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
-    wanted = [way, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
+    wanted = [FORMAT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
     return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
@@ -460,15 +455,6 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
             **{name: {**count, "dtype": dtype.str} for name, count in counts.items()},
         },
     )
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed preparations left half-written; one that goes on in another process is younger."""
-    for folder in cache.glob("tmp-*"):
-        with suppress(OSError, FirstwordsError):  # another process may remove it too, and nothing depends on it
-            newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest_s > ABANDONED_S:
-                store.remove_folder(folder)
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[str | None]:

@@ -31,14 +31,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from firstwords import reading
-from firstwords.errors import ConfigError, DataError, NoInputError, PermissionDeniedError, StorageError, quoted
+from firstwords.errors import (
+    ConfigError,
+    DataError,
+    NoInputError,
+    Notify,
+    PermissionDeniedError,
+    StorageError,
+    quoted,
+    unheard,
+)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Notice = Callable[[str], None]  # told one line that a person should read
-
-SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, each also with .gz
+JSON_LINES = (".jsonl", ".ndjson")  # of which each line is a document
+SUFFIXES = (".txt", ".md", *JSON_LINES)  # what a folder is searched for, each also with .gz
 SHOWN_KINDS = 3  # of the files in a folder that are not read
 RUN_PARTS = ("config.toml", "checkpoints")  # of a run folder, whose journals are no text
 PIECE_BYTES = 2**20
@@ -55,6 +63,8 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 CHANGING = "wait until nothing writes to it, or read a copy"
+_TABLE = "a table; its separators and quotes"
+_NOT_PROSE = {".csv": _TABLE, ".tsv": _TABLE, ".json": "JSON; its brackets, keys and quotes, unlike those of a .jsonl file,"}
 _NAME_A_TEXT = "name a text file instead"
 _EXPORT = 'export its text to a .jsonl file, one {{"text": "..."}} a line'
 _NOT_TEXT = (  # first bytes, what they are the mark of, what to do
@@ -108,20 +118,18 @@ class Texts:
 
     Attributes:
         name: A short name: `notes` for `notes/` or `notes.txt.gz`, `stdin`, `pydoc-topics`; the first's of several.
+        n_bytes: Of them all on disk, where that tells how far one has read; packed ones and .jsonl hold other amounts.
     """
 
     name: str
+    n_bytes: int | None
     _parts: tuple[Callable[[], Iterator[Document]], ...] = field(repr=False)
 
     def __iter__(self) -> Iterator[Document]:
         return chain.from_iterable(part() for part in self._parts)
 
 
-def ignore(line: str) -> None:
-    """Do nothing with a notice."""
-
-
-def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: Notice = ignore) -> Texts:
+def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: Notify = unheard) -> Texts:
     """Find the texts and look at their first 64 KiB; the rest is read when the result is iterated.
 
     Args:
@@ -142,9 +150,11 @@ def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: No
     if encoding is not None:
         _check_encoding(encoding)
     if not paths:
-        return Texts("pydoc-topics", (_built_in,))
+        return Texts("pydoc-topics", None, (_built_in,))
     sources = [source for path in paths for source in _find(path, encoding, notice)]
-    return Texts(_short_name(str(paths[0])), tuple(source.documents for source in sources))
+    sizes = [None if source.is_jsonl or source.is_gzip else source.size for source in sources]
+    n_bytes = None if None in sizes else sum(filter(None, sizes))
+    return Texts(_short_name(str(paths[0])), n_bytes, tuple(source.documents for source in sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +219,7 @@ class _Source:
         return DataError(what, where=where, why=error.reason, do=advice)
 
 
-def _find(path: str | Path, encoding: str | None, notice: Notice) -> list[_Source]:
+def _find(path: str | Path, encoding: str | None, notice: Notify) -> list[_Source]:
     """Return the sources at a path that a person named, at least one."""
     if str(path) == "-":
         return _not_empty([_Source(_STDIN, _spool_stdin(), encoding)], _STDIN, notice)
@@ -223,7 +233,7 @@ def _find(path: str | Path, encoding: str | None, notice: Notice) -> list[_Sourc
     return _not_empty([_file(file, encoding) for file in files], _shown(path), notice)
 
 
-def _not_empty(sources: Iterable[_Source], name: str, notice: Notice) -> list[_Source]:
+def _not_empty(sources: Iterable[_Source], name: str, notice: Notify) -> list[_Source]:
     kept = []
     for source in sources:
         if _check_head(source, notice):
@@ -243,12 +253,12 @@ def _file(path: Path, encoding: str | None) -> _Source:
         raise NoInputError("not a regular file", where=_shown(path), why=why, do=do)
     absolute = path.absolute()
     name = path.name.lower()
-    is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
+    is_jsonl = name.removesuffix(".gz").endswith(JSON_LINES)
     is_gzip = name.endswith(".gz")
     return _Source(_shown(path), lambda: absolute.open("rb"), encoding, is_jsonl, is_gzip, status.st_size)
 
 
-def _text_files(folder: Path, notice: Notice) -> list[Path]:
+def _text_files(folder: Path, notice: Notify) -> list[Path]:
     found, left = list[Path](), Counter[str]()
     with _errors_of(_shown(folder)):
         for parent, folders, files in os.walk(folder, onerror=_raise):
@@ -361,7 +371,7 @@ def _text_of(line: str, *, where: str) -> str:
     return text
 
 
-def _check_head(source: _Source, notice: Notice) -> bool:
+def _check_head(source: _Source, notice: Notify) -> bool:
     """Return whether the source holds anything; raise `DataError` if its first bytes are not text."""
     with closing(source.chunks()) as chunks:
         head = next(chunks, b"")[:HEAD_BYTES]
@@ -383,8 +393,8 @@ def _check_head(source: _Source, notice: Notice) -> bool:
         notice(f"{source.name}: holds NUL characters; they are read as text")
     if text.lstrip().lower().startswith(("<!doctype html", "<html")):
         notice(f"{source.name}: looks like an HTML page; its tags are read as text")
-    if source.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-        notice(f"{source.name}: a table; its separators and quotes are read as text")
+    if marks := _NOT_PROSE.get(Path(source.name.lower().removesuffix(".gz")).suffix):
+        notice(f"{source.name}: {marks} are read as text")
     return True
 
 

@@ -73,13 +73,18 @@ class Tokenizer:
 
         Raises:
             ConfigError: White space in one of them, where a long text might be cut, or nothing in it; the spelling of a
-                word, which files could not tell from it; or one begins another, of which tools choose differently.
+                word, which files could not tell from it; one begins another, of which tools choose differently; or it is
+                `<|endoftext|>`, which stands between documents alone.
         """
-        new = [text for text in dict.fromkeys(texts) if text not in (END_OF_TEXT, *self.special)]
+        new = [text for text in dict.fromkeys(texts) if text not in self.special]
         words = {_spell(word, _byte_letters()) for word in self.ranks} if new else set[str]()
         special = (END_OF_TEXT, *self.special, *new)
         for text in new:
             begins = [one for one in special if one != text and (one.startswith(text) or text.startswith(one))]
+            if text == END_OF_TEXT:
+                do = "make each document a file, or a line of a .jsonl file: it is put between them"
+                what, why = f"{text!r} is a token already", "it stands between documents; inside one it is text"
+                raise ConfigError(what, where="--special-tokens", why=why, do=do)
             if not text or regex.search(r"\s", text):
                 why = "it is empty, or has white space in it"
             elif text in words:

@@ -23,7 +23,6 @@ from firstwords.text.corpus import Part
 if TYPE_CHECKING:
     from firstwords.config import RunConfig
 
-TOKENS_AT_ONCE = EVALUATED_AT_ONCE  # fixed, so that a figure never depends on a run's batch size
 HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
 FIRST_TOKENS = 2048  # and at step 0, when nothing is learnt that would be worth more time
 TRAINING_TOKENS = 512  # that the training figure of an evaluation is made from, at least
@@ -126,7 +125,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenFigures:
     """Every token of a part as a model sees it, in the order of the text."""
 
     evaluation: Evaluation  # that `evaluate` gives
@@ -138,7 +137,7 @@ class Tokens:
 
 
 @torch.no_grad()
-def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) -> Tokens | None:
+def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.float32) -> TokenFigures | None:
     """Return what `evaluate` sums up, token by token, or None where the part has no token."""
     if not part.n_tokens:
         return None
@@ -159,7 +158,7 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
     sizes, is_text = part.id_bytes[part.ids], part.ids != separator(part)
     bytes_before = (np.cumsum(sizes) - sizes)[is_text]
     evaluation = Evaluation.of(total, *_counts(part, plan))
-    return Tokens(evaluation, bytes_before, nats[is_text], ranks[is_text], *at)
+    return TokenFigures(evaluation, bytes_before, nats[is_text], ranks[is_text], *at)
 
 
 def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens: int | None) -> Evaluation:
@@ -203,10 +202,10 @@ def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Wind
 
 
 def _groups(plan: list[Window]) -> Iterator[list[Window]]:
-    """Yield the windows, the longest first, as many together as are `TOKENS_AT_ONCE`: of short documents there are many."""
+    """Yield the windows, the longest first, `EVALUATED_AT_ONCE` tokens together: of short documents there are many."""
     first = 0
     while first < len(plan):
-        rows = max(1, TOKENS_AT_ONCE // plan[first].length)
+        rows = max(1, EVALUATED_AT_ONCE // plan[first].length)
         yield plan[first : first + rows]
         first += rows
 
@@ -235,7 +234,7 @@ def evaluate_training(model: GPTModel, batches: Callable[[int], Batch], step: in
     first, device = batches(max(0, step - 1)), model.tok_emb.weight.device
     count = max(1, TRAINING_TOKENS // first.tokens.numel())
     seen = [batches(step) for step in range(max(0, step - count), step or count)]
-    rows = max(1, TOKENS_AT_ONCE // first.tokens.shape[1])
+    rows = max(1, EVALUATED_AT_ONCE // first.tokens.shape[1])
     inputs, wanted = torch.cat([batch.tokens for batch in seen]), torch.cat([batch.targets for batch in seen])
     groups = zip(torch.split(inputs, rows), torch.split(wanted, rows), strict=True)
     with evaluating(model):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords.config import RunConfig
+from firstwords.errors import Notify
 from firstwords.text.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ Told = Event | Notice | Preparing | Started | Planned | Saved | RolledBack | Mea
 Listener = Callable[[Told], None]
 
 
-def noticed(listener: Listener) -> Callable[[str], None]:
+def noticed(listener: Listener) -> Notify:
     """Return a function that tells a listener a line for a person."""
     return lambda line: listener(Notice(line))
 

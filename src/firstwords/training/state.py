@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstwords.config import ModelConfig, OptimConfig, model_config
+from firstwords.config import ModelConfig, OptimConfig
 from firstwords.errors import DataError
-from firstwords.model import cost
-from firstwords.model.gpt import GPTModel, unfilled
+from firstwords.model.gpt import GPTModel, fill
 from firstwords.model.neighbours import begin_alike
 from firstwords.text.batches import Batch
 from firstwords.training.optim import Optimizer, optimizers
@@ -77,7 +76,7 @@ def initial(
         begin_alike(model, directions)
     model.to(device)
     if start is not None:
-        load_model_tensors(model, start, "the weights to begin with")
+        fill(model, start.items(), "the weights to begin with")
     return TrainState(model, optimizers(model, optim_config, dtype))
 
 
@@ -110,47 +109,6 @@ def all_finite(state: TrainState) -> Tensor:
     if tensors[0].device.type == "cuda":
         return torch.nn.utils.get_total_norm(tensors, math.inf).isfinite()
     return torch.stack([tensor.sum().float() for tensor in tensors]).isfinite().all()
-
-
-def model_tensors(model: GPTModel) -> dict[str, Tensor]:
-    """Return the model's weights by name; a tied head is stored once, as `tok_emb.weight`."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def load_model_tensors(model: GPTModel, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights into a model.
-
-    Raises:
-        DataError: A tensor is missing, unknown, or of another shape; the first is named.
-    """
-    own = model_tensors(model)
-    for name in sorted(own.keys() | tensors.keys()):
-        if name not in tensors or name not in own:
-            kind = "missing" if name in own else "unknown"
-            raise DataError(f"tensor {name!r} is {kind}", where=where, why="it was made with another configuration")
-        if own[name].shape != tensors[name].shape:
-            shapes = f"{list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
-            raise DataError(f"tensor {name!r} has shape {shapes}", where=where)
-        own[name].copy_(tensors[name])
-
-
-def restored_model(saved: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> GPTModel:
-    """Return the model that a checkpoint's `config.json` describes, with its weights.
-
-    The shape is held against the size of the weights before a model of it is built: a file of a few bytes cannot ask for
-    a thousand million layers.
-
-    Raises:
-        ConfigError: An impossible shape.
-        DataError: Weights of another shape.
-    """
-    config = model_config(saved.get("model"), where)
-    wanted, there = cost.parameters(config), sum(tensor.numel() for tensor in tensors.values())
-    if wanted != there:
-        raise DataError(f"has {there} parameters, its configuration needs {wanted}", where=where)
-    model = unfilled(config)
-    load_model_tensors(model, tensors, where)
-    return model
 
 
 def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from firstwords import reading, store
 from firstwords.config import ModelConfig
-from firstwords.errors import CannotCreateError, ConfigError, DataError
+from firstwords.errors import CannotCreateError, ConfigError, DataError, Notify, unheard
 from firstwords.model.functional import GELU_CUBIC
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs.tensor_file import safetensors_bytes
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of the largest logit, or of 1, in float32
 COMPARED_TOKENS = 32
 
 
-def to_hf(lm: LanguageModel, out: Path, card: str, notice: Callable[[str], None] = lambda _: None) -> tuple[float, str]:
+def to_hf(lm: LanguageModel, out: Path, card: str, notice: Notify = unheard) -> tuple[float, str]:
     """Publish the folder `out` for transformers; return how far its logits are from ours at most, and who read it back.
 
     Args:
@@ -47,7 +47,7 @@ def to_hf(lm: LanguageModel, out: Path, card: str, notice: Callable[[str], None]
     """
     config, end = lm.model.config, lm.tokenizer.end_of_text
     theirs = shapes.to_hf(config, end)
-    tensors = names.to_theirs(config, "gpt2" if config.block == "gpt2" else "qwen3", _tensors(lm))
+    tensors = names.to_theirs(config, "gpt2" if config.block == "gpt2" else "qwen3", lm.model.tensors())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context_length,
@@ -92,7 +92,7 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
         raise ConfigError("the chapter's model is of another shape", where="--to pth", why=why, do="use --to hf")
     mask = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
     tensors = {
-        **{name: _alone(tensor) for name, tensor in names.to_theirs(config, "chapter", _tensors(lm)).items()},
+        **{name: _alone(tensor) for name, tensor in names.to_theirs(config, "chapter", lm.model.tensors()).items()},
         **{f"trf_blocks.{layer}.att.mask": mask.clone() for layer in range(config.n_layers)},
     }
     file = io.BytesIO()
@@ -157,10 +157,6 @@ def model_card(name: str, figures: Mapping[str, Any], *, trained_here: bool) -> 
     return "\n".join(lines) + "\n"
 
 
-def _tensors(lm: LanguageModel) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
-
-
 def _alone(tensor: Tensor) -> Tensor:
     """Return a tensor that is all of its storage, for a file would hold all of it."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -197,7 +193,7 @@ def _ids(lm: LanguageModel) -> Tensor:
     return torch.linspace(0, min(config.vocab_size, lm.tokenizer.vocab_size) - 1, length).long()[None]
 
 
-def _logits_read_back(lm: LanguageModel, out: Path, notice: Callable[[str], None]) -> tuple[Tensor, str]:
+def _logits_read_back(lm: LanguageModel, out: Path, notice: Notify) -> tuple[Tensor, str]:
     """Return the logits of the exported model, and who read it: we ourselves where transformers is not there or too old."""
     if importlib.util.find_spec("transformers"):
         try:

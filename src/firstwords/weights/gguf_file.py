@@ -20,7 +20,7 @@ from firstwords import reading, store
 from firstwords.config import ModelConfig, did_you_mean
 from firstwords.errors import ConfigError
 from firstwords.model.functional import GELU_CUBIC
-from firstwords.model.gpt import GPTModel
+from firstwords.model.gpt import GPTModel, fill, unfilled
 from firstwords.model.language_model import LanguageModel
 from firstwords.weights import names
 
@@ -47,14 +47,14 @@ def write(lm: LanguageModel, out: Path, kind: str) -> GPTModel:
     """
     gguf = _package()
     _require_possible(lm.model.config, kind)
-    config, tensors = lm.model.config, names.to_theirs(lm.model.config, "gguf", dict(lm.model.named_parameters()))
+    config, tensors = lm.model.config, names.to_theirs(lm.model.config, "gguf", lm.model.tensors())
     with tempfile.TemporaryDirectory(prefix="firstwords-") as folder:
         path = Path(folder) / "model.gguf"
         writer = gguf.GGUFWriter(path, config.block)
         _describe(writer, gguf, config, kind)
         _add_tokenizer(writer, gguf, lm)
         for name, tensor in tensors.items():
-            data = tensor.detach().float().contiguous().numpy()
+            data = tensor.float().contiguous().numpy()
             wanted = _kind_of(name, data, kind, gguf)
             writer.add_tensor(name, gguf.quants.quantize(data, wanted), raw_dtype=wanted)
         writer.write_header_to_file()
@@ -146,9 +146,6 @@ def _read(path: Path, config: ModelConfig, gguf: Any) -> GPTModel:
     for one in held.tensors:
         data = gguf.quants.dequantize(one.data, one.tensor_type)
         theirs.append((one.name, torch.from_numpy(np.array(data, np.float32).reshape(one.shape[::-1].tolist()))))
-    model = GPTModel(config).eval()
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in names.to_ours(config, "gguf", theirs, str(path)):
-            own[name].copy_(tensor)
-    return model
+    model = unfilled(config)
+    fill(model, names.to_ours(config, "gguf", theirs, str(path)), str(path))
+    return model.eval()

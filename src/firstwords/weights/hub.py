@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import socket
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from firstwords import reading, store
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import DataError, NoInputError, Notify
 
 # Repository and revision of each name; a revision is a commit, and its files never change.
 NAMES = {
@@ -31,7 +30,7 @@ def meant(name: str) -> str:
     return f"that is a preset, its weights are called {by_preset[name]}" if name in by_preset else ""
 
 
-def fetch(name: str, record: Path, notice: Callable[[str], None]) -> Path:
+def fetch(name: str, record: Path, notice: Notify) -> Path:
     """Return the folder of the hub's cache that holds a model, fetching what is not there.
 
     Args:

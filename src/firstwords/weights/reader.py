@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import torch
 
 from firstwords import reading
 from firstwords.config import ModelConfig
-from firstwords.errors import ConfigError, DataError, NoInputError
+from firstwords.errors import ConfigError, DataError, NoInputError, Notify, unheard
 from firstwords.model import cost
-from firstwords.model.gpt import GPTModel, unfilled
+from firstwords.model.gpt import GPTModel, fill, unfilled
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs import tensor_file
 from firstwords.text import corpus
@@ -32,7 +32,7 @@ GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoG
 
 
 def read(
-    source: Path, *, tokenizer: str | None = None, n_heads: int | None = None, notice: Callable[[str], None] = lambda _: None
+    source: Path, *, tokenizer: str | None = None, n_heads: int | None = None, notice: Notify = unheard
 ) -> LanguageModel:
     """Return the model with its tokenizer, in float32. Its weights are read one tensor at a time.
 
@@ -105,19 +105,11 @@ def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel
         what = f"has {there:,} numbers, and a context of {config.context_length:,}, whose angles need many more"
         raise DataError(what, where=weights.where, do="lower max_position_embeddings in its config.json")
     model = unfilled(config)
-    own, left = dict(model.named_parameters()), {name for name, _ in model.named_parameters()}
-    for name, tensor in names.to_ours(config, dialect, weights.tensors(), weights.where):
-        if name not in own or own[name].shape != tensor.shape:
-            wanted = list(own[name].shape) if name in own else "none"
-            raise DataError(f"{name} has shape {list(tensor.shape)}, the model needs {wanted}", where=weights.where)
-        own[name].detach().copy_(tensor)
-        left.discard(name)
-    if left:
-        raise DataError(f"nothing gives {min(left)}", where=weights.where)
+    fill(model, names.to_ours(config, dialect, weights.tensors(), weights.where), weights.where)
     return model
 
 
-def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Notify) -> Tokenizer:
     if given is not None:
         kind, _ = corpus.parse_tokenizer(given)
         if kind == "bpe":

@@ -1,0 +1,376 @@
+"""Training: what is asked becomes a run that is planned, checked, recorded, judged as it goes, and reported on at its end.
+
+Everything that can be refused without torch is refused before torch is imported, which is why the imports that need it
+stand inside the functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firstwords import asking, preparing, resolve, store
+from firstwords.config import RunConfig, flatten, to_toml
+from firstwords.errors import CannotCreateError, DivergedError
+from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
+from firstwords.loading import load, named_texts, read_model, require_finite
+from firstwords.model import cost
+from firstwords.planning import budget, facts
+from firstwords.runs import signals
+from firstwords.runs.folder import RunFolder
+from firstwords.text.corpus import Corpus
+from firstwords.training.events import Listener, Notice, Preparing, Trained, ignore, noticed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from firstwords.asking import Asked
+    from firstwords.insight.memorisation import Memorisation
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.planning.plan import Candidate
+    from firstwords.recorder import Recorder, TrainResult
+    from firstwords.training.evaluate import Evaluation, TokenFigures
+    from firstwords.training.state import TrainState
+
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
+LEAST_LEFT_S = 1.0  # of a time budget that is used up when its run goes on
+METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
+
+
+def train(
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    resume: bool = False,
+    listener: Listener = ignore,
+    started_s: float | None = None,
+    **overrides: Any,
+) -> TrainResult:
+    """Pretrain a GPT on text and return what came of it.
+
+    Args:
+        text: Files and folders, or "-"; None: the built-in text. To resume: where its text is by now; None: where it was.
+        out: The run folder; by default `runs/<name of the text>`, numbered if taken.
+        config: A TOML file of configuration keys.
+        resume: Go on with the run in `out`.
+        listener: Told what happens.
+        started_s: When the process began, on `time.perf_counter()`; a time budget counts from there.
+        **overrides: Configuration keys: `steps=500`, `model={"n_layers": 6}`.
+
+    Raises:
+        FirstwordsError: What is wrong and what to do; see `firstwords.errors`.
+    """
+    started_s = time.perf_counter() if started_s is None else started_s
+    given = flatten(overrides)
+    if text is not None:
+        given |= {"text": named_texts(text), "text_sha256": None}
+    folder = Path(out) if out is not None else None
+    with ExitStack() as locked:
+        asked = _begun(locked, folder, config, given, resume=resume, listener=listener)
+        prepared = preparing.prepare(asked, listener, started_s)
+        listener(Preparing("starting PyTorch", None))
+        with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
+            looked_at = beside.submit(_looked_at, prepared)
+
+            from firstwords.planning import machine
+            from firstwords.training import loop
+            from firstwords.training.state import taken
+
+        settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
+        with machine.threads(settled.threads), signals.stop_requests() as stop:
+            recorder = _begin(asked, settled, prepared, listener, started_s, expected)
+            evaluate, sample = _looks(recorder)
+            fit = functools.partial(
+                loop.fit,
+                recorder.state,
+                taken(resolve.batches(settled, prepared), recorder.state),
+                evaluate=evaluate,
+                sample=sample,
+                should_stop=lambda: stop() or recorder.best_is_behind(),
+            )
+            with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
+                while not recorder.stopped:
+                    try:
+                        for event in fit(resolve.fit_config(recorder.config)):
+                            recorder.take(event)
+                    except DivergedError as error:
+                        recorder.roll_back(error)
+            return _finished(recorder)
+
+
+def _begun(
+    locked: ExitStack,
+    out: Path | None,
+    config: str | Path | None,
+    given: dict[str, Any],
+    *,
+    resume: bool,
+    listener: Listener,
+) -> Asked:
+    """Return what is asked of a run, whose lock is held from now on; of the runs that begin at once, each has a folder."""
+    asked = asking.resumed(out, config, given) if resume else asking.new(out, config, given, _described, listener)
+    while True:
+        try:
+            locked.enter_context(asked.run.writing(noticed(listener)))
+        except CannotCreateError:
+            if out is not None or not store.is_locked(asked.run.lock):
+                raise
+            asked = asking.elsewhere(asked)
+        else:
+            return asked
+
+
+def _begin(
+    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float, expected: Candidate
+) -> Recorder:
+    """Return the record of a run that begins or goes on now; the caller holds the run's lock."""
+    import torch
+
+    from firstwords.model import induction
+    from firstwords.planning import machine, recipe
+    from firstwords.recorder import Recorder
+    from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
+
+    run, resume = asked.run, not asked.begins
+    store.require_space(run.path, cost.checkpoint_bytes(config.model))
+    corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
+    store.write(run.corpus, store.canonical_json(corpus))
+    if not resume:  # from here on the folder holds a run, which can be resumed
+        store.write(run.config, to_toml(config).encode())
+        _tell_of_a_late_start(config.for_s, started_s, listener)
+        if asked.config.device == "auto" and (why := machine.unusable_gpu()):
+            listener(Notice(f"the GPU cannot compute ({why}): training on the CPU"))
+        wants_heads = config.model.induction_heads and "model.induction_heads" in asked.given
+        if wants_heads and config.from_ is None and not induction.begins(config.model):
+            listener(Notice("this model has no room for two heads that copy: it begins without --model.induction-heads"))
+    config, state, checks = _trusted(asked, config, prepared, listener)
+    state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
+    fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
+    fingerprint["micro_batch_size"] = config.micro_batch_size  # sums of other parts differ in their last bits
+    recorder = Recorder(run, config, prepared, state, resolve.identity(config, prepared), fingerprint, listener)
+    if resume:
+        recorder.restore(more_time=asked.more_time)
+        config = recorder.config
+    if resume or checks:
+        store.write(run.config, to_toml(config).encode())
+    now_s = time.perf_counter()
+    if config.for_s is not None:
+        left_s = max(config.for_s - state.elapsed_s, LEAST_LEFT_S)
+        step_tokens = (config.batch_size or 1) * config.model.context_length
+        as_first = config.from_ is not None and not resume  # then the first look, which is timed, judges as much
+        judged = 0 if as_first else min(prepared.val.n_tokens, held_out_tokens(1, config))
+        recorder.budget = budget.Budget(
+            started_s + left_s,
+            left_s,
+            now_s,
+            evaluation_steps=cost_in_tokens(judged) / step_tokens,
+            end_s=_end_s(config, prepared, left_s),
+            scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
+        )
+    state.elapsed_s += now_s - started_s
+    recorder.checks = checks
+    if not prepared.val.n_tokens:  # it has no held-out figure
+        expected = dataclasses.replace(expected, expected=None)
+    recorder.begin(None if recorder.newest else expected.as_dict())  # killed before its first save, a run begins again
+    return recorder
+
+
+def _trusted(
+    asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
+) -> tuple[RunConfig, TrainState, list[dict[str, Any]]]:
+    """Return the configuration with a way of computing that was checked, the state at step 0, and what the checks found."""
+    import torch
+
+    from firstwords.planning import machine, trust
+    from firstwords.training.state import initial
+
+    start, directions = _start(config, asked.run, listener), _directions(config, asked.run, prepared)
+    way, state, checks = trust.begun(
+        lambda way: initial(
+            config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start, directions
+        ),
+        resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
+        trust.Way(config.device, config.precision, config.compile),
+        lambda: machine.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
+        insist=config.trust_device,
+        notice=noticed(listener),
+    )
+    if way.device != config.device and "micro_batch_size" not in asked.given:  # it was for the memory of a GPU
+        config = dataclasses.replace(config, micro_batch_size=cost.micro_batch_size(config.model, config.batch_size or 1))
+    return dataclasses.replace(config, **vars(way)), state, [check.as_dict() for check in checks]
+
+
+def _described(source: str) -> tuple[dict[str, Any], bytes]:
+    """Return the shape of a model as configuration keys, and its tokenizer's file."""
+    lm = load(source)
+    require_finite(lm, source)
+    return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
+
+
+def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:
+    """Return the weights that a run begins with instead of random ones; None where it has begun already.
+
+    Learned positions are cut to a shorter context, and stretched between their neighbours to a longer one. New ids begin as
+    the mean of all others, where a model is least wrong about what they mean.
+    """
+    from firstwords.runs import checkpoint
+
+    if config.from_ is None or checkpoint.has_begun(run.checkpoints):
+        return None
+
+    import torch
+    import torch.nn.functional as F
+
+    lm = read_model(config.from_, noticed(listener))
+    tensors = lm.model.tensors()
+    positions, wanted = tensors.get("pos_emb.weight"), config.model.context_length
+    if positions is not None and len(positions) < wanted:
+        stretched = F.interpolate(positions.T[None], wanted, mode="linear", align_corners=True)
+        tensors["pos_emb.weight"] = stretched[0].T.to(torch.float32)
+    elif positions is not None:
+        tensors["pos_emb.weight"] = positions[:wanted]
+    for name in {"tok_emb.weight", "out_head.weight"} & tensors.keys():
+        rows = tensors[name]
+        n_new = config.model.vocab_size - len(rows)
+        tensors[name] = torch.cat((rows, rows.mean(0, keepdim=True).expand(n_new, -1)))
+    return tensors
+
+
+def _directions(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor | None:
+    """Return what the table of a new model takes from its text; None where that is nothing, or the run has begun already."""
+    from firstwords.model import neighbours
+    from firstwords.runs import checkpoint
+
+    if not config.model.table_from_text or config.from_ is not None or checkpoint.has_begun(run.checkpoints):
+        return None
+    return neighbours.directions(prepared.train.ids, config.model, config.seed)
+
+
+def _looked_at(prepared: Corpus) -> tuple[float, float]:
+    """Return how hard a prepared text is, and how much of it repeats itself."""
+    sample = facts.sample_of(prepared)
+    return sample.difficulty(prepared.tokenizer), sample.repeated
+
+
+def _tell_of_a_late_start(for_s: float | None, started_s: float, listener: Listener) -> None:
+    late_s = time.perf_counter() - started_s
+    if for_s is not None and late_s > for_s:
+        listener(Notice(f"the start alone took {late_s:.0f} s, longer than --for: it learns from a step or two"))
+
+
+def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
+    """Return how long what follows the last evaluation of a time budget takes, about."""
+    from firstwords.insight.memorisation import last_look_s
+
+    look_s = last_look_s(prepared.train.n_bytes) if config.meter else 0.0
+    end_s = budget.end_s(for_s, cost.checkpoint_bytes(config.model))
+    return end_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
+
+
+def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
+    """Return what the loop asks at a step: how good the model is, and what it says; the recorder measures the latter."""
+    from firstwords.insight.memorisation import Meter, last_look_s
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.model.sampling import Sampling
+    from firstwords.planning import machine
+    from firstwords.training.evaluate import evaluate as evaluate_part
+    from firstwords.training.evaluate import evaluate_tokens, evaluate_training, held_out_tokens
+    from firstwords.training.events import Evaluated
+    from firstwords.training.loop import diverged
+    from firstwords.training.state import taken
+
+    config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
+    dtype, sampling = machine.DTYPES[config.precision], Sampling(temperature=SAMPLE_TEMPERATURE)
+    lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), taken(resolve.batches(config, corpus), recorder.state)
+
+    def evaluate(step: int) -> tuple[float, Evaluation | None]:
+        trained = evaluate_training(model, batches, step, dtype)
+        if step == recorder.state.total_steps and config.report and quick_tokens(corpus, config.eval_tokens):
+            tokens = recorder.last_tokens = evaluate_tokens(model, corpus.val, dtype)
+            return trained, None if tokens is None else tokens.evaluation
+        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step, config))
+
+    drawn: dict[int, str] = {}  # what was said when it was measured, at that step
+    meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
+
+    def measure(event: Evaluated, at_last: bool) -> Memorisation | None:
+        due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
+        if not (at_last or (due and meter.text.is_kept)):
+            return None
+        left = recorder.budget  # of the time that this process has
+        if left is not None and not budget.has_room_for(last_look_s(corpus.train.n_bytes), left.total_s):
+            line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
+            recorder.listener(Notice(line))
+            return None
+        if not meter.text.is_kept:
+            recorder.listener(Preparing("looking for what it says in the training text", None))
+        prompts, held_out = sample_prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
+        seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]
+        try:
+            said = lm.generate_batch(prompts, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seeds=seeds)
+            samples = [one.text for one in said]
+        except DivergedError as error:
+            raise diverged(error.what, event.step) from error
+        drawn.clear()
+        drawn[event.step] = samples[0]
+        return meter.measure(samples, held_out.nats_per_token - event.train_nats_per_token if held_out else None)
+
+    def sample(step: int) -> str:
+        if step in drawn:
+            return drawn.pop(step)
+        seed = config.seed + step
+        return lm.generate(config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
+
+    recorder.measure = measure if config.meter else None
+    return evaluate, sample
+
+
+def _finished(recorder: Recorder) -> TrainResult:
+    """Return what came of a run after writing its report. A report that fails is told, and costs no run."""
+    result = recorder.result()
+    if recorder.config.report:
+        try:
+            _report_of(recorder, result.best_step)
+        except Exception as error:
+            recorder.listener(
+                Notice(f"the report could not be written: {error}; firstwords report {result.run} tries again")
+            )
+    return result
+
+
+def _report_of(recorder: Recorder, best_step: int) -> None:
+    """Write the report of a run that ends, from what is in memory already."""
+    from firstwords.insight import record, report
+    from firstwords.model.language_model import LanguageModel
+    from firstwords.planning import machine
+
+    run, corpus = recorder.run, recorder.corpus
+    is_best = best_step == recorder.state.step
+    recorder.listener(Preparing("writing the report", None))
+    dtype = machine.DTYPES[recorder.config.precision]
+    lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else read_model(run.path)
+    lm.model.to(recorder.config.device)  # where the time that judging it takes was planned
+    recorder.listener(Trained(lm))
+    scale = _scale_of(recorder, lm, recorder.last_tokens if is_best else None)
+    found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
+    store.write(run.report, report.report([found], passage_explained(lm, corpus)))
+
+
+def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: TokenFigures | None) -> dict[str, Any] | None:
+    """Return the scale of a run that ends; None where its text is too long for one, or no time is left to judge `lm`."""
+    if not quick_tokens(recorder.corpus, recorder.config.eval_tokens):
+        return None
+    plans = recorder.budget
+    late = plans is not None and not plans.has_time_for_scale(time.perf_counter())
+    if tokens is None and (late or recorder.stopped in signals.NAMES):
+        line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
+        recorder.listener(Notice(line))
+        return None
+    return quick_scale(lm, recorder.corpus, recorder.run, tokens)
