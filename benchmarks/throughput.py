@@ -5,7 +5,7 @@
 A step is the whole of it: forward, backward, clipping, AdamW, on random ids, without dropout: context 256 and batch 8 on a
 processor; on a GPU context 1,024 and the 491,520 tokens of nanoGPT's own recipe, in micro-batches of 32. Every contender
 runs in a process of its own, one after another, round after round; the median over all rounds counts. The limit is the
-rate of the device's bfloat16 matrix products, measured in the same rounds.
+rate of the device's matrix products in the precision in which they are faster, measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -172,9 +172,10 @@ def run(work: Work, name: str, checkout: Path | None, steps: int) -> dict[str, f
     """Return the median seconds of a step and the peak memory of this process, or of its GPU; it does nothing else."""
     torch.manual_seed(1)
     if name == MACHINE:
+        from firstwords.planning.machine import DTYPES
         from firstwords.planning.measure import product_rate
 
-        return {"rate": product_rate(torch.bfloat16, torch.device(work.device))}
+        return {name: product_rate(dtype, torch.device(work.device)) for name, dtype in DTYPES.items()}
     step = contenders(work, checkout)[name]()
     times_s = []
     for _ in range(steps + 1):
@@ -212,9 +213,9 @@ def main() -> None:
     names = [n for n in contenders(work, given.nanogpt) if not given.only or any(part in n for part in given.only)]
     found = interleaved([MACHINE, *names], given.rounds, __file__, sys.argv[1:])
     model = dataclasses.replace(run_config({"preset": "gpt2-124m"}).model, context_length=work.T)
-    rate = found.pop(MACHINE)["rate"]
+    rate, precision = max((rate, name) for name, rate in found.pop(MACHINE).items())
     limit = rate / cost.training_flops(model)
-    rows = [["the device's bfloat16 products", f"{limit:,.0f}", "100 %", "", f"{rate / 1e9:,.0f} GFLOP/s"]]
+    rows = [[f"the device's {precision} products", f"{limit:,.0f}", "100 %", "", f"{rate / 1e9:,.0f} GFLOP/s"]]
     ours = next(iter(found.values()))["step_s"]
     for name, figures in found.items():
         tokens_per_s = work.B * work.T / figures["step_s"]
@@ -223,7 +224,7 @@ def main() -> None:
         rows.append([name, f"{tokens_per_s:,.0f}", f"{tokens_per_s / limit:.0%}", ratio, memory])
     where = "" if work.device == "cpu" else f", on one {torch.cuda.get_device_name()}"
     report(
-        "throughput" if work.device == "cpu" else "throughput-gpu",
+        "throughput-gpu" if work.device != "cpu" else "throughput" if precision == "bfloat16" else "throughput-float32",
         f"A training step of GPT-2 124M, context {work.T}, batch {work.B}{where}",
         ["", "tokens/s", "of the limit", "times as long as ours", "peak memory"],
         rows,
