@@ -50,6 +50,7 @@ def go_through(text: Path) -> dict[str, float]:
 def train(text: Path, for_s: float) -> dict[str, float]:
     """Return the seconds that a run spends on its meter, in all, and on the samples that it would have drawn without."""
     from firstwords import api
+    from firstwords.pretraining import SAMPLE_TOKENS
     from firstwords.recorder import Recorder
 
     spent: list[float] = []
@@ -69,7 +70,7 @@ def train(text: Path, for_s: float) -> dict[str, float]:
         lm.model.train()  # as in the run: the rounded copy is made anew each time
         started_s = time.perf_counter()
         for seed in range(5):
-            lm.generate(max_new_tokens=api.SAMPLE_TOKENS, seed=seed)
+            lm.generate(max_new_tokens=SAMPLE_TOKENS, seed=seed)
         alone_s = len(spent) * (time.perf_counter() - started_s) / 5
     return {"meter_s": sum(spent), "alone_s": alone_s, "took_s": took_s, "looks": len(spent)}
 

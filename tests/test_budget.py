@@ -218,11 +218,17 @@ def test_the_first_pass_over_a_text_can_be_seen_to_take_too_long(tmp_path: Path,
     shares = [share for what, share in told if what == "reading the text"]
     assert shares == sorted(filter(None, shares))
     assert shares[-1] == 1.0
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1 << 12)
     monkeypatch.setattr(budget.Preparation, "too_long_s", lambda *_: 1000.0)
-    with pytest.raises(ConfigError, match="it takes about 1000 s to prepare this text"):
+    with pytest.raises(ConfigError, match="it takes about 1000 s to read this text once"):
         api.train(tmp_path / "text.txt", out=tmp_path / "run", for_s=10)
     assert not (tmp_path / "cache/corpora").exists()  # nothing was tokenized by then
+
+
+def test_a_start_that_was_late_makes_no_text_too_large(tmp_path: Path) -> None:
+    """As where a model was fetched first: a text of one piece is read in a moment, however long ago the process began."""
+    (tmp_path / "text.txt").write_text(STORY)
+    late = time.perf_counter() - 55
+    assert api.train(tmp_path / "text.txt", out=tmp_path / "run", for_s=60, started_s=late, **TINY).steps > 0
 
 
 @pytest.mark.parametrize(("pass_s", "total_s", "too_long"), [(200, 180, True), (200, 240, True), (200, 600, False)])
@@ -253,5 +259,5 @@ def test_a_text_that_leaves_no_time_to_learn_is_refused_while_it_is_prepared(
     with pytest.raises(ConfigError) as refused:
         train(out=tmp_path / "late", for_s=60)
     assert refused.value.where == "--for"
-    assert "100 s to prepare" in refused.value.why
+    assert "it takes about 100 s to read this text once" in refused.value.why
     assert train(out=tmp_path / "counted", steps=1).steps == 1  # the negative control: no budget, no haste

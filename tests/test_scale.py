@@ -304,6 +304,8 @@ def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: 
     assert re.search(
         r"\b[89]\d% of this text, word for word, is what it learnt from", command("eval", a_run, "part.txt").err
     )
+    write(Path("half.txt"), text.read_text()[:250] + "".join(f"{n * n * n} is new. " for n in range(20)))
+    assert re.search(r"about [3-6]\d% of this text", command("eval", a_run, "half.txt").err)  # not of its first tokens alone
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # the negative control
     shutil.rmtree(cache)
     assert "learnt from" not in command("eval", a_run, "other.txt").err  # it is prepared again

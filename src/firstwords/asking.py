@@ -62,6 +62,7 @@ class Asked:
     given: frozenset[str]  # the keys that were named; nothing is decided for them
     more_time: bool = False  # a resumed run is given a new time budget
     moved: bool = False  # and its text is elsewhere by now
+    was_on_gpu: bool = False  # and it learned on a GPU so far
     tokenizer_json: bytes = b""  # of a new run that makes none: a file's, or that of the model to go on from
 
     @property
@@ -113,6 +114,7 @@ def new(
         elif "preset" not in file:
             file = {**FINE_TUNING, **file}
         asked = run_config(file, given)
+        run = run if out is not None else run_folder.new(None, texts.name)  # another process may have taken it meanwhile
     elif "preset" in given:
         _tell_of_a_preset(str(config), file, given, asked, listener)
     return _in_its_folder(Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json))
@@ -231,9 +233,8 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     named = frozenset(key_types())
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
-        if not run_config(recorded).on_cpu and (asked.on_cpu or asked.device == "auto"):  # it was for a GPU's memory
-            asked = dataclasses.replace(asked, micro_batch_size=None)
-    return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved))
+    was_on_gpu = not run_config(recorded).on_cpu
+    return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved), was_on_gpu=was_on_gpu)
 
 
 def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:

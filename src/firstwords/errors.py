@@ -1,6 +1,7 @@
-"""Every error that a user can meet, on one page, with the exit code that it ends the program with; and lesser news.
+"""Every error that a user can meet, on one page, with the exit code that it ends the program with.
 
 An error says what is wrong, where, why, and what to do. A wrong call from Python code is a `ValueError`, not one of these.
+What need end nothing is a line to a person, by whoever is given as `Notify`.
 """
 
 from __future__ import annotations

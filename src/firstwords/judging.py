@@ -111,7 +111,7 @@ def scale(
     """
     for other in against:
         require_there(located(other, noticed(listener)))
-    lm, part = model_and_text(source, text, encoding, listener)
+    lm, part = model_and_text(source, text, encoding, listener, look_up=True)
 
     from firstwords.insight import scale as scales
     from firstwords.insight.baselines import LONGEST_HELD_OUT, baselines

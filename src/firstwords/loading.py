@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import LanguageModel
     from firstwords.runs.checkpoint import Checkpoint
 
-LOOKED_UP_TOKENS = 200  # of each piece of a text that is looked for in what a model learnt from
+LOOKED_UP_PIECES, LOOKED_UP_TOKENS = 32, 200  # of a text that are looked for in what a model learnt from, all of a short one
 LEARNT_SHARE = 0.1  # of a text that is found there, from which on that is told: set phrases and quotations are less
 MODEL_SUFFIXES = (*archive.SUFFIXES, ".safetensors")  # of files that are a model by themselves
 
@@ -119,9 +119,22 @@ def named_texts(text: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def model_and_text(
-    source: str | Path, text: str | Path | Sequence[str | Path] | None, encoding: str | None, listener: Listener
+    source: str | Path,
+    text: str | Path | Sequence[str | Path] | None,
+    encoding: str | None,
+    listener: Listener,
+    *,
+    look_up: bool = False,
 ) -> tuple[LanguageModel, Part]:
-    """Return a model and the text that it is to be judged on."""
+    """Return a model and the text that it is to be judged on.
+
+    Args:
+        source: As for `load`.
+        text: None: the held-out part of its run.
+        encoding: Of the text.
+        listener: Told where the text is what the model learnt from.
+        look_up: Look whether parts of it are, which takes a pass over all that it learnt from.
+    """
     lm = load(source, notice=noticed(listener))
     if text is None:
         return lm, _held_out(Path(source), listener)
@@ -129,27 +142,25 @@ def model_and_text(
     prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
-    elif (share := _learnt_share(Path(source), prepared, listener)) >= LEARNT_SHARE:
-        listener(
-            Notice(f"{share:.0%} of this text, word for word, is what it learnt from: such figures say little of any other")
-        )
+    elif look_up and (share := _learnt_share(Path(source), prepared, listener)) >= LEARNT_SHARE:
+        what = f"about {share:.0%} of this text, word for word, is what it learnt from"
+        listener(Notice(f"{what}: such figures say little of any other"))
     return lm, prepared.train
 
 
 def _learnt_share(source: Path, judged: Corpus, listener: Listener) -> float:
     """Return how much of a text stands in what a model learnt from, by pieces from all over it; 0 where that is not here."""
-    from firstwords.insight.memorisation import TrainingText, copies, held_out_pieces
+    from firstwords.insight.memorisation import TrainingText, copied_share
 
     learnt = kept_corpus(source)
     if learnt is None:
         return 0.0
-    pieces, text = (
-        held_out_pieces(judged.train, judged.tokenizer, LOOKED_UP_TOKENS),
-        TrainingText(learnt.train, learnt.tokenizer),
-    )
+    text, ids, tokenizer = TrainingText(learnt.train, learnt.tokenizer), judged.train.ids, judged.tokenizer
     if not text.is_kept:
         listener(Preparing("looking for the text in what it learnt from", None))
-    return copies(pieces, text).share
+    ranges = corpora.evenly(len(ids), LOOKED_UP_PIECES, LOOKED_UP_TOKENS)
+    pieces = (ids[start:end] for start, end in ranges)
+    return copied_share([tokenizer.decode(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces], text)
 
 
 def _learnt_sha256(run: RunFolder) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from firstwords.runs import folder as run_folder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
-from firstwords.text.corpus import Corpus
+from firstwords.text.corpus import READING, Corpus
 from firstwords.text.sources import Texts
 from firstwords.text.tokenizer import Tokenizer
 from firstwords.training.events import Listener, Notice, Preparing, Told, noticed
@@ -41,7 +42,7 @@ def prepare(asked: Asked, listener: Listener, started_s: float | None = None) ->
         if asked.tokenizer_json:
             store.write(asked.run.tokenizer, asked.tokenizer_json)
         within = _within(config, listener, time.perf_counter() if started_s is None else started_s)
-        prepared = _prepare_anew(config, asked.texts, within)
+        prepared = _prepare_anew(config, asked.texts, within, functools.partial(_require_unchanged, config, None))
     else:
         prepared = _prepare_again(asked, listener)
     n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
@@ -61,7 +62,8 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
-        return _prepare_anew(asked.config, texts, listener, recorded, _became(asked))
+        check = functools.partial(_require_unchanged, asked.config, recorded, may_go=not asked.moved)
+        return _prepare_anew(asked.config, texts, listener, check, _became(asked))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise _with_its_place(error, asked) from error
@@ -71,13 +73,23 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         return prepared
 
 
-def _require_unchanged(config: RunConfig, recorded: Path | None, text_sha256: str, folder: Path) -> None:
-    """Raise a DataError for a text whose preparation would not be the recorded one, or that has another hash."""
+def _require_unchanged(
+    config: RunConfig, recorded: Path | None, text_sha256: str, folder: Path, *, may_go: bool = False
+) -> None:
+    """Raise a DataError for a text whose preparation would not be the recorded one, or that has another hash.
+
+    Args:
+        config: Of the run.
+        recorded: The folder of its prepared text; None: a new run has none.
+        text_sha256: Of the text by now.
+        folder: Of the text as it would be prepared by now.
+        may_go: Whether the run would go on with what was prepared if the text were not there.
+    """
     where = ", ".join(config.text) or "text"
     if recorded is not None and folder != recorded:
         do = "restore it, or begin a new run"
-        if corpora.is_there(recorded):
-            do += "; or move it away: the run then goes on with the text as it was prepared"
+        if may_go and corpora.is_there(recorded):
+            do += "; or move away what changed: the run then goes on with the text as it was prepared"
         raise DataError(
             "the text, its held-out part or its tokenizer changed since the run began",
             where=where,
@@ -123,11 +135,14 @@ def _within(config: RunConfig, listener: Listener, started_s: float) -> Listener
         if isinstance(told, Preparing) and told.share is not None:
             took_s = preparation.too_long_s(time.perf_counter(), told.share)
             if took_s is not None:
+                once = told.what == READING  # the first pass of several
                 raise ConfigError(
                     "no time is left to learn",
                     where=flag("for_s"),
-                    why=f"it takes about {took_s:.0f} s to prepare this text, and the run has {for_s:.0f} s",
-                    do=f"give --for {math.ceil(2 * took_s / 60)}m or more, or a part of the text",
+                    why=f"it takes about {took_s:.0f} s to {'read this text once' if once else 'prepare this text'},"
+                    f" and the run has {for_s:.0f} s",
+                    do=f"give {'far more time' if once else f'--for {math.ceil(2 * took_s / 60)}m or more'},"
+                    " or a part of the text",
                 )
 
     return heard
@@ -137,7 +152,7 @@ def _prepare_anew(
     config: RunConfig,
     texts: Texts,
     listener: Listener,
-    recorded: Path | None = None,
+    check: Callable[[str, Path], None],
     became: Tokenizer | int | None = None,
 ) -> Corpus:
     notice = noticed(listener)
@@ -149,7 +164,7 @@ def _prepare_anew(
         held_out=config.val_fraction if val is None else val,
         special=config.special,
         became=became,
-        check=functools.partial(_require_unchanged, config, recorded),
+        check=check,
         notice=notice,
         progress=lambda what, share: listener(Preparing(what, share)),
     )

@@ -149,7 +149,7 @@ def _begin(
             listener(Notice(f"the GPU cannot compute ({why}): training on the CPU"))
         wants_heads = config.model.induction_heads and "model.induction_heads" in asked.given
         if wants_heads and config.from_ is None and not induction.begins(config.model):
-            listener(Notice("this model has no room for two heads that copy: it begins without --model.induction-heads"))
+            listener(Notice("this model has no room for two heads that copy: it begins without them"))
     config, state, checks = _trusted(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)

@@ -208,6 +208,9 @@ class Recorder:
         """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
         return "best" if self.config.until == "best" and overfitting.turned(self._held_out()) else None
 
+    def _judged_step(self) -> int:
+        return self.evaluations[-1].step if self.evaluations else 0
+
     def _held_out(self) -> list[tuple[int, float]]:
         return [(one.step, one.held_out) for one in self.evaluations if one.held_out is not None]
 
@@ -232,7 +235,8 @@ class Recorder:
             self.failed_saves += 1
             if self.failed_saves >= MOST_FAILED_SAVES:
                 raise
-            self._notice(f"{_briefly(error)}; training goes on and the next save tries again")
+            left = MOST_FAILED_SAVES - self.failed_saves
+            self._notice(f"{_briefly(error)}; the next save tries again: after {left} more that fail, the run ends")
             if self.state.step == self.state.best_step:
                 self._copy()
             return
@@ -260,6 +264,7 @@ class Recorder:
         """Return what `state.json` says; the journals are made durable as far as it says."""
         journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
         also = {"journal_bytes": journal_bytes, "fingerprint": self.fingerprint, "for_s": self.config.for_s}
+        also["judged_step"] = self._judged_step()
         return {**states.scalars(self.state), **also}
 
     def _publish(
@@ -358,8 +363,7 @@ class Recorder:
         """Return step, held-out nats per token and weights' hash of what speaks for the run: as `checkpoint.best` does."""
         assert self.newest is not None
         step, newest = self.state.best_step, self.newest
-        plan = self.state.eval_every, self.state.total_steps
-        if step == 0 < newest.step and not checkpoint.judged_since_start(newest.step, *plan):
+        if step == 0 < newest.step and not self._judged_step():
             return newest.step, None, newest.weights_sha256
         if step is not None:
             try:

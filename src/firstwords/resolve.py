@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import store
 from firstwords.asking import RESUMABLE, Asked, absolute
-from firstwords.config import Precision, RunConfig, flag, flatten, run_config
+from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.planning import known
@@ -43,9 +43,7 @@ UNTRAINED = frozenset(
         "eval_every",
         "eval_tokens",
         "sample_every",
-        "model.table_std",
-        "model.table_from_text",
-        "model.induction_heads",
+        *AS_DRAWN,
     )
 )
 
@@ -71,6 +69,8 @@ def settled(
     started_s = time.perf_counter() if started_s is None else started_s
     config = _of_text(asked, prepared)
     device = machine.device(config.device)
+    if device.type == "cpu" and asked.was_on_gpu and "micro_batch_size" not in asked.given:  # it was for a GPU's memory
+        config = dataclasses.replace(config, micro_batch_size=None)
     with machine.threads(config.threads):
         cache = store.cache_folder()
         precision = machine.precision(config.precision, device, cache)

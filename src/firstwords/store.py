@@ -300,7 +300,7 @@ def remove_leftovers(parent: Path, older_than_s: float = 0.0) -> None:
     """Remove the temporary folders and files that a killed process left in `parent`.
 
     Args:
-        parent: Whose lock is held; or other processes may write there meanwhile, to what is younger.
+        parent: Its lock is held; or other processes write there meanwhile, to folders that are younger.
         older_than_s: How long nothing was written to what is removed, at least.
 
     Raises:

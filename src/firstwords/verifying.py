@@ -119,7 +119,7 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     """
     config = run_config(run.recorded_config())
     last = max((step for step, _ in run.metrics.of_steps("step")), default=0)
-    whole = [folder for folder in whole if checkpoint.unverified(folder).continuable]
+    whole = [folder for folder in whole if _is_a_start(folder)]
     if not whole:
         return Replay(0, 0, ok=False, problem="no checkpoint to start from is whole")
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
@@ -144,6 +144,13 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     if found.ok or not otherwise:
         return found
     return replace(found, problem=f"{found.problem}; it was computed otherwise: {'; '.join(otherwise)}")
+
+
+def _is_a_start(folder: Path) -> bool:
+    try:
+        return checkpoint.unverified(folder).continuable
+    except DataError:  # a run that goes on has removed it meanwhile
+        return False
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

@@ -204,25 +204,51 @@ class Samples:
         return np.maximum(ends, here), self._places[source] + here - source
 
 
+@dataclass(frozen=True)
+class _Spans:
+    """What of samples stands in the training text: for each of their bytes, the longest span from it on."""
+
+    index: Samples
+    is_start: np.ndarray[Any, Any]  # of a character
+    ordinal: Numbers  # of the character
+    ends: Numbers  # of whole characters
+    places: Numbers  # in the training text
+    n_chars: Numbers  # 0 where it is shorter than SHORTEST, or begins within a character
+
+    @classmethod
+    def of(cls, samples: Sequence[str], text: TrainingText) -> _Spans:
+        index = Samples(samples)
+        for window, base, stop in _windows(text.pieces(), index.reach):
+            index.pass_by(window, base, stop)
+        ends, places = index.spans()
+        is_start = (index.bytes & 0xC0) != 0x80
+        ends = np.maximum.accumulate(np.where(is_start, np.arange(len(is_start)), 0))[ends]
+        ordinal = np.cumsum(is_start) - 1
+        whole = is_start & (ends - np.arange(len(ends)) >= SHORTEST)
+        return cls(index, is_start, ordinal, ends, places, np.where(whole, ordinal[ends] - ordinal, 0))
+
+    @property
+    def share(self) -> float:
+        """Of the characters, in spans of at least COPIED."""
+        total = sum(map(len, self.index.texts))
+        return _covered(np.flatnonzero(self.n_chars >= COPIED), self.ends, self.is_start) / total if total else 0.0
+
+
+def copied_share(samples: Sequence[str], text: TrainingText) -> float:
+    """Return the share of the samples' characters that stand in the training text, in spans of at least COPIED."""
+    return _Spans.of(samples, text).share
+
+
 def copies(samples: Sequence[str], text: TrainingText) -> Copies:
     """Return what of the samples stands in the training text verbatim."""
-    index = Samples(samples)
-    for window, base, stop in _windows(text.pieces(), index.reach):
-        index.pass_by(window, base, stop)
-    ends, places = index.spans()
-    is_start = (index.bytes & 0xC0) != 0x80  # of a character
-    ends = np.maximum.accumulate(np.where(is_start, np.arange(len(is_start)), 0))[ends]  # whole characters only
-    ordinal = np.cumsum(is_start) - 1
-    whole = is_start & (ends - np.arange(len(ends)) >= SHORTEST)
-    n_chars = np.where(whole, ordinal[ends] - ordinal, 0)
-    best = int(np.argmax(n_chars))
-    found = bool(whole[best])
-    total = sum(map(len, index.texts))
+    spans = _Spans.of(samples, text)
+    best = int(np.argmax(spans.n_chars))
+    found = bool(spans.n_chars[best])
     return Copies(
-        longest=index.bytes[best : int(ends[best])].tobytes().decode() if found else "",
-        place=_place(text, int(places[best])) if found else None,
-        share=_covered(np.flatnonzero(n_chars >= COPIED), ends, is_start) / total if total else 0.0,
-        novel_8grams=_novel_grams(index, ends, np.flatnonzero(is_start), ordinal),
+        longest=spans.index.bytes[best : int(spans.ends[best])].tobytes().decode() if found else "",
+        place=_place(text, int(spans.places[best])) if found else None,
+        share=spans.share,
+        novel_8grams=_novel_grams(spans.index, spans.ends, np.flatnonzero(spans.is_start), spans.ordinal),
     )
 
 

@@ -7,7 +7,7 @@ from firstwords.config import ModelConfig, Precision
 PROCESS_BYTES = {2: 350 << 20, 4: 300 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
 MAPPED_BYTES = 64 << 10  # that Linux maps at once around what is read of a file
 KEPT_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
-EVALUATED_AT_ONCE = 2048  # tokens, whatever a run's batch, for its figures; 8,192 are a twentieth faster, take 150 MB more
+EVALUATED_AT_ONCE = 2048  # tokens; fixed, so that no figure depends on a run's batch. 8,192: a twentieth faster, 150 MB more
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
 FEWEST_CHUNK_BYTES, MOST_CHUNK_BYTES = 16 << 20, 128 << 20  # of logits
 CHUNK_TABLES = 8  # times the table's bytes: each chunk adds once to the gradient of the whole table, so few are better

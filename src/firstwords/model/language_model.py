@@ -170,7 +170,7 @@ class LanguageModel:
         key = sum(parameter._version for parameter in self.model.parameters()), several
         if key not in self._rounded:
             self._rounded.clear()
-            with evaluating(self.model):  # so is a copy
+            with evaluating(self.model):  # a copy is made in that mode too
                 made = in_precision(self.model, self.dtype, several=several)
             if self.model.training:  # the copy would only take memory until the weights change
                 return made

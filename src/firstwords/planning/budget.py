@@ -5,6 +5,7 @@ A plan is made anew after each evaluation, at its half, and where the steps have
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Preparation:
     started_s: float
     total_s: float
     _pass_s: float = 0.0  # when this pass over the text began
-    _share: float = 1.0
+    _share: float = math.inf  # of it that was done: the first one begins a pass
 
     def too_long_s(self, now_s: float, share: float) -> float | None:
         """Return how long it takes from the process's start to the end of this pass, where that leaves no time to learn.

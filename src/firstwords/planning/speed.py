@@ -24,7 +24,7 @@ DROPPING_SHARE = 0.89  # of its speed that a model keeps which drops numbers: 0.
 NO_TIME = frozenset(
     ("vocab_size", "drop_rate", "init_std", "table_std", "table_from_text", "induction_heads", "norm_eps", "rope_base")
 )
-Point = tuple[ModelConfig, float]  # a shape, and the seconds that a token takes which Muon learns from, nothing dropped
+Point = tuple[ModelConfig, float]  # a shape; seconds a token, as by Muon in updates of UPDATE_TOKENS, without dropout
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def best(parent: Path, notice: Notify) -> Checkpoint | None:
     best_step = state.get("best_step")
     if found is None or best_step == found.step or not isinstance(best_step, int):
         return found
-    if best_step == 0 and not judged_since_start(found.step, state.get("eval_every"), state.get("total_steps")):
+    if best_step == 0 and not state.get("judged_step"):  # only what was judged since can be worse than the beginning
         notice(f"the run was not judged since it began; using step {found.step}")
         return found
     try:
@@ -248,11 +248,6 @@ def best(parent: Path, notice: Notify) -> Checkpoint | None:
     except FirstwordsError as error:
         notice(f"{error}; using step {found.step} instead of the best")
         return found
-
-
-def judged_since_start(step: int, eval_every: int | None, total_steps: int | None) -> bool:
-    """Whether a run was evaluated after step 0: only then can its beginning be the best of it."""
-    return step >= min((at for at in (eval_every, total_steps) if isinstance(at, int)), default=step + 1)
 
 
 def at_step(parent: Path, step: int) -> Checkpoint:

@@ -33,6 +33,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
 FORMAT = 2  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
+READING = "reading the text"  # what a survey is told to do
 MANY_DOCUMENTS, SHORT_DOCUMENT = 100, 2000  # so many, of so few characters in the mean, are held out whole
 LARGEST_SHARE = 0.05  # of the text that one of them may be
 DTYPES = ("<u2", "<u4")
@@ -157,7 +158,7 @@ def survey(texts: Texts, progress: Progress = silent, take: Callable[[bytes], ob
             digest.update(data)
             n_bytes, length = n_bytes + len(data), length + len(piece)
             blank = blank and not piece.strip()
-            progress("reading the text", min(1.0, n_bytes / texts.n_bytes) if texts.n_bytes else None)
+            progress(READING, min(1.0, n_bytes / texts.n_bytes) if texts.n_bytes else None)
         whole.update(digest.digest())
         n_chars.append(length)
         marks.append(int.from_bytes(digest.digest()[:4], "big"))

@@ -118,7 +118,7 @@ class Texts:
 
     Attributes:
         name: A short name: `notes` for `notes/` or `notes.txt.gz`, `stdin`, `pydoc-topics`; the first's of several.
-        n_bytes: Of them all on disk, where that tells how far one has read; packed ones and .jsonl hold other amounts.
+        n_bytes: Of UTF-8 in all of them, where their sizes on disk tell it: packed and other files hold other amounts.
     """
 
     name: str
@@ -152,8 +152,7 @@ def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: No
     if not paths:
         return Texts("pydoc-topics", None, (_built_in,))
     sources = [source for path in paths for source in _find(path, encoding, notice)]
-    sizes = [None if source.is_jsonl or source.is_gzip else source.size for source in sources]
-    n_bytes = None if None in sizes else sum(filter(None, sizes))
+    n_bytes = sum(source.size or 0 for source in sources) if all(map(_is_plain, sources)) else None
     return Texts(_short_name(str(paths[0])), n_bytes, tuple(source.documents for source in sources))
 
 
@@ -231,6 +230,15 @@ def _find(path: str | Path, encoding: str | None, notice: Notify) -> list[_Sourc
     with _errors_of(_shown(path)):
         files = _text_files(path, notice) if stat.S_ISDIR(path.stat().st_mode) else [path]
     return _not_empty([_file(file, encoding) for file in files], _shown(path), notice)
+
+
+def _is_plain(source: _Source) -> bool:
+    """Whether its size on disk is that of its text in UTF-8."""
+    if source.size is None or source.is_jsonl or source.encoding is not None:
+        return False
+    with _errors_of(source.name), source.open() as file:
+        head = file.read(4)
+    return not head.startswith(_GZIP_MAGIC) and _detect(head, None)[0] == "utf-8"
 
 
 def _not_empty(sources: Iterable[_Source], name: str, notice: Notify) -> list[_Source]:
