@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from command import TINY, Command, Refused, write
 from conftest import journal
-from firstwords import api, store
+from firstwords import api, pretraining, store
 from firstwords.config import ModelConfig, from_toml, presets, run_config
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
@@ -114,6 +115,21 @@ def test_a_start_that_is_refused_leaves_the_tokenizer_of_a_run_that_begins(learn
     with store.lock(Path("run/run.lock")):
         assert "in use" in refused(73, *going_on())["what"]
     assert Path("run/tokenizer.json").read_bytes() == b"another run's, which is being prepared"
+
+
+def test_a_folder_that_another_start_takes_while_the_model_is_fetched_is_left_to_it(
+    learnt: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = pretraining._described
+
+    def fetched(source: str) -> Any:
+        write(Path("runs/other/config.toml"), "")  # a run that has ended by then: its lock is free
+        return described(source)
+
+    monkeypatch.setattr(pretraining, "_described", fetched)
+    given = [word for word in going_on() if word not in ("--out", "run")]
+    assert command(*given).code == 0
+    assert Path("runs/other-2/config.toml").is_file()
 
 
 def test_a_number_of_threads_that_is_named_is_that_number_in_a_container_too(

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from conftest import STORY, TINY, journal, outcome
-from firstwords import api, asking, exchange, preparing, pretraining, recorder, resolve, store
+from firstwords import api, asking, exchange, preparing, pretraining, recorder, resolve, store, verifying
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.insight import memorisation, record
@@ -438,6 +438,27 @@ def test_a_run_that_was_not_judged_since_it_began_speaks_with_what_it_learnt(tmp
     assert judged.best_step == 10
     assert api.load(tmp_path / "judged").step == 10
     assert record.read(RunFolder(tmp_path / "judged"), None).best["step"] == 10
+
+
+def test_an_evaluation_that_a_resume_wants_sooner_was_not_made_by_that(tmp_path: Path) -> None:
+    """Its beginning was judged alone, and would count as the best of it: it would speak with weights that learnt nothing."""
+    train(tmp_path, "run", eval_every=20, stop_by=(StepDone, 12))
+    again = api.train(out=tmp_path / "run", resume=True, eval_every=10, listener=stopping((StepDone, 13)))
+    assert again.best_step == api.load(tmp_path / "run").step == 13
+
+
+def test_a_replay_goes_on_where_a_run_beside_it_removes_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(Path(train(tmp_path, "run", keep=100, save_every_s=0.0).run))
+    first, judged = checkpoint.existing(run.checkpoints)[1], verifying._corpus
+
+    def removing(run: RunFolder) -> verifying.Finding:
+        store.remove_folder(first)
+        return judged(run)
+
+    monkeypatch.setattr(verifying, "_corpus", removing)
+    assert api.verify(run.path, replay=1).ok
 
 
 def test_figures_stay_of_the_same_held_out_tokens(tmp_path: Path, whole: TrainResult) -> None:

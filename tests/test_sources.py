@@ -201,6 +201,16 @@ def test_jsonl_lines_across_pieces_come_back_exactly(tmp_path: Path):
     assert [len(list(document.pieces())) for document in read([path])] == [1, 1, 2]
 
 
+def test_only_plain_utf8_is_as_long_on_disk_as_it_is_read(tmp_path: Path):
+    """By it is told how far a pass is: UTF-16 would be half-way at its end, and be taken for too large."""
+    plain = write(tmp_path / "plain.txt", "süß")
+    assert read([plain, plain]).n_bytes == 2 * len("süß".encode())
+    others = {"a.txt": "süß".encode("utf-16"), "b.txt": gzip.compress(b"a"), "c.jsonl": b'{"text": "a"}\n'}
+    for name, data in others.items():
+        assert read([plain, write(tmp_path / name, data)]).n_bytes is None
+    assert read([plain], encoding="latin-1").n_bytes is None
+
+
 def test_texts_have_short_names_and_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "v1.2 notes/my text.v2.txt.gz", gzip.compress(b"a", mtime=0))
     monkeypatch.chdir(tmp_path / "v1.2 notes")
