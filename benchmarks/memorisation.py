@@ -50,8 +50,8 @@ def go_through(text: Path) -> dict[str, float]:
 def train(text: Path, for_s: float) -> dict[str, float]:
     """Return the seconds that a run spends on its meter, in all, and on the samples that it would have drawn without."""
     from firstwords import api
-    from firstwords.pretraining import SAMPLE_TOKENS
     from firstwords.recorder import Recorder
+    from firstwords.watching import SAMPLE_TOKENS
 
     spent: list[float] = []
     inner = Recorder._look_closer

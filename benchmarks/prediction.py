@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from firstwords.config import AS_DRAWN, NONE, flag, model_config, run_config
+from firstwords.config import NONE, as_drawn, flag, model_config, run_config
 from firstwords.model import cost
 from firstwords.planning import facts, plan, prediction, recipe
 from firstwords.planning.budget import LOOK_SHARE, MOST_LOOKS
@@ -176,7 +176,7 @@ def _trained(case: Case, texts: Path, folder: Path, threads: str) -> dict[str, A
     batch_size, steps, eval_every = shape(case, len(data))
     command = ["firstwords", "train", f"{case.text}.txt", "--preset", case.preset, "--steps", str(steps)]
     command += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
-    drawn = {} if case.begun else {"model.tied_head": True, **AS_DRAWN}
+    drawn = {} if case.begun else {"model.tied_head": True, **as_drawn()}
     for key, value in drawn.items():
         command += [flag(key), NONE if value is None else str(value).lower()]
     given = ["--threads", threads, "--out", "run", "--save-every", "1h", "--json"]

@@ -28,9 +28,9 @@ Ids = torch.Tensor
 @functools.cache
 def bfloat16_is_faster() -> bool:
     """Whether matrix products in bfloat16 are faster here, by the measurement that chooses our own precision."""
-    from firstwords.planning import machine
+    from firstwords.planning import products
 
-    return machine.precision("auto", torch.device("cpu")) == "bfloat16"
+    return products.precision("auto", torch.device("cpu")) == "bfloat16"
 
 
 def precision() -> torch.autocast:

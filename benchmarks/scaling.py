@@ -38,15 +38,15 @@ def run(name: str, steps: int) -> dict[str, float]:
 
     from firstwords.config import run_config
     from firstwords.model import cost
-    from firstwords.planning import machine, measure
+    from firstwords.planning import machine, measure, process, products
 
-    precision = machine.precision("auto", torch.device("cpu"))
+    precision = products.precision("auto", torch.device("cpu"))
     if name == MACHINE:
         return {"rate": measure.product_rate(machine.DTYPES[precision])}
     case = {**BASE, "device": "cpu", "precision": precision, **CASES[name]}
     rows = case.pop("rows")
     config = run_config(case)
-    with machine.threads(None):
+    with process.threads(None):
         step_s = measure.step_s(config, rows, steps)
     tokens = rows * config.model.context_length
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

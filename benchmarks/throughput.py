@@ -95,11 +95,11 @@ def adamw(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def firstwords(work: Work, dtype: str, *, tied: bool, compiled: bool) -> Step:
     from firstwords.config import run_config
-    from firstwords.planning import machine, measure
+    from firstwords.planning import measure, process
 
     shape = {"model.context_length": work.T, "model.drop_rate": 0.0, "model.tied_head": tied}
     config = run_config({"preset": "gpt2-124m", "precision": dtype, "device": work.device, **shape})
-    KEPT.enter_context(machine.memory_kept())  # as in every run
+    KEPT.enter_context(process.memory_kept())  # as in every run
     return measure.training_step(config, work.B, compiled=compiled, micro_batch_size=work.micro)
 
 

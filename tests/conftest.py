@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
-from firstwords import pretraining
+from firstwords import watching
 from firstwords.config import ModelConfig
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -96,7 +96,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def short_samples() -> None:
     """Runs say less: half of the time of many a test went into samples of sixty tokens that it does not look at."""
-    pytest.MonkeyPatch().setattr(pretraining, "SAMPLE_TOKENS", 10)
+    pytest.MonkeyPatch().setattr(watching, "SAMPLE_TOKENS", 10)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import MEASURED, STORY
-from firstwords import api, pretraining, recorder, store
+from firstwords import api, recorder, store, watching
 from firstwords.recorder import TrainResult
 from firstwords.training import evaluate
 from firstwords.training.events import Listener, ignore
@@ -94,7 +94,7 @@ def train(
         text.write_text(STORY[:2000])
         other.write_text(UNLIKE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "SAMPLE_TOKENS", 4)
+        patch.setattr(watching, "SAMPLE_TOKENS", 4)
         patch.setattr(evaluate, "EVALUATED_AT_ONCE", 128)
         patch.setattr(recorder, "RETRY_S", 0.0)
         if resume:

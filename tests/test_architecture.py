@@ -34,6 +34,7 @@ ORDER = [
     "loading",
     "exchange",
     "judging",
+    "watching",
     "pretraining",
     "api",
     "app",

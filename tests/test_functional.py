@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import seeded
 from firstwords.model import functional
 from firstwords.model.functional import causal_attention, drop, linear, rms_norm, rotate
-from firstwords.planning import machine
+from firstwords.planning import process
 
 B, H, T, D = 2, 3, 12, 8
 Operation = Callable[..., Tensor]
@@ -260,7 +260,7 @@ def test_few_rows_of_a_large_layer_come_to_the_same_in_parts(
     layer, x = nn.Linear(shape[1], shape[0], bias=bias), torch.randn(*lead, shape[1])
     parts, whole = [], functional._in_parts
     monkeypatch.setattr(functional, "_in_parts", lambda *given: parts.append(given[2]) or whole(*given))
-    with torch.no_grad(), machine.threads(2):
+    with torch.no_grad(), process.threads(2):
         found = linear(x, [layer])
         assert found.shape == (*lead, shape[0])
         torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)  # sums of some hundred numbers near 1, in float32
@@ -270,9 +270,9 @@ def test_few_rows_of_a_large_layer_come_to_the_same_in_parts(
 def test_one_core_and_a_gradient_have_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_in_parts", lambda *_: pytest.fail("in parts"))
     layer, x = nn.Linear(1024, 512), torch.randn(1, 1024)
-    with torch.no_grad(), machine.threads(1):
+    with torch.no_grad(), process.threads(1):
         assert torch.equal(linear(x, [layer]), layer(x))
-    with machine.threads(2):
+    with process.threads(2):
         linear(x, [layer]).sum().backward()
         with torch.no_grad(), pytest.raises(pytest.fail.Exception):
             linear(x, [layer])  # the negative control

@@ -17,7 +17,7 @@ from firstwords.model.generate import generate, generate_batch, generate_text_si
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import machine
+from firstwords.planning import process
 from firstwords.text.tokenizer import byte_tokenizer, train_bpe
 
 # The chapter's nine logits (section 5.3.1) and the probabilities that its text gives for them.
@@ -56,7 +56,7 @@ def test_a_small_model_speaks_on_one_core_and_leaves_them_as_they_were(
 ) -> None:
     seen: list[int] = []
     model.final_norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    with machine.threads(2):
+    with process.threads(2):
         next(generate(model, [1], Sampling(), seeded(1)))
         assert (seen, torch.get_num_threads()) == ([1], 2)
         monkeypatch.setattr(generating, "ONE_CORE_PARAMETERS", 1)

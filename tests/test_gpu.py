@@ -15,7 +15,7 @@ from firstwords import api
 from firstwords.config import ModelConfig, run_config
 from firstwords.model import loss
 from firstwords.model.loss import IGNORE, target_nats, token_figures
-from firstwords.planning import machine, trust
+from firstwords.planning import machine, products, trust
 from firstwords.planning.trust import Way
 from firstwords.training import state as states
 from firstwords.training.events import Notice, Told
@@ -111,7 +111,7 @@ def test_a_weight_that_is_not_finite_is_found_on_the_gpu(config: ModelConfig, va
 def test_a_gpu_with_instructions_for_bfloat16_uses_them() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("NOT RUN: this GPU has none")
-    assert machine.precision("auto", machine.device("auto")) == "bfloat16"
+    assert products.precision("auto", machine.device("auto")) == "bfloat16"
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])

@@ -18,7 +18,7 @@ from firstwords import api, resolve
 from firstwords.config import run_config
 from firstwords.errors import ConfigError
 from firstwords.model import loss
-from firstwords.planning import known, machine, measure, system
+from firstwords.planning import known, machine, measure, process, products, system
 from firstwords.planning.known import Compiling, Known, Learning
 from firstwords.planning.plan import Machine, Tokens
 from firstwords.planning.speed import Speed, guessed
@@ -27,7 +27,7 @@ from firstwords.training.events import Event, Notice
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
 import json, resource, torch
-from firstwords.planning import machine
+from firstwords.planning import process
 
 def cleared_share(n_bytes=128 << 20):
     torch.ones(2 * n_bytes, dtype=torch.uint8)  # freed at once: the next one fits into its place
@@ -36,7 +36,7 @@ def cleared_share(n_bytes=128 << 20):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / n_bytes
 
 shares = [cleared_share()]
-with machine.memory_kept():
+with process.memory_kept():
     shares.append(cleared_share())
 shares.append(cleared_share())
 print(json.dumps(shares))
@@ -51,8 +51,8 @@ FLUSHES = pytest.mark.skipif(  # there a thread begins with its starter's way to
 
 @FLUSHES
 def test_denormals_are_flushed_in_all_threads_unless_some_ran_before() -> None:
-    program = "import sys, torch; from firstwords.planning import machine; torch.set_num_threads(2); "
-    program += "sys.argv[1:] and torch.randn(1 << 20).mul(2.0)\nwith machine.threads(2): print(machine.flushes_denormals())"
+    program = "import sys, torch; from firstwords.planning import process; torch.set_num_threads(2); "
+    program += "sys.argv[1:] and torch.randn(1 << 20).mul(2.0)\nwith process.threads(2): print(process.flushes_denormals())"
     said = [
         subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=True).stdout
         for more in ([], ["an operation of several threads"])
@@ -64,16 +64,16 @@ def test_denormals_are_flushed_in_all_threads_unless_some_ran_before() -> None:
 def test_what_a_process_did_with_denormals_before_is_what_it_does_afterwards() -> None:
     for before in (True, False):
         torch.set_flush_denormal(before)
-        with machine.threads(1):
-            assert machine.flushes_denormals(1)
-        assert machine.flushes_denormals(1) is before
+        with process.threads(1):
+            assert process.flushes_denormals(1)
+        assert process.flushes_denormals(1) is before
 
 
 @FLUSHES
 def test_a_run_that_goes_on_from_another_model_flushes_denormals_as_one_that_is_resumed(a_run: Path) -> None:
     program = "import sys; from pathlib import Path; from firstwords import loading\n"
-    program += "from firstwords.planning import machine; loading.read_model(Path(sys.argv[1]))\n"
-    program += "with machine.threads(2): print(machine.flushes_denormals())"
+    program += "from firstwords.planning import process; loading.read_model(Path(sys.argv[1]))\n"
+    program += "with process.threads(2): print(process.flushes_denormals())"
     done = subprocess.run([sys.executable, "-c", program, a_run], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
 
@@ -92,14 +92,14 @@ def test_no_more_threads_compute_than_a_container_has_the_time_of(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(system, "core_quota", lambda *_: quota)
-    with machine.threads(3):
-        assert machine.usable_threads() == expected
-        with machine.threads(None):
+    with process.threads(3):
+        assert process.usable_threads() == expected
+        with process.threads(None):
             assert torch.get_num_threads() == expected
-        with machine.threads(4):  # a number that is named is that number
+        with process.threads(4):  # a number that is named is that number
             assert torch.get_num_threads() == 4
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        assert machine.usable_threads() == 3
+        assert process.usable_threads() == 3
 
 
 def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_a_model_that_is_loaded_computes_with_what_a_container_has(tmp_path: Pat
     (tmp_path / "story.txt").write_text(STORY)
     api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **TINY)
     monkeypatch.setattr(system, "core_quota", lambda *_: None)
-    with machine.threads(3):
+    with process.threads(3):
         api.load(tmp_path / "run")
         assert torch.get_num_threads() == 3
         monkeypatch.setattr(system, "core_quota", lambda *_: 2.5)
@@ -121,7 +121,7 @@ def test_a_model_is_not_computed_in_a_precision_that_this_processor_has_no_instr
 ) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **{**TINY, "precision": "bfloat16"})
-    monkeypatch.setattr(machine, "known_rates", lambda *_: dict(zip(("float32", "bfloat16"), rates, strict=True)))
+    monkeypatch.setattr(products, "known_rates", lambda *_: dict(zip(("float32", "bfloat16"), rates, strict=True)))
     told: list[str] = []
     assert api.load(tmp_path / "run", notice=told.append).dtype == dtype
     assert [line for line in told if "bfloat16" in line] == (
@@ -136,7 +136,7 @@ def test_tiny_numbers_count_as_zero_inside_only() -> None:
         pytest.skip("NOT RUN: this processor cannot flush them")
     tiny = torch.tensor([1e-40])
     assert (tiny * 0.5).item() > 0
-    with machine.threads(None):
+    with process.threads(None):
         assert (tiny * 0.5).item() == 0
     assert (tiny * 0.5).item() > 0
 
@@ -152,18 +152,18 @@ def measured(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> list[None]:
         times.append(None)
         return {"float32": 1e9, "bfloat16": bfloat16}
 
-    monkeypatch.setattr(machine, "rates", rates)
+    monkeypatch.setattr(products, "rates", rates)
     return times
 
 
 def test_the_precision_is_measured_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = measured(monkeypatch, 4e9)
-    assert [machine.precision("auto", CPU, tmp_path) for _ in range(3)] == ["bfloat16"] * 3
+    assert [products.precision("auto", CPU, tmp_path) for _ in range(3)] == ["bfloat16"] * 3
     assert len(times) == 1
-    assert machine.precision("float32", CPU, tmp_path) == "float32"
+    assert products.precision("float32", CPU, tmp_path) == "float32"
     measured(monkeypatch, 1e9)
-    assert machine.precision("auto", CPU, tmp_path) == "bfloat16"  # what is known counts, until doctor measures anew
-    assert machine.precision("auto", CPU) == "float32"
+    assert products.precision("auto", CPU, tmp_path) == "bfloat16"  # what is known counts, until doctor measures anew
+    assert products.precision("auto", CPU) == "float32"
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ def test_what_is_damaged_or_of_another_machine_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     times = measured(monkeypatch, 4e9)
-    machine.precision("auto", CPU, tmp_path)
+    products.precision("auto", CPU, tmp_path)
     (path,) = (tmp_path / known.FOLDER).iterdir()
     good = path.read_bytes()
     write(path, content.replace(b"KEY", json.dumps(machine.key(CPU)).encode()))
-    assert machine.precision("auto", CPU, tmp_path) == "bfloat16"
+    assert products.precision("auto", CPU, tmp_path) == "bfloat16"
     assert len(times) == 2
     assert path.read_bytes() == good
 
@@ -199,18 +199,18 @@ def test_what_was_measured_with_other_threads_or_another_pytorch_is_another_mach
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = measured(monkeypatch, 4e9)
-    machine.precision("auto", CPU, tmp_path)
-    with machine.threads(2):
-        machine.precision("auto", CPU, tmp_path)
+    products.precision("auto", CPU, tmp_path)
+    with process.threads(2):
+        products.precision("auto", CPU, tmp_path)
     monkeypatch.setattr(torch, "__version__", "2.12.0")
-    machine.precision("auto", CPU, tmp_path)
+    products.precision("auto", CPU, tmp_path)
     assert len(times) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = measured(monkeypatch, 4e9)
     place = write(tmp_path / "a file", "in the way")
-    assert [machine.precision("auto", CPU, place) for _ in range(2)] == ["bfloat16"] * 2
+    assert [products.precision("auto", CPU, place) for _ in range(2)] == ["bfloat16"] * 2
     assert len(times) == 2
 
 
@@ -359,7 +359,7 @@ def test_a_run_is_compiled_where_that_was_measured_to_pay(
     model = run_config({"model.emb_dim": 32, "model.n_heads": 2, "model.n_layers": 1, "model.ff_dim": 64}).model
     model = dataclasses.replace(model, context_length=32)
     for number, saves_s in enumerate((1.0, 1e-6)):
-        with machine.threads(1):
+        with process.threads(1):
             found = Known({}, {known.shape_of(model, "float32"): Compiling(20.0, saves_s)})
             known.write(tmp_path / "cache", machine.key(CPU), found)
         assert recorded(f"known-{number}") == f'compile = "{"on" if saves_s == 1.0 else "off"}"'

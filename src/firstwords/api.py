@@ -83,13 +83,13 @@ def plan(
         raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
-    from firstwords.planning import known, machine, measure
+    from firstwords.planning import known, machine, measure, process, products
     from firstwords.planning import plan as plans
 
     where = machine.device("auto")
-    with machine.threads(None):
+    with process.threads(None):
         key, cache = machine.key(where), store.cache_folder()
-        precision = machine.precision("auto", where, cache)
+        precision = products.precision("auto", where, cache)
         listener(Preparing("measuring this machine", None))
         measured = measure.learning_speed(where, precision)
         fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
@@ -165,9 +165,9 @@ def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> 
     for preset in presets:
         run_config({"preset": preset})
 
-    from firstwords.planning import machine, measure
+    from firstwords.planning import measure, process
 
-    with machine.threads(None):
+    with process.threads(None):
         yield from (measure.compiled_marks if compiled else measure.marks)(presets, store.cache_folder())
 
 

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import NONES, RunConfig, converted, flag, flatten, key_types, presets, read_toml, run_config
+from firstwords.config import (
+    NONES,
+    Role,
+    RunConfig,
+    converted,
+    flag,
+    flatten,
+    key_types,
+    keys_of,
+    presets,
+    read_toml,
+    run_config,
+)
 from firstwords.errors import ConfigError, DataError
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
@@ -20,34 +32,7 @@ from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Texts
 from firstwords.training.events import Listener, Notice, noticed
 
-# What may change when a run goes on; all else is what the run recorded.
-RESUMABLE = frozenset(
-    (
-        "steps",
-        "epochs",
-        "for_s",
-        "device",
-        "precision",
-        "threads",
-        "compile",
-        "trust_device",
-        "micro_batch_size",
-        "eval_every",
-        "save_every_s",
-        "on_nan",
-        "until",
-        "meter",
-        "keep",
-        "sample_prompt",
-        "report",
-    )
-)
 MOST_THREADS_A_CORE = 8
-# What decides how many words there are.
-VOCABULARY = frozenset(("text", "tokenizer", "special_tokens", "val", "val_fraction", "encoding"))
-PLACES = frozenset(("val", "tokenizer", "from_"))  # recorded with the folders that they are in, where they are files
-# What of a model may change when training goes on from it.
-ADAPTABLE = frozenset(("model.context_length", "model.drop_rate", "model.init_std"))
 # How a model that has learnt already is trained, where no preset is named: in smaller steps than one that begins.
 FINE_TUNING = {"optim.kind": "adamw", "optim.peak_lr": 5e-4, "optim.weight_decay": 0.1}
 
@@ -99,7 +84,7 @@ def new(
     """
     file = {} if config is None else _with_its_tokenizer(read_toml(Path(config)), RunFolder(Path(config).parent))
     asked = run_config(file, given)
-    if "text_sha256" in file and VOCABULARY & given.keys():  # a run's own file, which counted the words of something else
+    if "text_sha256" in file and keys_of(Role.TEXT) & given.keys():  # a run's own, which counted other words
         file.pop("model.vocab_size", None)
         asked = run_config(file, given)
     _require_sense(asked, given, out)
@@ -143,7 +128,7 @@ def _of_model(
     assert asked.from_ is not None
     enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(asked.special)
     shape = {**shape, "model.vocab_size": max(shape["model.vocab_size"], enlarged.vocab_size)}
-    shape = {key: value for key, value in shape.items() if key not in ADAPTABLE & file.keys()}
+    shape = {key: value for key, value in shape.items() if key not in keys_of(Role.ADAPTABLE) & file.keys()}
     place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
     given = {**shape, **given, "from_": place}
     _require_shape(shape, given)
@@ -196,7 +181,7 @@ def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
         what, do = "a model goes on with its own tokenizer", "leave --tokenizer out"
         raise ConfigError(what, where="--tokenizer", why="its ids mean nothing in another", do=do)
     for key, value in shape.items():
-        if key not in ADAPTABLE and run_config(shape, {key: given[key]}) != run_config(shape):
+        if key not in keys_of(Role.ADAPTABLE) and run_config(shape, {key: given[key]}) != run_config(shape):
             raise ConfigError(
                 "the model to go on from has another", where=flag(key), why=f"it is {value}", do="leave it out"
             )
@@ -218,9 +203,10 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     recorded = _with_its_tokenizer(run.recorded_config(), run)
     moved = _moved(given, recorded)
     given = {key: value for key, value in given.items() if not (key.startswith("text") or key in moved)}
-    given = {key: value for key, value in given.items() if not (key in PLACES and _is_the_file(value, recorded.get(key)))}
+    same = {key for key in keys_of(Role.PLACE) & given.keys() if _is_the_file(given[key], recorded.get(key))}
+    given = {key: value for key, value in given.items() if key not in same}
     for key, value in given.items():
-        if key in key_types() and key not in RESUMABLE and _is_another(key, value, recorded):
+        if key in key_types() and key not in keys_of(Role.RESUMABLE) and _is_another(key, value, recorded):
             raise ConfigError(
                 "a resumed run goes on with what it recorded",
                 where=flag(key),

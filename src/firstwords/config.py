@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Flag, auto
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -52,35 +54,60 @@ GPT_CONFIG_124M: dict[str, int | float | bool] = {
 }
 
 
-def option(default: Any, meaning: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """Return a dataclass field with its meaning (shown by `--help`) and its allowed range."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least, "most": most})
+class Role(Flag):
+    """What a key is in the life of a run, beside its value."""
+
+    ORDINARY = 0  # weights depend on it, and a run goes on with what it recorded
+    RESUMABLE = auto()  # may change when a run goes on
+    UNTRAINED = auto()  # no weight depends on it
+    TEXT = (
+        auto()
+    )  # makes the prepared text, which has a hash of its own, and the tokens of a tokenizer that is trained on it
+    PLACE = auto()  # recorded with the folders that it is in, where it is a file
+    FIRST_WEIGHTS = auto()  # says only how a new model begins
+    ADAPTABLE = auto()  # of a model: may be another when training goes on from it
+    TIMELESS = auto()  # of a model: a step takes the same time, but for the size of the vocabulary, and dropping at all
+
+
+def option(
+    default: Any, meaning: str, *, least: float | None = None, most: float | None = None, role: Role = Role.ORDINARY
+) -> Any:
+    """Return a dataclass field with its meaning (shown by `--help`), its allowed range and its role."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "least": least, "most": most, "role": role})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT. The defaults are the chapter's."""
 
-    vocab_size: int = option(50257, "entries of the token table; by default the tokenizer's", least=2, most=2**31)
-    context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**20)
+    vocab_size: int = option(
+        50257, "entries of the token table; by default the tokenizer's", least=2, most=2**31, role=Role.TIMELESS
+    )
+    context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**20, role=Role.ADAPTABLE)
     emb_dim: int = option(768, "channels", least=1, most=2**20)
     n_heads: int = option(12, "attention heads", least=1, most=2**16)
     n_layers: int = option(12, "transformer blocks", least=1, most=2**14)
-    drop_rate: float = option(0.1, "dropout", least=0.0, most=0.999)
+    drop_rate: float = option(0.1, "dropout", least=0.0, most=0.999, role=Role.ADAPTABLE | Role.TIMELESS)
     qkv_bias: bool = option(False, "bias in the query, key and value layers")
     block: Block = option("gpt2", "gpt2: LayerNorm, learned positions, GELU; qwen3: RMSNorm, rotary, QK-norm, SwiGLU")
     tied_head: bool = option(False, "the output head is the token table itself")
     ff_dim: int | None = option(None, "width of the feed-forward layer; none: 4 x emb_dim", least=1, most=2**22)
     gelu_cubic: float = option(0.044715, "coefficient in GELU's tanh form (arXiv:1606.08415)", least=0.0, most=10.0)
     gelu_exact: bool = option(False, "GELU by the normal distribution itself, as nanoGPT has it, not in tanh form")
-    rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9)
-    norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0)
-    init_std: float | None = option(None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0)
-    table_std: float | None = option(
-        None, "std that the token table begins with; none: as init_std says", least=0.0, most=10.0
+    rope_base: float = option(10000.0, "base of the rotary angles", least=1.0, most=1e9, role=Role.TIMELESS)
+    norm_eps: float = option(1e-5, "epsilon of the norms", least=1e-12, most=1.0, role=Role.TIMELESS)
+    init_std: float | None = option(
+        None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0, role=Role.ADAPTABLE | Role.TIMELESS
     )
-    table_from_text: bool = option(False, "half of the token table begins as the text has it: tokens in like places alike")
-    induction_heads: bool = option(False, "begin with two heads that copy, in a qwen3 that has room for them")
+    table_std: float | None = option(
+        None, "std that the token table begins with; none: as init_std says", least=0.0, most=10.0, role=Role.FIRST_WEIGHTS
+    )
+    table_from_text: bool = option(
+        False, "half of the token table begins as the text has it: tokens in like places alike", role=Role.FIRST_WEIGHTS
+    )
+    induction_heads: bool = option(
+        False, "begin with two heads that copy, in a qwen3 that has room for them", role=Role.FIRST_WEIGHTS
+    )
 
     def __post_init__(self) -> None:
         _check_ranges(self, "model.")
@@ -132,60 +159,103 @@ class OptimConfig:
 class RunConfig:
     """A whole run. `None` means: decided from the text and the machine before step 1, and then recorded."""
 
-    text: tuple[str, ...] = option((), "files and folders of text, or -; none: the built-in text")
-    text_sha256: str | None = option(None, "the text that this run was made from; checked when given")
-    encoding: str | None = option(None, "encoding of the text files; by default recognised")
-    val: str | None = option(None, "a held-out text; by default a share of the text itself")
+    text: tuple[str, ...] = option((), "files and folders of text, or -; none: the built-in text", role=Role.TEXT)
+    text_sha256: str | None = option(None, "the text that this run was made from; checked when given", role=Role.UNTRAINED)
+    encoding: str | None = option(None, "encoding of the text files; by default recognised", role=Role.TEXT)
+    val: str | None = option(None, "a held-out text; by default a share of the text itself", role=Role.TEXT | Role.PLACE)
     val_fraction: float = option(
-        0.1, "share that is held out: the end of each document, or some of many short ones", least=0.0, most=0.9
+        0.1,
+        "share that is held out: the end of each document, or some of many short ones",
+        least=0.0,
+        most=0.9,
+        role=Role.TEXT,
     )
     tokenizer: str = option(
-        "bpe", "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json"
+        "bpe",
+        "gpt2, bytes, bpe (trained on the text, of a size that fits it), bpe:N, or a run's tokenizer.json",
+        role=Role.TEXT | Role.PLACE,
     )
-    special_tokens: str = option("", "texts that become tokens of their own, separated by commas: <|user|>,<|bot|>")
+    special_tokens: str = option(
+        "", "texts that become tokens of their own, separated by commas: <|user|>,<|bot|>", role=Role.TEXT
+    )
     from_: str | None = option(
-        None, "a model to go on from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a folder for transformers, a .pth"
+        None,
+        "a model to go on from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a folder for transformers, a .pth",
+        role=Role.PLACE,
     )
     preset: str = option(
-        "laptop", "a named recipe, which the other keys override; by default laptop, or what suits a time budget"
+        "laptop",
+        "a named recipe, which the other keys override; by default laptop, or what suits a time budget",
+        role=Role.UNTRAINED,
     )
-    steps: int | None = option(None, "optimizer updates", least=1, most=10**9)
-    epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6)
+    steps: int | None = option(None, "optimizer updates", least=1, most=10**9, role=Role.RESUMABLE)
+    epochs: float | None = option(None, "passes over the training text", least=1e-6, most=1e6, role=Role.RESUMABLE)
     for_s: float | None = option(
-        None, "train for this long, all in; by default 3m, without --steps and --epochs", least=1.0, most=1e9
+        None,
+        "train for this long, all in; by default 3m, without --steps and --epochs",
+        least=1.0,
+        most=1e9,
+        role=Role.RESUMABLE,
     )
-    until: Until = option("end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best")
-    meter: bool = option(True, "measure where evaluation and sample meet how much of what the model says is copied")
+    until: Until = option(
+        "end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best", role=Role.RESUMABLE
+    )
+    meter: bool = option(
+        True, "measure where evaluation and sample meet how much of what the model says is copied", role=Role.RESUMABLE
+    )
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
     batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(
-        None, "sequences a forward pass; by default from the model's size", least=1, most=2**20
+        None, "sequences a forward pass; by default from the model's size", least=1, most=2**20, role=Role.RESUMABLE
     )
     eval_every: int | None = option(
         None,
         "steps between evaluations; by default a twentieth of the run, or more where that is short",
         least=1,
         most=10**9,
+        role=Role.RESUMABLE,
     )
     eval_tokens: int | None = option(
-        None, "held-out tokens of an evaluation, at most; by default from the time", least=1, most=10**15
+        None,
+        "held-out tokens of an evaluation, at most; by default from the time",
+        least=1,
+        most=10**15,
+        role=Role.UNTRAINED,
     )
-    sample_every: int | None = option(None, "steps between samples; by default with the evaluations", least=1, most=10**9)
-    sample_prompt: str = option("", "how the samples during training begin; by default as a document does")
+    sample_every: int | None = option(
+        None, "steps between samples; by default with the evaluations", least=1, most=10**9, role=Role.UNTRAINED
+    )
+    sample_prompt: str = option(
+        "", "how the samples during training begin; by default as a document does", role=Role.RESUMABLE
+    )
     save_every_s: float | None = option(
-        None, "time between checkpoints; by default a minute, or 50 times what the last save took", least=0.0, most=1e9
+        None,
+        "time between checkpoints; by default a minute, or 50 times what the last save took",
+        least=0.0,
+        most=1e9,
+        role=Role.RESUMABLE,
     )
-    on_nan: OnNan = option("stop", "when training diverges: stop, or go back to a checkpoint and leave its batches out")
-    keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6)
-    report: bool = option(True, "write report.html at the end of the run")
+    on_nan: OnNan = option(
+        "stop", "when training diverges: stop, or go back to a checkpoint and leave its batches out", role=Role.RESUMABLE
+    )
+    keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6, role=Role.RESUMABLE)
+    report: bool = option(True, "write report.html at the end of the run", role=Role.RESUMABLE)
     seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps")
-    precision: Precision = option("auto", "of the matrix products; auto: what is faster on this machine")
-    threads: int | None = option(None, "CPU threads; by default as many as there are cores to use", least=1, most=4096)
-    compile: Compile = option(
-        "auto", "torch.compile; auto: where `bench --compile` measured that it pays, or a GPU is busy for long"
+    device: str = option("auto", "cpu, cuda, cuda:1, mps", role=Role.RESUMABLE)
+    precision: Precision = option(
+        "auto", "of the matrix products; auto: what is faster on this machine", role=Role.RESUMABLE
     )
-    trust_device: bool = option(False, "train on a device whose gradients differ from those of the CPU all the same")
+    threads: int | None = option(
+        None, "CPU threads; by default as many as there are cores to use", least=1, most=4096, role=Role.RESUMABLE
+    )
+    compile: Compile = option(
+        "auto",
+        "torch.compile; auto: where `bench --compile` measured that it pays, or a GPU is busy for long",
+        role=Role.RESUMABLE,
+    )
+    trust_device: bool = option(
+        False, "train on a device whose gradients differ from those of the CPU all the same", role=Role.RESUMABLE
+    )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
@@ -244,8 +314,6 @@ LAPTOP: Overrides = {  # what all presets for a laptop share
 # A table of few channels cannot be good at both ends of a model, and one that is not the output head too begins louder:
 # docs/recipe.md.
 SMALLER: Overrides = {**LAPTOP, "model.tied_head": False, "model.table_std": 0.1}
-# What says only how a new model begins, and what each was before there was a choice.
-AS_DRAWN: Overrides = {"model.table_std": None, "model.table_from_text": False, "model.induction_heads": False}
 GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
 
 
@@ -359,6 +427,18 @@ def fields_by_key() -> dict[str, dataclasses.Field[Any]]:
         for field in dataclasses.fields(part)
         if field.name not in PART_NAMES
     }
+
+
+@functools.cache
+def keys_of(role: Role) -> frozenset[str]:
+    """Return the dotted keys that have a role, or one of several."""
+    return frozenset(key for key, field in fields_by_key().items() if field.metadata["role"] & role)
+
+
+def as_drawn() -> Overrides:
+    """Return what makes the first weights of any model random, as they were before there was a choice."""
+    fields = fields_by_key()
+    return {key: fields[key].default for key in fields if key in keys_of(Role.FIRST_WEIGHTS)}
 
 
 def choices(key: str) -> tuple[str, ...]:

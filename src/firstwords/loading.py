@@ -34,21 +34,21 @@ def load(source: str | Path, *, notice: Notify = unheard) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
-    and numbers below 1e-38 count as 0 (`planning.machine.flush_denormals`). A model that learnt in bfloat16 is computed in
+    and numbers below 1e-38 count as 0 (`planning.process.flush_denormals`). A model that learnt in bfloat16 is computed in
     float32 on a processor without instructions for it.
 
     Raises:
         NoInputError: None of them is there.
         DataError: It is damaged.
     """
+    from firstwords.planning import process, products
+
     lm = read_model(source, notice)
 
     import torch
 
-    from firstwords.planning import machine
-
-    torch.set_num_threads(machine.usable_threads())
-    dtype = machine.computable(lm.dtype, store.cache_folder())
+    torch.set_num_threads(process.usable_threads())
+    dtype = products.computable(lm.dtype, store.cache_folder())
     if dtype == lm.dtype:
         return lm
     notice("it learnt in bfloat16, which is slow on this processor: it is computed in float32 here")
@@ -60,9 +60,9 @@ def read_model(source: str | Path, notice: Notify = unheard) -> LanguageModel:
     source = located(source, notice)
     found = None if is_foreign(source) else checkpoint_of(source, notice)
 
-    from firstwords.planning import machine
+    from firstwords.planning import machine, process
 
-    machine.flush_denormals()
+    process.flush_denormals()
     if found is None:
         from firstwords.weights import reader
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from firstwords import asking, preparing, resolve, store
 from firstwords.config import RunConfig, flatten, to_toml
 from firstwords.errors import CannotCreateError, DivergedError
-from firstwords.judging import passage_explained, quick_scale, quick_tokens, sample_prompts
+from firstwords.judging import passage_explained, quick_scale, quick_tokens
 from firstwords.loading import load, named_texts, read_model, require_finite
 from firstwords.model import cost
 from firstwords.planning import budget, facts
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from firstwords.asking import Asked
-    from firstwords.insight.memorisation import Memorisation
     from firstwords.model.language_model import LanguageModel
     from firstwords.planning.plan import Candidate
     from firstwords.recorder import Recorder, TrainResult
-    from firstwords.training.evaluate import Evaluation, TokenFigures
+    from firstwords.training.evaluate import TokenFigures
     from firstwords.training.state import TrainState
 
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says during training
 LEAST_LEFT_S = 1.0  # of a time budget that is used up when its run goes on
-METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
 
 
 def train(
@@ -79,26 +76,26 @@ def train(
         with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
             looked_at = beside.submit(_looked_at, prepared)
 
-            from firstwords.planning import machine
+            from firstwords.planning import process
             from firstwords.training import loop
             from firstwords.training.state import taken
+            from firstwords.watching import Watcher
 
         settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
-        with machine.threads(settled.threads), signals.stop_requests() as stop:
+        with process.threads(settled.threads), signals.stop_requests() as stop:
             recorder = _begin(asked, settled, prepared, listener, started_s, expected)
-            evaluate, sample = _looks(recorder)
-            fit = functools.partial(
-                loop.fit,
-                recorder.state,
-                taken(resolve.batches(settled, prepared), recorder.state),
-                evaluate=evaluate,
-                sample=sample,
-                should_stop=lambda: stop() or recorder.best_is_behind(),
-            )
-            with machine.memory_kept(), recorder.naming_the_last_good_checkpoint():
+            batches = taken(resolve.batches(settled, prepared), recorder.state)
+            watcher = Watcher(recorder, batches)
+            recorder.measure = watcher.measure if settled.meter else None
+
+            def should_stop() -> str | None:
+                return stop() or recorder.best_is_behind()
+
+            fit = functools.partial(loop.fit, recorder.state, batches, evaluate=watcher.evaluate, sample=watcher.sample)
+            with process.memory_kept(), recorder.naming_the_last_good_checkpoint():
                 while not recorder.stopped:
                     try:
-                        for event in fit(resolve.fit_config(recorder.config)):
+                        for event in fit(resolve.fit_config(recorder.config), should_stop=should_stop):
                             recorder.take(event)
                     except DivergedError as error:
                         recorder.roll_back(error)
@@ -188,7 +185,7 @@ def _trusted(
     """Return the configuration with a way of computing that was checked, the state at step 0, and what the checks found."""
     import torch
 
-    from firstwords.planning import machine, trust
+    from firstwords.planning import machine, products, trust
     from firstwords.training.state import initial
 
     start, directions = _start(config, asked.run, listener), _directions(config, asked.run, prepared)
@@ -198,7 +195,7 @@ def _trusted(
         ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
-        lambda: machine.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
+        lambda: products.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
         insist=config.trust_device,
         notice=noticed(listener),
     )
@@ -272,64 +269,6 @@ def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
     look_s = last_look_s(prepared.train.n_bytes) if config.meter else 0.0
     end_s = budget.end_s(for_s, cost.checkpoint_bytes(config.model))
     return end_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
-
-
-def _looks(recorder: Recorder) -> tuple[Callable[[int], tuple[float, Evaluation | None]], Callable[[int], str]]:
-    """Return what the loop asks at a step: how good the model is, and what it says; the recorder measures the latter."""
-    from firstwords.insight.memorisation import Meter, last_look_s
-    from firstwords.model.language_model import LanguageModel
-    from firstwords.model.sampling import Sampling
-    from firstwords.planning import machine
-    from firstwords.training.evaluate import evaluate as evaluate_part
-    from firstwords.training.evaluate import evaluate_tokens, evaluate_training, held_out_tokens
-    from firstwords.training.events import Evaluated
-    from firstwords.training.loop import diverged
-    from firstwords.training.state import taken
-
-    config, corpus, model = recorder.config, recorder.corpus, recorder.state.model
-    dtype, sampling = machine.DTYPES[config.precision], Sampling(temperature=SAMPLE_TEMPERATURE)
-    lm, batches = LanguageModel(model, corpus.tokenizer, dtype=dtype), taken(resolve.batches(config, corpus), recorder.state)
-
-    def evaluate(step: int) -> tuple[float, Evaluation | None]:
-        trained = evaluate_training(model, batches, step, dtype)
-        if step == recorder.state.total_steps and config.report and quick_tokens(corpus, config.eval_tokens):
-            tokens = recorder.last_tokens = evaluate_tokens(model, corpus.val, dtype)
-            return trained, None if tokens is None else tokens.evaluation
-        return trained, evaluate_part(model, corpus.val, dtype, most_tokens=held_out_tokens(step, config))
-
-    drawn: dict[int, str] = {}  # what was said when it was measured, at that step
-    meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
-
-    def measure(event: Evaluated, at_last: bool) -> Memorisation | None:
-        due = config.sample_every is None or event.step % config.sample_every == 0  # a sample is drawn then in any case
-        if not (at_last or (due and meter.text.is_kept)):
-            return None
-        left = recorder.budget  # of the time that this process has
-        if left is not None and not budget.has_room_for(last_look_s(corpus.train.n_bytes), left.total_s):
-            line = f"no time is left to look up what it says in so long a text: firstwords eval {recorder.run.path} does"
-            recorder.listener(Notice(line))
-            return None
-        if not meter.text.is_kept:
-            recorder.listener(Preparing("looking for what it says in the training text", None))
-        prompts, held_out = sample_prompts(corpus, config.sample_prompt, METER_SAMPLES), event.evaluation
-        seeds = [config.seed + event.step + row for row in range(METER_SAMPLES)]
-        try:
-            said = lm.generate_batch(prompts, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seeds=seeds)
-            samples = [one.text for one in said]
-        except DivergedError as error:
-            raise diverged(error.what, event.step) from error
-        drawn.clear()
-        drawn[event.step] = samples[0]
-        return meter.measure(samples, held_out.nats_per_token - event.train_nats_per_token if held_out else None)
-
-    def sample(step: int) -> str:
-        if step in drawn:
-            return drawn.pop(step)
-        seed = config.seed + step
-        return lm.generate(config.sample_prompt, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
-
-    recorder.measure = measure if config.meter else None
-    return evaluate, sample
 
 
 def _finished(recorder: Recorder) -> TrainResult:

@@ -362,10 +362,9 @@ class Recorder:
     def _best(self) -> tuple[int, float | None, str]:
         """Return step, held-out nats per token and weights' hash of what speaks for the run: as `checkpoint.best` does."""
         assert self.newest is not None
-        step, newest = self.state.best_step, self.newest
-        if step == 0 < newest.step and not self._judged_step():
-            return newest.step, None, newest.weights_sha256
-        if step is not None:
+        newest, best_step = self.newest, self.state.best_step
+        step = checkpoint.speaking_step(newest.step, best_step, self._judged_step())
+        if step == best_step:
             try:
                 return step, self.state.best_nats, checkpoint.weights_sha256(self.run.checkpoints, step)
             except FirstwordsError as error:  # its save was refused

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from firstwords import store
-from firstwords.asking import RESUMABLE, Asked, absolute
-from firstwords.config import AS_DRAWN, Precision, RunConfig, flag, flatten, run_config
+from firstwords.asking import Asked, absolute
+from firstwords.config import Precision, Role, RunConfig, flag, flatten, keys_of, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.planning import known
@@ -29,23 +29,6 @@ if TYPE_CHECKING:
 
 MOST_SAVED_SHARE = 0.9  # of a step's time by compiling: what is measured on one day is held against another day's speed
 PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
-# What no weight depends on, or the first ones alone, which checkpoints hold; or what the corpus's own hash tells better.
-UNTRAINED = frozenset(
-    (
-        "text",
-        "text_sha256",
-        "val",
-        "val_fraction",
-        "encoding",
-        "tokenizer",
-        "special_tokens",
-        "preset",
-        "eval_every",
-        "eval_tokens",
-        "sample_every",
-        *AS_DRAWN,
-    )
-)
 
 
 def settled(
@@ -64,17 +47,17 @@ def settled(
         ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory, or
             beyond the time budget of a new run.
     """
-    from firstwords.planning import machine, plan, recipe
+    from firstwords.planning import machine, plan, process, products, recipe
 
     started_s = time.perf_counter() if started_s is None else started_s
     config = _of_text(asked, prepared)
     device = machine.device(config.device)
     if device.type == "cpu" and asked.was_on_gpu and "micro_batch_size" not in asked.given:  # it was for a GPU's memory
         config = dataclasses.replace(config, micro_batch_size=None)
-    with machine.threads(config.threads):
+    with process.threads(config.threads):
         cache = store.cache_folder()
-        precision = machine.precision(config.precision, device, cache)
-        found = machine.known_of(device, cache)
+        precision = products.precision(config.precision, device, cache)
+        found = products.known_of(device, cache)
         config = dataclasses.replace(config, precision=precision, device=str(device))
         tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
         here = plan.Machine(speed(device, precision, config, found), precision, on_gpu=device.type != "cpu")
@@ -98,7 +81,7 @@ def settled(
         val=None if config.val is None else absolute((config.val,))[0],
         text_sha256=prepared.text_sha256,
         micro_batch_size=micro,
-        threads=config.threads or machine.usable_threads(),
+        threads=config.threads or process.usable_threads(),
     )
     config, expected = _expected(config, tokens, here, found)
     if asked.begins:
@@ -185,11 +168,11 @@ def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling
 
 def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
     """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds."""
-    from firstwords.planning import machine
+    from firstwords.planning import machine, products
     from firstwords.planning import speed as speeds
 
     before = None if config.compile == "on" else found.speed(precision)
-    return before or speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+    return before or speeds.guessed(products.flops_per_s(device, machine.DTYPES[precision]))
 
 
 def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Machine:
@@ -317,7 +300,7 @@ def fit_config(config: RunConfig) -> FitConfig:
 
 def identity(config: RunConfig, prepared: Corpus) -> dict[str, str]:
     """Return the hashes that tell a run from others: with equal ones a checkpoint goes on in the same way, step for step."""
-    free = RESUMABLE | UNTRAINED
+    free = keys_of(Role.RESUMABLE | Role.UNTRAINED | Role.TEXT | Role.FIRST_WEIGHTS)
     fixed = {key: value for key, value in flatten(dataclasses.asdict(config)).items() if key not in free}
     return {
         "config_sha256": store.sha256(store.canonical_json(fixed)),

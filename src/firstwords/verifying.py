@@ -14,7 +14,7 @@ from firstwords import resolve, store
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
 from firstwords.model.gpt import fill
-from firstwords.planning import machine
+from firstwords.planning import machine, process
 from firstwords.runs import checkpoint, tensor_file
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
@@ -75,7 +75,7 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
         ConfigError: No checkpoint has so many recorded steps after it.
         DataError: The run's configuration, journal or prepared text cannot be read for the replay.
     """
-    machine.flush_denormals()
+    process.flush_denormals()
     found = [(folder, _checkpoint(folder)) for folder in checkpoint.existing(run.checkpoints)]
     checkpoints = tuple(one for folder, one in found if one.ok or folder.is_dir())  # a run that goes on removes old ones
     if not checkpoints and run.was_saved:
@@ -136,7 +136,7 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     except ConfigError as error:
         do = "replay it where it was trained"
         raise ConfigError(error.what, where="--replay", why=error.why, do=do) from error
-    with machine.threads(config.threads):
+    with process.threads(config.threads):
         state = _state_at(start, config)
         found = _compare(state, config, run, state.step + n_steps)
         here = machine.fingerprint(torch.device(config.device), config.precision, config.compile)

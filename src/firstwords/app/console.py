@@ -25,7 +25,6 @@ from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import duration, one_line, visible
 from firstwords.errors import FirstwordsError, quoted
 from firstwords.model.sampling import Sampling
-from firstwords.pretraining import SAMPLE_TEMPERATURE
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Started, Told, Trained
 
@@ -148,6 +147,9 @@ class Console:
         if report.exists():
             self.out.print(f"report    {visible(str(report))}")
         lm = self._lm or api.load(result.run)
+
+        from firstwords.watching import SAMPLE_TEMPERATURE
+
         self.out.print("\nit says:")
         prompt = RunFolder(Path(result.run)).recorded_config().get("sample_prompt", "")
         said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=SAMPLE_TEMPERATURE))

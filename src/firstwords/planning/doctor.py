@@ -248,6 +248,7 @@ def _torch() -> Torch:
     import torch
 
     from firstwords.planning import machine as machines
+    from firstwords.planning import process
 
     devices = {"cpu": system.processor()}
     fault = machines.unusable_gpu()
@@ -260,7 +261,7 @@ def _torch() -> Torch:
         version=str(torch.__version__),
         built_for=f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "cpu",
         capability=torch.backends.cpu.get_cpu_capability(),
-        threads=machines.usable_threads(),
+        threads=process.usable_threads(),
         devices=devices,
         sees_a_gpu=len(devices) > 1,
         has_onednn=bool(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
@@ -273,10 +274,10 @@ def _measured(
 ) -> tuple[tuple[Mark, ...], dict[str, Any], list[Finding]]:
     """Return rates, what firstwords will therefore use, and what that shows to be wrong."""
     from firstwords.planning import machine as machines
-    from firstwords.planning import measure
+    from firstwords.planning import measure, process, products
 
     findings = []
-    with machines.threads(None):
+    with process.threads(None):
         rates = [
             measure.Mark(f"matrix products, {n}", measure.product_rate(d) / GB, "GFLOP/s")
             for n, d in machines.DTYPES.items()
@@ -285,12 +286,12 @@ def _measured(
             rates.append(measure.Mark("reading memory", measure.reading_rate() / GB, "GB/s"))
         device = machines.device("auto")
         key = machines.key(device)
-        found = replace(known.read(cache, key), rates=machines.rates(device))
+        found = replace(known.read(cache, key), rates=products.rates(device))
         try:
             known.write(cache, key, found)
         except FirstwordsError as error:
             findings.append(Finding("bad", str(error)))
-        precision = machines.precision_of(found.rates)
+        precision = products.precision_of(found.rates)
         findings.append(_trusted(device, precision, machines.DTYPES[precision]))
         uses = {"device": str(device), "precision": precision, "threads": torch.threads}
     pays = ["where `bench --compile` measured that it pays"] if found.compiling else []

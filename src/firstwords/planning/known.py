@@ -13,10 +13,9 @@ from typing import Any
 from firstwords import reading, store
 from firstwords.config import ModelConfig, Precision, model_config
 from firstwords.errors import FirstwordsError
-from firstwords.planning.speed import NO_TIME, Speed
+from firstwords.planning.speed import Speed, timed
 
 FOLDER = "machines"
-UNCOMPILED = NO_TIME | {"tied_head"}  # what a saving by compiling hardly depends on
 WORTH = 2.0  # compiling must save so many times what it takes
 # On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
 # laptop presets (0.1 to 8 % of its products' rate), learns no faster from compiled ones.
@@ -76,8 +75,9 @@ class Known:
 
 def shape_of(model: ModelConfig, precision: Precision) -> str:
     """Return the name of all that a saving by compiling depends on; of dropout, whether there is any."""
-    shape: dict[str, Any] = {k: v for k, v in dataclasses.asdict(model).items() if k not in UNCOMPILED}
-    return store.sha256(store.canonical_json({**shape, "drops": model.drop_rate > 0, "precision": precision}))[:16]
+    shape = {**timed(model), "drops": model.drop_rate > 0, "precision": precision}
+    del shape["tied_head"]  # the saving hardly depends on it
+    return store.sha256(store.canonical_json(shape))[:16]
 
 
 def read(cache: Path, key: dict[str, Any]) -> Known:

@@ -25,7 +25,7 @@ from firstwords.model import cost
 from firstwords.model.generate import generate, in_precision
 from firstwords.model.gpt import GPTModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import known, machine, recipe
+from firstwords.planning import known, machine, process, products, recipe
 from firstwords.planning import speed as speeds
 from firstwords.planning.known import Compiling
 from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
@@ -82,7 +82,7 @@ def bench_config(preset: str, precision: Precision) -> RunConfig:
 
 def learning_speed(device: torch.device, precision: Precision) -> Speed:
     """Return how fast a device learns, from whole training steps of some sizes: ten seconds at most, about."""
-    guess = speeds.guessed(machine.flops_per_s(device, machine.DTYPES[precision]))
+    guess = speeds.guessed(products.flops_per_s(device, machine.DTYPES[precision]))
     return Speed(tuple(_point(preset, n_words, device, precision, guess) for preset, n_words in MEASURED))
 
 
@@ -147,15 +147,15 @@ def marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
     learns; the processor speaks, as after `firstwords.load`.
     """
     device = machine.device("auto")
-    precision = machine.precision("auto", device, cache)  # as a run has it
+    precision = products.precision("auto", device, cache)  # as a run has it
     configs = {name: bench_config(name, precision) for name in presets}
-    products = {name: product_rate(dtype, device) for name, dtype in machine.DTYPES.items()}
-    for name, rate in products.items():
+    rates = {name: product_rate(dtype, device) for name, dtype in machine.DTYPES.items()}
+    for name, rate in rates.items():
         yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
     yield Mark("reading memory", reading_rate() / 1e9, "GB/s")
     for name, config in configs.items():
         model, rows = config.model, _bench_rows(config)
-        limit = products[config.precision] / cost.training_flops(model)
+        limit = rates[config.precision] / cost.training_flops(model)
         rate = rows * model.context_length / step_s(config, rows, STEPS)
         yield Mark(f"learning, {name}", rate, "tokens/s", limit)
         weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
@@ -173,7 +173,7 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
         ConfigError: It cannot be compiled here.
     """
     device = machine.device("auto")
-    key, precision = machine.key(device), machine.precision("auto", device, cache)
+    key, precision = machine.key(device), products.precision("auto", device, cache)
     for name in presets:
         context_length, config = run_config({"preset": name}).model.context_length, bench_config(name, precision)
         config = replace(config, model=replace(config.model, context_length=context_length))
@@ -236,13 +236,13 @@ def product_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
 def _gpu_product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
     a = torch.randn(side, side).to(device, dtype)
 
-    def products() -> None:
+    def some() -> None:
         for _ in range(GPU_PRODUCTS):
             b = a @ a
         float(b[0, 0])  # waits for all of them
 
-    products()
-    return GPU_PRODUCTS * 2 * side**3 / seconds(products, STEPS)
+    some()
+    return GPU_PRODUCTS * 2 * side**3 / seconds(some, STEPS)
 
 
 def reading_rate(n_bytes: int = READ_BYTES) -> float:
@@ -269,7 +269,7 @@ def step_s(config: RunConfig, rows: int, steps: int, most_s: float = math.inf) -
     if machine.device(config.device).type != "cpu":
         seconds(step, GPU_WARM_STEPS, GPU_WARM_S)
         return seconds(step, steps, most_s)
-    with machine.memory_kept():
+    with process.memory_kept():
         warm_s = WARM_STEPS * seconds(step, WARM_STEPS)
         return warm_s / WARM_STEPS if warm_s > most_s else seconds(step, steps, most_s - warm_s)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from firstwords.config import AS_DRAWN, ModelConfig, Precision, RunConfig, run_config
+from firstwords.config import ModelConfig, Precision, Role, RunConfig, as_drawn, keys_of, run_config
 from firstwords.errors import DataError
 from firstwords.model import cost, induction
 from firstwords.planning import prediction, recipe
@@ -203,12 +203,12 @@ def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
 def _begins_as_tried(config: RunConfig) -> bool:
     """Whether its table and heads begin as its preset's; or as drawn, and tied, which each preset was tried with too."""
     preset = run_config({"preset": config.preset}).model
-    drawn = run_config({"preset": config.preset, "model.tied_head": True}, AS_DRAWN).model
+    drawn = run_config({"preset": config.preset, "model.tied_head": True}, as_drawn()).model
     return _beginning(config.model) in map(_beginning, (preset, drawn))
 
 
 def _beginning(model: ModelConfig) -> list[Any]:
-    return [model.tied_head, *(getattr(model, key.removeprefix("model.")) for key in AS_DRAWN)]
+    return [model.tied_head, *(getattr(model, key.removeprefix("model.")) for key in sorted(keys_of(Role.FIRST_WEIGHTS)))]
 
 
 def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:

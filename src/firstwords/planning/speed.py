@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from firstwords.config import ModelConfig, RunConfig
+from firstwords.config import ModelConfig, Role, RunConfig
 from firstwords.model import cost
 
 PRODUCT_SHARE = 0.58  # of the machine's matrix products that a model of `WIDE` channels reaches, about
@@ -20,10 +21,6 @@ PRODUCT_SHARE = 0.58  # of the machine's matrix products that a model of `WIDE` 
 WIDE, WIDTH_POWER = 192, 2 / 3
 UPDATE_TOKENS = 2048  # of the steps that are measured
 DROPPING_SHARE = 0.89  # of its speed that a model keeps which drops numbers: 0.90 at a tenth of them, 0.88 at a fifth
-# What a step takes no time for, but for the vocabulary, and dropping at all.
-NO_TIME = frozenset(
-    ("vocab_size", "drop_rate", "init_std", "table_std", "table_from_text", "induction_heads", "norm_eps", "rope_base")
-)
 Point = tuple[ModelConfig, float]  # a shape; seconds a token, as by Muon in updates of UPDATE_TOKENS, without dropout
 
 
@@ -128,5 +125,10 @@ def _distance(shape: ModelConfig, model: ModelConfig) -> tuple[bool, float, floa
 
 def same_layers(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two shapes take the same time, but for their vocabularies: the rest only changes numbers."""
-    one, other = ({key: value for key, value in asdict(shape).items() if key not in NO_TIME} for shape in (a, b))
-    return one == other
+    return timed(a) == timed(b)
+
+
+def timed(model: ModelConfig) -> dict[str, Any]:
+    """Return what of a shape a step takes time for, but for the vocabulary and what is dropped."""
+    timeless = Role.TIMELESS | Role.FIRST_WEIGHTS
+    return {field.name: getattr(model, field.name) for field in fields(model) if not field.metadata["role"] & timeless}

@@ -238,16 +238,29 @@ def best(parent: Path, notice: Notify) -> Checkpoint | None:
     found = newest(parent, notice)
     state = {} if found is None else found.json(STATE)
     best_step = state.get("best_step")
-    if found is None or best_step == found.step or not isinstance(best_step, int):
+    if found is None or not isinstance(best_step, int):
         return found
-    if best_step == 0 and not state.get("judged_step"):  # only what was judged since can be worse than the beginning
-        notice(f"the run was not judged since it began; using step {found.step}")
+    step = speaking_step(found.step, best_step, state.get("judged_step"))
+    if step == found.step:
+        if step != best_step:
+            notice(f"the run was not judged since it began; using step {step}")
         return found
     try:
-        return at_step(parent, best_step)
+        return at_step(parent, step)
     except FirstwordsError as error:
         notice(f"{error}; using step {found.step} instead of the best")
         return found
+
+
+def speaking_step(newest: int, best: int | None, judged: int | None) -> int:
+    """Return the step whose weights speak for a run: the best one's, or the newest one's where none is known to be best.
+
+    Args:
+        newest: The step of the newest checkpoint.
+        best: Of the best evaluation. The beginning is only where a later one was worse.
+        judged: Of the last evaluation.
+    """
+    return newest if best is None or (best == 0 and not judged) else best
 
 
 def at_step(parent: Path, step: int) -> Checkpoint:
