@@ -82,6 +82,27 @@ def test_of_few_documents_or_long_ones_each_end_is_held_out(tmp_path: Path, text
     assert documents(corpus.train, corpus) == [text[: int(0.9 * len(text))] for text in texts]
 
 
+def test_what_many_documents_say_alike_is_learnt_and_the_share_that_is_held_out_stays(tmp_path: Path) -> None:
+    said = [f"nothing, for the {number}th time" for number in range(20)]
+    marks = corpora.survey(as_json_lines(tmp_path, said)).marks
+    often = said[min(range(20), key=marks.__getitem__)]  # by its mark alone it would be held out, with all its copies
+    texts = [line for text in lines(900) for line in (text, often, often)]
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache", held_out=0.2)
+    train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
+    assert train.count(often) == 1800
+    assert 0.14 < len(val) / 900 < 0.26  # a fifth, and four standard deviations of a draw
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.9])
+def test_of_short_documents_none_is_cut_however_small_or_large_the_share(tmp_path: Path, share: float) -> None:
+    texts = lines(120) if share < 0.5 else [f"{number % 2} of two" for number in range(120)]
+    corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache", held_out=share)
+    train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
+    assert sorted(train + val) == sorted(texts)
+    assert train
+    assert val
+
+
 def test_a_share_of_nothing_holds_nothing_out_of_short_documents(tmp_path: Path) -> None:
     corpus = corpora.prepare(as_json_lines(tmp_path, lines(500)), "bytes", cache=tmp_path / "cache", held_out=0.0)
     assert corpus.val.n_tokens == 0

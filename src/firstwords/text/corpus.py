@@ -32,10 +32,10 @@ from firstwords.text.tokenizer import Tokenizer
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
-FORMAT = 2  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
+FORMAT = 3  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
 READING = "reading the text"  # what a survey is told to do
 MANY_DOCUMENTS, SHORT_DOCUMENT = 100, 2000  # so many, of so few characters in the mean, are held out whole
-LARGEST_SHARE = 0.05  # of the text that one of them may be
+LARGEST_SHARE = 0.05  # of the text that one of them may be; and of the documents that copies of one may be
 DTYPES = ("<u2", "<u4")
 TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
@@ -114,11 +114,30 @@ def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
         found: The text.
         held_out: The share that is held out.
     """
-    if found.is_of_short_documents:
-        learns = [mark >= held_out * 2**32 for mark in found.marks]
-        if any(learns) and not all(learns):
-            return array.array("q", (n if one else 0 for n, one in zip(found.n_chars, learns, strict=True)))
+    if held_out and found.is_of_short_documents:
+        whole = _held_out_whole(np.asarray(found.marks), np.asarray(found.n_chars), held_out)
+        if not whole.all():
+            return array.array("q", np.where(whole, 0, found.n_chars).tolist())
     return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
+
+
+def _held_out_whole(marks: np.ndarray[Any, Any], n_chars: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
+    """Return which documents are held out: about a share of the texts, and one at least, by their marks alone.
+
+    What is said again and again, as `none` in the answers to a question, is learnt: all its copies would be on one side, and
+    with them far more, or far less, than the share.
+    """
+    texts, which, copies = np.unique(marks, return_inverse=True, return_counts=True)
+    chars = np.bincount(which, n_chars)
+    seldom = (copies <= LARGEST_SHARE * len(marks)) & (chars <= LARGEST_SHARE * n_chars.sum())
+    if not seldom.any():  # there are a few texts, and copies of them
+        seldom[:] = True
+    held_out = seldom & (texts < share * 2**32)
+    if not held_out.any():
+        held_out[np.flatnonzero(seldom)[0]] = True
+    elif held_out.all() and len(texts) > 1:
+        held_out[-1] = False
+    return held_out[which]  # type: ignore[no-any-return]
 
 
 def evenly(total: int, count: int, size: int) -> list[tuple[int, int]]:
