@@ -3,11 +3,11 @@
 Whatever has an opinion on every byte is compared on the same blocks of the same held-out text, by bytes, so that tokenizers
 do not matter: a token's nats belong to where its bytes begin.
 
-Intervals are 95 % bootstrap-t intervals (Efron & Tibshirani 1993, chapter 12) over at most 30 blocks. Neighbouring bytes
-are not independent, so blocks are few and long, as batch means are (Schmeiser 1982, doi:10.1287/opre.30.3.556); documents
-of up to a tenth of the text stay whole. With so few blocks the plain percentile interval is too narrow, and dividing each
-resample by its own standard error mends that. `benchmarks/coverage.py` measures how often they hold. They speak of texts
-like the held-out one: what stands on a single stretch of a long text cannot tell how its other parts are.
+Intervals are Student's, of 95 %, over at most 30 blocks: neighbouring bytes are not independent, so blocks are few and long,
+as batch means are (Schmeiser 1982, doi:10.1287/opre.30.3.556), and documents of up to a tenth of the text stay whole. A
+bootstrap-t over as few holds no more often, and resamples of nearly equal blocks made it as wide as 130 bits.
+`benchmarks/coverage.py` measures how often they hold. They speak of texts like the held-out one: what stands on a single
+stretch of a long text cannot tell how its other parts are.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from firstwords.training.evaluate import Evaluation, TokenFigures
 BLOCKS, FEWEST_BLOCKS = 30, 5
 SHORTEST_BLOCK = 256  # bytes
 LONG_DOCUMENT = 0.1  # of the text: one that is longer is cut
-RESAMPLES, SEED = 4000, 123
-LEVEL = 0.95
+NORMAL = 1.959964  # the normal distribution's quantile at 0.975
 TOP = 5
 TOO_SHORT = "the held-out text is too short for intervals"
 ONE_STRETCH = "the intervals speak of texts like these few stretches: other parts of a long text may lie outside them"
@@ -145,22 +144,29 @@ class Blocks:
 
 
 def interval(nats: Array, n_bytes: Array) -> Interval | None:
-    """Return the bootstrap-t interval of Σ nats / ln 2 / Σ bytes over blocks; None where there are fewer than five.
+    """Return the interval of Σ nats / ln 2 / Σ bytes over blocks; None where there are fewer than five.
 
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 12.5; the standard error of a ratio of sums
-    from its residuals, Cochran 1977, Sampling Techniques, section 6.4.
+    Source: the standard error of a ratio of sums from its residuals, Cochran 1977, Sampling Techniques, section 6.4.
     """
     if len(nats) < FEWEST_BLOCKS:
         return None
     bits, n = nats / math.log(2), len(nats)
-    drawn = np.random.Generator(np.random.Philox(SEED)).integers(0, n, (RESAMPLES, n))
-    mean, error = _ratio(bits[None], n_bytes[None])
-    means, errors = _ratio(bits[drawn], n_bytes[drawn])
-    real = errors > 1e-9 * abs(mean[0])  # all blocks of a resample alike: rounding is no spread
-    if not error[0] > 1e-9 * abs(mean[0]) or not real.any():
-        return Interval(float(mean[0]), float(mean[0]))
-    low, high = np.quantile((means - mean)[real] / errors[real], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(mean[0] - high * error[0]), float(mean[0] - low * error[0]))
+    mean = float(bits.sum() / n_bytes.sum())
+    error = math.sqrt(float(((bits - mean * n_bytes) ** 2).sum()) * n / (n - 1)) / float(n_bytes.sum())
+    around = students_quantile(n - 1) * error
+    return Interval(mean - around, mean + around)
+
+
+def students_quantile(degrees: int) -> float:
+    """Return the quantile at 0.975 of Student's t distribution, to 0.3 % from four degrees of freedom on.
+
+    Source: Abramowitz & Stegun 1964, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z = NORMAL
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def byte_nats(tokens: TokenFigures) -> Array:
@@ -192,9 +198,9 @@ def scale(
         (other, "other", found.evaluation.bits_per_byte, blocks.sums(byte_nats(found))) for other, found in others
     ]
     rows += [(base.name, base.kind, base.bits_per_byte, base.block_nats) for base in baselines]
-    marks, differences = [Mark(name, "model", own_bits, interval(own, blocks.n_bytes))], []
+    marks, differences = [Mark(name, "model", own_bits, _above_nothing(interval(own, blocks.n_bytes)))], []
     for other, kind, bits, sums in rows:
-        around = None if sums is None else interval(sums, blocks.n_bytes)
+        around = None if sums is None else _above_nothing(interval(sums, blocks.n_bytes))
         marks.append(Mark(other, kind, bits, Interval(bits, bits) if kind == "uniform" else around))
         between = None if sums is None else interval(sums - own, blocks.n_bytes)
         differences.append(Mark(other, kind, bits - own_bits, between))
@@ -211,6 +217,11 @@ def scale(
         tuple(words(differences)),
         blocks.caveat,
     )
+
+
+def _above_nothing(found: Interval | None) -> Interval | None:
+    """Return an interval of a cost, which is never below 0."""
+    return None if found is None else Interval(max(0.0, found.low), found.high)
 
 
 def by_position(tokens: TokenFigures) -> tuple[Position, ...]:
@@ -243,11 +254,3 @@ def _in_words(difference: Mark) -> str:
         return f"better than {what}, by {bits:.2f}{around} bits per byte"
     advice = {"n-gram": "; who only counts does better: train longer", "other": "; for such a text that one is the better"}
     return f"worse than {what}, by {-bits:.2f}{around} bits per byte" + advice.get(difference.kind, "")
-
-
-def _ratio(bits: Array, n_bytes: Array) -> tuple[Array, Array]:
-    """Return Σ bits / Σ bytes of each row of blocks (R, n), and its standard error."""
-    n = bits.shape[1]
-    ratio = bits.sum(1) / n_bytes.sum(1)
-    spread = ((bits - ratio[:, None] * n_bytes) ** 2).sum(1)
-    return ratio, np.sqrt(spread * n / (n - 1)) / n_bytes.sum(1)
