@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_checkpoint_folder_of_a_newer_format_names_both_formats(command: Comma
     assert ended.code == 65
     assert ended.json["error"]["what"] == f"made by format {store.FORMAT + 1}; this version reads format {store.FORMAT}"
     assert ended.json["error"]["where"].startswith(str(newest))
+
+
+@pytest.mark.parametrize("lacks", ["step", "model.safetensors", "tokenizer.json", "state.json", "config.json"])
+@pytest.mark.parametrize("verb", ["generate", "info"])
+def test_a_manifest_that_says_too_little_is_no_checkpoints(refused: Refused, a_run: Path, verb: str, lacks: str):
+    newest = checkpoints(a_run)[-1]
+    files = json.loads((newest / store.MANIFEST).read_bytes())["files"]
+    said = {"step": "2"} if lacks == "step" else {"files": {name: one for name, one in files.items() if name != lacks}}
+    reseal(newest, **said)
+    assert refused(65, verb, newest)["what"] == "is no checkpoint"
 
 
 @row(64)

@@ -284,3 +284,45 @@ def test_resume_with_only_damaged_checkpoints_is_bad_data_however_often(command:
         assert "damaged" in error["what"]
         assert "step-00000002" in error["why"]
         assert (a_run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_set_aside_and_that_step_saved(command: Command, a_run: Path):
+    newest = checkpoints(a_run)[-1]
+    shutil.copytree(newest, newest.with_name("step-00000003"))
+    assert not command("verify", a_run, "--json").json["ok"]
+    ended = command("train", "--resume", "--out", a_run, "--steps=3")
+    assert ended.code == 0
+    assert "step-00000003" in ended.err
+    steps = [json.loads((folder / "manifest.json").read_bytes())["step"] for folder in checkpoints(a_run)]
+    assert steps == [int(folder.name[-8:]) for folder in checkpoints(a_run)]
+    assert steps[-1] == 3
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 100, 10_000])
+def test_a_journal_that_lost_its_end_is_told_of_and_goes_on_in_whole_lines(command: Command, a_run: Path, lost_bytes: int):
+    journal, state = a_run / "metrics.jsonl", checkpoints(a_run)[-1] / "state.json"
+    kept = max(0, json.loads(state.read_bytes())["journal_bytes"]["metrics.jsonl"] - lost_bytes)
+    write(journal, journal.read_bytes()[:kept])
+    ended = command("train", "--resume", "--out", a_run, "--steps=3")
+    assert ended.code == 0
+    assert "metrics.jsonl: its last lines before step 2 are lost" in ended.err
+    steps = [line["step"] for line in map(json.loads, journal.read_text().splitlines()) if line["event"] == "step"]
+    assert steps[-1] == 3
+    assert command("report", a_run).code == 0
+    assert "are lost" not in command("train", "--resume", "--out", a_run, "--steps=4").err  # the negative control
+
+
+def test_a_replay_beyond_a_journal_names_no_number_of_steps_below_one(refused: Refused, a_run: Path):
+    journal = a_run / "metrics.jsonl"
+    write(journal, journal.read_bytes()[:400])
+    assert "no step is recorded" in refused(78, "verify", a_run, "--replay=1")["do"]
+
+
+def test_a_run_that_is_done_took_as_long_as_it_took_however_often_it_is_resumed(command: Command, a_run: Path):
+    def stops() -> list[float]:
+        lines = map(json.loads, (a_run / "metrics.jsonl").read_text().splitlines())
+        return [line["elapsed_s"] for line in lines if line["event"] == "stop"]
+
+    before = stops()
+    assert command("train", "--resume", "--out", a_run).code == 0
+    assert stops()[-1] == before[-1]

@@ -95,3 +95,11 @@ def test_the_widths_that_are_named_for_a_wrong_one_are_right(block: Block, emb_d
     assert bool(heads) is (block == "gpt2" or emb_dim % 2 == 0)  # no head of an odd width is of an even size
     for number in map(int, heads):
         assert ModelConfig(emb_dim=emb_dim, n_heads=number, block=block).n_heads == number
+
+
+def test_a_context_whose_angles_would_fill_the_memory_is_refused_with_what_is_allowed() -> None:
+    shape = {"block": "qwen3", "emb_dim": 512, "n_heads": 1}
+    with pytest.raises(ConfigError, match="up to 131,072"):
+        ModelConfig(**shape, context_length=131_073)  # type: ignore[arg-type]
+    assert ModelConfig(**shape, context_length=131_072).head_dim == 512  # type: ignore[arg-type]
+    assert ModelConfig(**{**shape, "block": "gpt2"}, context_length=131_073).head_dim == 512  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def test_a_verb_that_needs_pytorch_says_that_it_cannot_be_loaded(tmp_path: Path,
 
 
 def test_a_fault_of_the_program_is_not_laid_on_pytorch(tmp_path: Path) -> None:
-    ended = without_torch(tmp_path, "bench", broken="")  # loaded, but nothing is in it
+    ended = without_torch(tmp_path, "plan", broken="")  # loaded, but nothing is in it
     assert ended.returncode == 1
     assert "AttributeError" in ended.stderr
 

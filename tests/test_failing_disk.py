@@ -53,7 +53,7 @@ def error_of(act: Callable[[], object]) -> FirstwordsError | None:
 
 
 def save(parent: Path, step: int) -> checkpoint.Checkpoint:
-    return checkpoint.save(parent, step, TENSORS, TENSORS, {"state.json": {"step": step}}, b"{}", RUN)
+    return checkpoint.save(parent, step, TENSORS, TENSORS, {"state.json": {"step": step}, "config.json": {}}, b"{}", RUN)
 
 
 def save_and_rotate(parent: Path) -> None:

@@ -61,6 +61,9 @@ def killing(at: tuple[type, int]) -> Listener:
     return listener
 
 
+EMPTY: dict[str, dict[str, Any]] = {checkpoint.STATE: {}, checkpoint.CONFIG: {}}
+
+
 def stopping(at: tuple[type, int]) -> Listener:
     """Return a listener that asks for a stop at a step."""
 
@@ -634,7 +637,7 @@ def test_best_weights_that_made_room_for_a_checkpoint_which_found_none_are_writt
 def test_weights_alone_are_kept_where_what_came_after_them_is_damaged(tmp_path: Path) -> None:
     ours, told = {"config_sha256": "ours"}, list[str]()
     first, _, last = (
-        checkpoint.save(tmp_path, step, {}, optimizer, {}, b"", ours) for step, optimizer in ((1, {}), (2, None), (3, {}))
+        checkpoint.save(tmp_path, step, {}, optimizer, EMPTY, b"", ours) for step, optimizer in ((1, {}), (2, None), (3, {}))
     )
     (last.folder / checkpoint.TOKENIZER).write_bytes(b"damaged")
     (first.folder / checkpoint.TOKENIZER).rename(tmp_path / "away")
@@ -648,7 +651,7 @@ def test_weights_alone_are_kept_where_what_came_after_them_is_damaged(tmp_path: 
     assert checkpoint.existing(tmp_path) == [first.folder]
     (kept,) = tmp_path.glob("damaged-step-00000002-*")
     assert any(kept.name in line for line in told)
-    checkpoint.save(tmp_path, 2, {}, None, {}, b"", ours)
+    checkpoint.save(tmp_path, 2, {}, None, EMPTY, b"", ours)
     checkpoint.newest(tmp_path, pytest.fail, ours)  # the negative control: what a kill left goes, and nothing is said
     assert checkpoint.existing(tmp_path) == [first.folder]
     assert list(tmp_path.glob("damaged-step-00000002-*")) == [kept]
@@ -839,10 +842,10 @@ def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
     run, tokenizer = store.read_manifest(newest)["run"], (newest / "tokenizer.json").read_bytes()
-    rest = checkpoint.save(newest.parent, 14, {}, {}, {}, tokenizer, run)
+    rest = checkpoint.save(newest.parent, 14, {}, {}, EMPTY, tokenizer, run)
     checkpoint.rotate(rest, 2, None)
     assert checkpoint.existing(newest.parent) == [before, newest, rest.folder]
-    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, {}, tokenizer, run), 2, None)
+    checkpoint.rotate(checkpoint.save(newest.parent, 15, {}, {}, EMPTY, tokenizer, run), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(newest.parent)] == [14, 15]
 
 
@@ -863,7 +866,7 @@ def test_a_checkpoint_is_read_back_once_however_many_are_kept(tmp_path: Path, mo
 def test_nothing_is_read_back_where_no_more_checkpoints_are_there_than_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    *_, last = (checkpoint.save(tmp_path, step, {}, {}, {}, b"", {}) for step in range(3))
+    *_, last = (checkpoint.save(tmp_path, step, {}, {}, EMPTY, b"", {}) for step in range(3))
     read = list[Path]()
     monkeypatch.setattr(store, "verify", lambda folder, **_: read.append(folder) or store.read_manifest(folder))
     checkpoint.rotate(last, 3, None)
@@ -875,15 +878,15 @@ def test_nothing_is_read_back_where_no_more_checkpoints_are_there_than_stay(
 def test_rotation_neither_counts_nor_removes_another_runs_checkpoints(tmp_path: Path) -> None:
     theirs, ours = {"config_sha256": "theirs"}, {"config_sha256": "ours"}
     for step, run in ((1, theirs), (2, ours), (3, ours), (4, theirs)):
-        checkpoint.save(tmp_path, step, {}, {}, {}, b"", run)
-    checkpoint.rotate(checkpoint.save(tmp_path, 5, {}, {}, {}, b"", ours), 2, None)
+        checkpoint.save(tmp_path, step, {}, {}, EMPTY, b"", run)
+    checkpoint.rotate(checkpoint.save(tmp_path, 5, {}, {}, EMPTY, b"", ours), 2, None)
     assert [checkpoint.step_of(path) for path in checkpoint.existing(tmp_path)] == [1, 3, 4, 5]
 
 
 def test_a_damaged_folder_of_the_same_step_makes_room_for_the_save(tmp_path: Path) -> None:
-    saved = checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {})
+    saved = checkpoint.save(tmp_path, 1, {}, {}, EMPTY, b"", {})
     (saved.folder / "state.json").write_text("{}!")
-    assert checkpoint.save(tmp_path, 1, {}, {}, {"state.json": {}}, b"", {}).json("state.json") == {}
+    assert checkpoint.save(tmp_path, 1, {}, {}, EMPTY, b"", {}).json("state.json") == {}
     assert [path.name[:8] for path in sorted(tmp_path.iterdir())] == ["damaged-", "step-000"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from command import TINY, Command, Refused, write
 from firstwords import api
@@ -188,6 +188,13 @@ def test_the_chapters_state_dict_goes_out_and_comes_back(tied: bool, tmp_path: P
         reader.read(tmp_path / "model.pth", tokenizer="bytes")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_the_chapters_state_dict_is_written_only_under_a_name_by_which_it_is_known_again(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"give model\.pth"):
+        export.to_pth(drawn(GPT2), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_chapters_state_dict_takes_no_more_room_than_its_numbers(tmp_path: Path) -> None:
     lm = drawn(dataclasses.replace(GPT2, tied_head=False))
     table = lm.model.tok_emb.weight
@@ -347,7 +354,6 @@ def test_another_gelu_or_norm_than_the_chapter_s_is_refused_before_anything_is_w
 def damaged(change: Callable[[dict[str, torch.Tensor]], object], folder: Path) -> Path:
     """An export of which one tensor was changed afterwards."""
     export.to_hf(drawn(GPT2), folder, "card")
-    from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -368,6 +374,14 @@ def damaged(change: Callable[[dict[str, torch.Tensor]], object], folder: Path) -
 def test_wrong_tensors_are_refused(change: Callable[..., object], said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):
         reader.read(damaged(change, tmp_path / "hf"))
+
+
+def test_what_is_wrong_in_a_pickled_file_is_told_by_its_own_name(tmp_path: Path) -> None:
+    damaged(lambda tensors: tensors.update(surplus=torch.zeros(1)), tmp_path / "hf")
+    torch.save(load_file(tmp_path / "hf/model.safetensors"), tmp_path / "hf/pytorch_model.bin")
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"hf/pytorch_model\.bin: .*surplus"):
+        reader.read(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +485,8 @@ def test_a_model_whose_numbers_are_not_finite_is_neither_imported_nor_gone_on_wi
     folder = damaged(lambda tensors: tensors["transformer.ln_f.bias"].fill_(math.nan), tmp_path / "nan")
     assert "final_norm.shift" in refused(65, "import", folder, "--out", "mine")["why"]
     assert not Path("mine").exists()
+    assert "not finite" in refused(65, "export", folder, "--to", "hf", "--out", "theirs")["what"]
+    assert not Path("theirs").exists()
     machine = ("--steps", "2", "--batch-size", "2", "--threads", "1", "--precision", "float32", "--device", "cpu")
     assert "not finite" in refused(65, "train", text, "--from", folder, "--out", "run", *machine)["what"]
     assert not Path("run").exists()

@@ -41,6 +41,7 @@ Until = Literal["end", "best"]
 NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
+MOST_ANGLES = 2**26  # of rotary positions, of which a model keeps cosine and sine: half a gigabyte
 SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
 
 GPT_CONFIG_124M: dict[str, int | float | bool] = {
@@ -123,6 +124,10 @@ class ModelConfig:
                 heads = nearest_divisors(self.emb_dim // pairs, self.n_heads)
                 do += f"; or --model.n-heads {heads.replace(' and ', ' or ')}"
             raise ConfigError(what, where="--model.emb-dim", do=do)
+        if self.block == "qwen3" and self.context_length * self.head_dim > MOST_ANGLES:
+            what = f"{self.context_length:,} tokens are too many for heads of {self.head_dim} channels"
+            do = f"allowed: up to {MOST_ANGLES // self.head_dim:,}"
+            raise ConfigError(what, where="--model.context-length", why="their angles would fill the memory", do=do)
 
     @property
     def head_dim(self) -> int:

@@ -130,6 +130,7 @@ def export(
     if store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --out")
     lm = load(source, notice=noticed(listener))
+    require_finite(lm, source)
 
     import torch
 

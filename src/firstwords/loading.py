@@ -41,11 +41,11 @@ def load(source: str | Path, *, notice: Notify = unheard) -> LanguageModel:
         NoInputError: None of them is there.
         DataError: It is damaged.
     """
-    from firstwords.planning import process, products
-
     lm = read_model(source, notice)
 
     import torch
+
+    from firstwords.planning import process, products
 
     torch.set_num_threads(process.usable_threads())
     dtype = products.computable(lm.dtype, store.cache_folder())
@@ -221,7 +221,7 @@ def checkpoint_of(source: Path, notice: Notify) -> Checkpoint:
     from firstwords.runs import checkpoint
 
     if (source / store.MANIFEST).is_file():
-        return checkpoint.Checkpoint(source, store.verify(source, from_disk=True))
+        return checkpoint.of_manifest(source, store.verify(source, from_disk=True))
     run = RunFolder(source)
     found = checkpoint.best(run.checkpoints, notice)
     if found is None and run.was_saved:

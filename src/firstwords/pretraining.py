@@ -171,7 +171,8 @@ def _begin(
             end_s=_end_s(config, prepared, left_s),
             scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
         )
-    state.elapsed_s += now_s - started_s
+    if not recorder.is_over:
+        state.elapsed_s += now_s - started_s
     recorder.checks = checks
     if not prepared.val.n_tokens:  # it has no held-out figure
         expected = dataclasses.replace(expected, expected=None)

@@ -208,6 +208,15 @@ class Recorder:
         """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
         return "best" if self.config.until == "best" and overfitting.turned(self._held_out()) else None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to go on with: it has all its steps, or stopped where it was to."""
+        return bool(self.stopped) or self._is_done
+
+    @property
+    def _is_done(self) -> bool:
+        return self.state.step == self.state.total_steps
+
     def _judged_step(self) -> int:
         return self.evaluations[-1].step if self.evaluations else 0
 
@@ -403,7 +412,7 @@ class Recorder:
         if not has_more_time:
             self.predicted = self._still_true(predicted)
         self.stopped = self.best_is_behind() or ""
-        if self.state.step == self.state.total_steps:
+        if self._is_done:
             self._notice("the run is done; to go on with it: --for, --steps or --epochs")
             return
         if self.stopped:
@@ -440,8 +449,9 @@ class Recorder:
                 pass
             case _:
                 raise DataError("is no state of a run", where=str(found.folder / checkpoint.STATE))
-        store.cut(self.run.metrics.path, metrics)
-        store.cut(self.run.samples.path, samples)
+        for journal, size_bytes in ((self.run.metrics, metrics), (self.run.samples, samples)):
+            if not journal.cut(size_bytes):
+                self._notice(f"{journal.path}: its last lines before step {found.step} are lost; the run itself is whole")
         fill(self.state.model, found.tensors(checkpoint.MODEL).items(), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)

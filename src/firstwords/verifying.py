@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from firstwords import resolve, store
+from firstwords import resolve
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
 from firstwords.model.gpt import fill
 from firstwords.planning import machine, process
 from firstwords.runs import checkpoint, tensor_file
-from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.training import state as states
@@ -88,7 +87,7 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
 def _checkpoint(folder: Path) -> Finding:
     step = checkpoint.step_of(folder)
     try:
-        tensors = Checkpoint(folder, store.verify(folder)).tensors(checkpoint.MODEL)
+        tensors = checkpoint.verified(folder).tensors(checkpoint.MODEL)
     except DataError as error:
         return Finding(folder.name, step, ok=False, problem=str(error))
     if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
@@ -125,7 +124,7 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
         most = last - min(map(checkpoint.step_of, whole))
-        do = f"allowed: from 1 to {most}" if most else "no step is recorded after a checkpoint yet"
+        do = f"allowed: from 1 to {most}" if most > 0 else "no step is recorded after a checkpoint"
         raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=do)
     start = starts[-1]
     later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from firstwords.errors import DivergedError
-from firstwords.insight.memorisation import Memorisation, Meter, last_look_s
+from firstwords.insight import memorisation
+from firstwords.insight.memorisation import Memorisation, Meter
 from firstwords.judging import quick_tokens, sample_prompts
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
 from firstwords.planning import budget, machine
 from firstwords.recorder import Recorder
 from firstwords.text.batches import Batch
-from firstwords.training.evaluate import Evaluation, evaluate, evaluate_tokens, evaluate_training, held_out_tokens
+from firstwords.training import evaluate
+from firstwords.training.evaluate import Evaluation
 from firstwords.training.events import Evaluated, Notice, Preparing
 from firstwords.training.loop import diverged
 
@@ -39,12 +41,13 @@ class Watcher:
     def evaluate(self, step: int) -> tuple[float, Evaluation | None]:
         """Return the nats per token on what was just learnt, and the figures on held-out text; None where there is none."""
         model, dtype, held_out = self._lm.model, self._lm.dtype, self._corpus.val
-        trained = evaluate_training(model, self._batches, step, dtype)
+        trained = evaluate.evaluate_training(model, self._batches, step, dtype)
         is_last = step == self._recorder.state.total_steps
         if is_last and self._config.report and quick_tokens(self._corpus, self._config.eval_tokens):
-            tokens = self._recorder.last_tokens = evaluate_tokens(model, held_out, dtype)
+            tokens = self._recorder.last_tokens = evaluate.evaluate_tokens(model, held_out, dtype)
             return trained, None if tokens is None else tokens.evaluation
-        return trained, evaluate(model, held_out, dtype, most_tokens=held_out_tokens(step, self._config))
+        most = evaluate.held_out_tokens(step, self._config)
+        return trained, evaluate.evaluate(model, held_out, dtype, most_tokens=most)
 
     def sample(self, step: int) -> str:
         """Return what the model says; at a step where that was measured, the first of those samples."""
@@ -75,7 +78,7 @@ class Watcher:
 
     def _has_time(self) -> bool:
         left = self._recorder.budget  # of the time that this process has
-        if left is None or budget.has_room_for(last_look_s(self._corpus.train.n_bytes), left.total_s):
+        if left is None or budget.has_room_for(memorisation.last_look_s(self._corpus.train.n_bytes), left.total_s):
             return True
         run = self._recorder.run.path
         self._recorder.listener(
@@ -88,6 +91,6 @@ class Watcher:
         seeds = [self._config.seed + step + row for row in range(METER_SAMPLES)]
         try:
             said = self._lm.generate_batch(prompts, max_new_tokens=SAMPLE_TOKENS, sampling=self._sampling, seeds=seeds)
+            return [one.text for one in said]
         except DivergedError as error:
             raise diverged(error.what, step) from error
-        return [one.text for one in said]

@@ -135,9 +135,34 @@ def unverified(folder: Path) -> Checkpoint:
     """Return a checkpoint by its manifest alone; its files are not read.
 
     Raises:
-        DataError: There is no manifest, or it is damaged.
+        DataError: There is no manifest, it is damaged, or no checkpoint's.
     """
-    return Checkpoint(folder, store.read_manifest(folder))
+    return of_manifest(folder, store.read_manifest(folder))
+
+
+def verified(folder: Path) -> Checkpoint:
+    """Return a checkpoint of a run after reading all of it.
+
+    Raises:
+        DataError: It is damaged, or not that of the step in its name: saves and resumes go by the name.
+    """
+    found = of_manifest(folder, store.verify(folder, from_disk=True))
+    if found.step != step_of(folder):
+        what, why = "is not the checkpoint that its name says", f"it is that of step {found.step}"
+        raise DataError(what, where=str(folder), why=why, do="remove it, or give it its own name again")
+    return found
+
+
+def of_manifest(folder: Path, manifest: store.Json) -> Checkpoint:
+    """Return what a verified manifest is the manifest of.
+
+    Raises:
+        DataError: It is no checkpoint's.
+    """
+    match manifest:
+        case {"step": int(step), "files": {**files}} if step >= 0 and {MODEL, TOKENIZER, STATE, CONFIG} <= files.keys():
+            return Checkpoint(folder, manifest)
+    raise DataError("is no checkpoint", where=str(folder), why=f"{store.MANIFEST} lacks a step, or files that one has")
 
 
 def has_begun(parent: Path) -> bool:
@@ -206,9 +231,10 @@ def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
     """Return a verified checkpoint.
 
     Raises:
-        DataError: It is damaged, or was made by another run than `run`.
+        DataError: As for `verified`, or it was made by another run than `run`.
     """
-    manifest = store.verify(folder, from_disk=True)
+    found = verified(folder)
+    manifest = found.manifest
     if run is not None and manifest.get("run") != run:
         theirs = manifest["run"] if isinstance(manifest.get("run"), dict) else {}
         other = ", ".join(name for name, value in run.items() if theirs.get(name) != value)
@@ -217,7 +243,7 @@ def _of_run(folder: Path, run: Mapping[str, str] | None) -> Checkpoint:
     if run is not None and kept != run.get("tokenizer_sha256", kept):
         why = f"its SHA-256 is {kept}, the run's is {run['tokenizer_sha256']}"
         raise DataError("is not the run's tokenizer", where=str(folder / TOKENIZER), why=why)
-    return Checkpoint(folder, manifest)
+    return found
 
 
 def weights_sha256(parent: Path, step: int) -> str:
@@ -273,7 +299,7 @@ def at_step(parent: Path, step: int) -> Checkpoint:
     folder = folder_of(parent, step)
     if not folder.is_dir():
         raise NoInputError("no such checkpoint", where=str(folder))
-    return Checkpoint(folder, store.verify(folder, from_disk=True))
+    return verified(folder)
 
 
 def rotate(saved: Checkpoint, keep: int, best_step: int | None, whole: set[Path] | None = None) -> None:

@@ -25,6 +25,20 @@ class Journal:
         line = {"event": event, **store.without_infinities(values)}
         store.append(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
+    def cut(self, size_bytes: int) -> bool:
+        """Cut it back to a length that a checkpoint recorded, and return whether it had all of that.
+
+        Of one that is shorter, as after a copy that was not finished, the half of a line at its end goes too: the next line
+        would be added to it.
+        """
+        store.cut(self.path, size_bytes)
+        if store.size(self.path) >= size_bytes:
+            return True
+        if store.exists(self.path):
+            with reading.regular(self.path) as (file, _):
+                store.cut(self.path, sum(len(line) for line in file if line.endswith(b"\n")))
+        return False
+
     def size_bytes(self) -> int:
         """Return its length after making it durable, where the disk lets us: what a checkpoint records."""
         size = store.size(self.path)

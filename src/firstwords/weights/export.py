@@ -24,7 +24,7 @@ from firstwords.model.functional import GELU_CUBIC
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs.tensor_file import safetensors_bytes
 from firstwords.text.tokenizer import END_OF_TEXT
-from firstwords.weights import folder, gguf_file, names, reader, shapes
+from firstwords.weights import archive, folder, gguf_file, names, reader, shapes
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit
 TOLERANCE = 1e-4  # of the largest logit, or of 1, in float32
@@ -81,6 +81,8 @@ def to_pth(lm: LanguageModel, out: Path) -> float:
         DataError: What was written does not give our logits.
     """
     config = lm.model.config
+    if out.suffix not in archive.SUFFIXES:  # by which it would not be known again
+        raise ConfigError("is no name for such a file", where="--out", why=str(out), do=f"give {out.stem or 'model'}.pth")
     beside = out.with_suffix(".tokenizer.json")
     for place in (out, beside):
         if store.exists(place) and not (place == beside and reading.read_bytes(beside) == lm.tokenizer.json):

@@ -24,6 +24,7 @@ from firstwords.text.tokenizer import Tokenizer
 from firstwords.weights import folder, hub, names, pickled, shapes
 from firstwords.weights.folder import Weights
 from firstwords.weights.names import HEAD, Dialect, bare
+from firstwords.weights.pickled import Pickled
 
 CONFIG, TOKENIZER, MERGES, PICKLED = "config.json", "tokenizer.json", "merges.txt", "pytorch_model.bin"
 NANOGPT_SHAPE = "model_args"
@@ -63,7 +64,7 @@ def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Di
         if source.is_dir():
             config, dialect = shapes.from_hf(reading.read_json(source / CONFIG), str(source / CONFIG))
             only_pickled = (source / PICKLED).is_file() and not any(source.glob(f"*{folder.WHOLE}*"))
-            found = pickled.convert(source / PICKLED, Path(name) / "out").weights if only_pickled else folder.find(source)
+            found = _unpickled(source / PICKLED, name).weights if only_pickled else folder.find(source)
             if dialect == "gpt2" and not config.qkv_bias:  # transformers trains the zeros that stand for it in an export
                 config = dataclasses.replace(config, qkv_bias=_has_qkv_bias(found))
             yield config, dialect, found
@@ -72,12 +73,17 @@ def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Di
             found = folder.find(source)
             yield _chapter_shape(found, n_heads), "chapter", found
             return
-        taken = pickled.convert(source, Path(name) / "out")
+        taken = _unpickled(source, name)
         if isinstance(arguments := taken.scalars.get(NANOGPT_SHAPE), dict):
             yield shapes.from_nanogpt(arguments, str(source)), "nanogpt", taken.weights
             return
-        found = dataclasses.replace(taken.weights, where=str(source))
-        yield _chapter_shape(found, n_heads), "chapter", found
+        yield _chapter_shape(taken.weights, n_heads), "chapter", taken.weights
+
+
+def _unpickled(source: Path, temporary: str) -> Pickled:
+    """Return what is in a pickled file, by whose name its faults are told, and not by that of the copy."""
+    taken = pickled.convert(source, Path(temporary) / "out")
+    return dataclasses.replace(taken, weights=dataclasses.replace(taken.weights, where=str(source)))
 
 
 def _chapter_shape(weights: Weights, n_heads: int | None) -> ModelConfig:
