@@ -327,6 +327,14 @@ def test_a_stop_text_ends_the_text_before_it_and_nothing_of_it_is_let_out(lm: La
     pieces = list(lm.stream("a", max_new_tokens=60, stop=[stop, "never said"]))
     assert "".join(pieces) == whole[: whole.index(stop)]
     assert lm.generate("a", max_new_tokens=60, stop=["never said", whole[-1] + "x"]) == whole
+    assert lm.generate("a", max_new_tokens=60, stop=stop) == "".join(pieces)  # one by itself, and not each of its letters
+    assert [one.text for one in lm.generate_batch(["a"], max_new_tokens=60, stop=stop)] == ["".join(pieces)]
+
+
+def test_an_empty_stop_text_is_refused(lm: LanguageModel) -> None:
+    for speak in (lm.generate, lambda prompt, stop: list(lm.generate_batch([prompt], stop=stop))):
+        with pytest.raises(ConfigError, match="is empty"):
+            speak("a", stop=["b", ""])
 
 
 def test_a_batch_of_texts_is_what_each_prompt_says_alone(lm: LanguageModel) -> None:

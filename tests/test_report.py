@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tracemalloc
@@ -364,6 +365,42 @@ def test_runs_on_different_texts_compare_where_their_held_out_text_is_the_same(c
     runs = [trained(tmp_path, text, out=tmp_path / name, val=val) for name, text in zip(("one", "two"), texts, strict=True)]
     assert command("report", *runs).code == 0
     assert "not judged on the same text" not in page(Path("comparison.html")).text
+
+
+def test_runs_that_judged_themselves_by_more_or_less_of_a_text_are_told_what_compares_them(
+    command: Command, tmp_path: Path
+) -> None:
+    runs = [trained(tmp_path, out=tmp_path / name, eval_tokens=n) for name, n in (("one", None), ("two", 64))]
+    assert command("report", *runs).code == 0
+    assert "by more and by less of the held-out text" in page(Path("comparison.html")).text
+    assert command("report", runs[0], runs[0], "--out", "same.html").code == 0  # the negative control
+    assert "by less" not in page(Path("same.html")).text
+
+
+def test_runs_with_one_tokenizer_have_the_same_tokens_wherever_its_file_lies(command: Command, tmp_path: Path) -> None:
+    first = trained(tmp_path, out=tmp_path / "first", tokenizer="bpe:300")
+    own = str(next((first / "checkpoints").iterdir()) / "tokenizer.json")
+    runs = [trained(tmp_path, out=tmp_path / name, seed=seed, tokenizer=own) for name, seed in (("one", 1), ("two", 2))]
+    assert command("report", *runs).code == 0
+    found = page(Path("comparison.html")).text
+    assert "tokens are not the same" not in found
+    assert "tokenizer.json" not in found
+    assert command("report", runs[0], trained(tmp_path, out=tmp_path / "bytes")).code == 0  # the negative control
+    assert "tokens are not the same" in page(Path("comparison.html")).text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(command: Command, tmp_path: Path) -> None:
+    runs = [trained(tmp_path, out=tmp_path / folder / "run", seed=seed) for folder, seed in (("one", 1), ("two", 2))]
+    assert command("report", *runs).code == 0
+    assert [run["name"] for run in page(Path("comparison.html")).data["runs"]] == list(map(str, runs))
+
+
+def test_the_steps_that_were_planned_stand_beside_those_that_came(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    steps = str(len(journal(run, "step")))
+    cells = re.search(r"<td>steps</td><td>([^<]*)</td><td>([^<]*)</td>", (run / "report.html").read_text())
+    assert cells is not None
+    assert cells.groups() == (steps, steps)
 
 
 def test_a_run_that_is_not_there_is_told(refused: Refused, here: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from firstwords import reading, store
-from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError
+from firstwords.errors import CannotCreateError, ConfigError, FirstwordsError, NoInputError
 from firstwords.exchange import KNOWN_PROMPT
 from firstwords.loading import (
     kept_corpus,
@@ -79,8 +79,7 @@ def evaluate(
     from firstwords.training.evaluate import evaluate as evaluate_part
 
     evaluation = evaluate_part(lm.model, part, lm.dtype)
-    if evaluation is None:
-        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    assert evaluation is not None
     evaluation.require_finite(str(source))
     return evaluation
 
@@ -120,8 +119,7 @@ def scale(
     tell = listener if part.n_tokens >= LONG_TEXT_TOKENS else ignore
     tell(Preparing("reading the held-out text", None))
     tokens = evaluate_tokens(lm.model, part, lm.dtype)
-    if tokens is None:
-        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    assert tokens is not None
     tokens.evaluation.require_finite(str(source))
     held_out = corpora.documents(part, lm.tokenizer)
     others = []
@@ -375,9 +373,12 @@ def report(
     lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
     if scale is None and lm is not None and texts[0] is not None:
         scale = quick_scale(lm, texts[0], folders[0])
+    names = [run.path.name for run in folders]
+    if len(set(names)) < len(names):  # exp1/notes and exp2/notes
+        names = [str(run.path) for run in folders]
     records = [
-        record.read(run, text, scale=scale, predicted=predicted or _predicted(run))
-        for run, text in zip(folders, texts, strict=True)
+        record.read(run, text, name=name, scale=scale, predicted=predicted or _predicted(run))
+        for run, text, name in zip(folders, texts, names, strict=True)
     ]
     explanation = passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
     store.make_folder(place.absolute().parent)

@@ -247,7 +247,10 @@ def _held_out(source: Path, listener: Listener) -> Part:
     run = run_of(source)
     if not run.exists:
         raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
-    return prepared_text(run, listener).val
+    part = prepared_text(run, listener).val
+    if not part.n_tokens:
+        raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
+    return part
 
 
 def prepared_text(run: RunFolder, listener: Listener) -> Corpus:

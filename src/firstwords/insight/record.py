@@ -114,6 +114,7 @@ class Record:
     text: TextSize | None
     environment: Mapping[str, Any]
     checksums: Mapping[str, str]
+    tokenizer_sha256: str  # empty where no checkpoint tells
     scale: Mapping[str, Any] | None = None  # `{"scale": [{name, bits_per_byte, low, high}], "words": [...]}`
     predicted: Mapping[str, Any] = field(default_factory=dict)  # by the keys of `report.PLANNED`
 
@@ -122,6 +123,7 @@ def read(
     run: RunFolder,
     corpus: Corpus | None,
     *,
+    name: str = "",
     scale: Mapping[str, Any] | None = None,
     predicted: Mapping[str, Any] | None = None,
 ) -> Record:
@@ -130,6 +132,7 @@ def read(
     Args:
         run: It exists.
         corpus: Its prepared text, without which there are no epochs.
+        name: By default its folder's.
         scale: How good the model is beside others, to be shown with it.
         predicted: What was expected of the run before it began.
 
@@ -151,9 +154,9 @@ def read(
     places = steps.places({number(line.get("step")) for line in (*evaluations, *looks)}, text)
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
     config = run.recorded_config()
-    environment, checksums = _checkpoints(run)
+    environment, checksums, tokenizer_sha256 = _checkpoints(run)
     return Record(
-        name=run.path.name or str(run.path),
+        name=name or run.path.name or str(run.path),
         steps=steps.table(every, text),
         evaluations=_with_training_bits(_table(evaluations, EVALUATION, places), text),
         memorisation=_table(looks, MEMORISATION, places),
@@ -172,6 +175,7 @@ def read(
         text=text,
         environment=environment,
         checksums=checksums,
+        tokenizer_sha256=tokenizer_sha256,
         scale=scale,
         predicted=predicted or {},
     )
@@ -223,15 +227,16 @@ def _with_training_bits(table: Table, text: TextSize | None) -> Table:
     return {**table, "train_bits_per_byte": bits}
 
 
-def _checkpoints(run: RunFolder) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """Return what machine the run was on, and the checksum of each checkpoint's weights, as their manifests have it."""
+def _checkpoints(run: RunFolder) -> tuple[Mapping[str, Any], dict[str, str], str]:
+    """Return what machine the run was on, the checksum of each checkpoint's weights, and that of the tokenizer."""
     environment: Mapping[str, Any] = {}
-    checksums = {}
+    checksums, tokenizer_sha256 = {}, ""
     for folder in checkpoint.existing(run.checkpoints):
         try:
             found = checkpoint.unverified(folder)
             checksums[folder.name] = found.weights_sha256
+            tokenizer_sha256 = found.manifest["files"][checkpoint.TOKENIZER]["sha256"]
             environment = flatten(found.json(checkpoint.STATE).get("fingerprint") or {})
         except (FirstwordsError, KeyError) as error:
             checksums[folder.name] = f"damaged: {error}"
-    return environment, checksums
+    return environment, checksums, tokenizer_sha256

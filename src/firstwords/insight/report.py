@@ -182,16 +182,21 @@ def _headline(records: Sequence[Record]) -> str:
 
 def _unlike(records: Sequence[Record]) -> str:
     """Return what a person should know before comparing the figures of these runs."""
-    configs = [record.config for record in records]
-    learnt = [config.get("text_sha256") for config in configs]
-    held_out = [config.get("val", NONE) for config in configs]
-    judged_on = zip(learnt, (config.get("val_fraction") for config in configs), strict=True)
-    if len({own if val in (None, NONE) else val for val, own in zip(held_out, judged_on, strict=True)}) > 1:
+    if len({_judged_on(record) for record in records}) > 1:
         return "These runs are not judged on the same text: which of them is better, their figures do not tell."
-    names = [str(config.get("tokenizer")) for config in configs]  # one that was trained is its text's own
-    if len({(name, text if name.startswith("bpe") else None) for name, text in zip(names, learnt, strict=True)}) > 1:
-        return "Their tokens are not the same: bits per byte compare, nats per token and perplexity do not."
-    return ""
+    said = []
+    if len({_number_of(record.best, "n_bytes") for record in records} - {None}) > 1:
+        said.append("They judged themselves by more and by less of the held-out text: firstwords eval RUN --against RUN")
+        said.append("holds them against each other on all of it.")
+    if len({record.tokenizer_sha256 for record in records}) > 1:
+        said.append("Their tokens are not the same: bits per byte compare, nats per token and perplexity do not.")
+    return " ".join(said)
+
+
+def _judged_on(record: Record) -> Any:
+    """Return what tells the held-out text of a run from others: a text of its own, or a share of what it learns from."""
+    val, own = record.config.get("val", NONE), (record.config.get("text_sha256"), record.config.get("val_fraction"))
+    return own if val in (None, NONE) else val
 
 
 def figures(record: Record) -> list[Cell]:
@@ -352,7 +357,7 @@ def _samples(record: Record) -> list[str]:
 def _plan(record: Record) -> list[str]:
     """Return what was planned beside what came; nothing where there was no plan."""
     actual = {name: _last(column) for name, column in record.steps.items()}
-    actual |= {"bits_per_byte": _number_of(record.best, "bits_per_byte")}
+    actual |= {"steps": actual.get("step"), "bits_per_byte": _number_of(record.best, "bits_per_byte")}
     actual["memory_bytes"] = _last(record.evaluations.get("memory_bytes"))
     seen, elapsed_s = actual.get("tokens"), actual.get("elapsed_s")
     actual["tokens_per_s"] = seen / elapsed_s if seen and elapsed_s else None
@@ -398,7 +403,8 @@ def _differences(records: Sequence[Record]) -> list[str]:
     """Return the keys of the configurations that are not the same in all runs."""
     keys = list(dict.fromkeys(key for record in records for key in record.config))
     values = [(key, *(_plainly(record.config.get(key, "none")) for record in records)) for key in keys]
-    rows = [row for row in values if len(set(row[1:])) > 1]
+    same_tokens = len({record.tokenizer_sha256 for record in records}) == 1  # wherever the file of each lies
+    rows = [row for row in values if len(set(row[1:])) > 1 and not (same_tokens and row[0] == "tokenizer")]
     if not rows:
         return []
     return [_section("config", "Where they differ", _grid(("", *(record.name for record in records)), rows))]

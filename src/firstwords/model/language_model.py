@@ -56,7 +56,7 @@ class LanguageModel:
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
         seed: int = 123,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Return what the model says after `prompt`, a text or ids, which is not repeated; an empty one opens a document."""
         return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop))
@@ -68,7 +68,7 @@ class LanguageModel:
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
         seed: int = 123,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         notice: Notify = unheard,
     ) -> Iterator[str]:
         """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>` and before a stop text.
@@ -78,13 +78,13 @@ class LanguageModel:
             max_new_tokens: At most so many tokens.
             sampling: By default temperature 0.8.
             seed: The same seed gives the same text.
-            stop: Texts before which it ends; what may be the beginning of one is held back until it is known.
+            stop: A text, or texts, before which it ends; what may be the beginning of one is held back until it is known.
             notice: Told what a person should know.
 
         Raises:
-            ConfigError: `max_new_tokens` below 1.
+            ConfigError: `max_new_tokens` below 1, or an empty stop text.
         """
-        ids = self._prompt_ids(prompt, max_new_tokens, notice)
+        ids, stop = self._prompt_ids(prompt, max_new_tokens, notice), _stop_texts(stop)
         generator = torch.Generator().manual_seed(seed)
         model = self._in_precision(several=False)
         drawn = islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens)
@@ -98,7 +98,7 @@ class LanguageModel:
         max_new_tokens: int = 200,
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         notice: Notify = unheard,
     ) -> Iterator[Said]:
         """Yield what the model says after each prompt: in float32 what `generate` says after it, in a fraction of the time.
@@ -108,14 +108,14 @@ class LanguageModel:
             max_new_tokens: At most so many tokens each.
             sampling: By default temperature 0.8.
             seeds: One for each prompt; by default 123, 124, ...
-            stop: Texts before which one ends.
+            stop: A text, or texts, before which one ends.
             notice: Told what a person should know.
 
         Raises:
-            ConfigError: `max_new_tokens` below 1.
+            ConfigError: `max_new_tokens` below 1, or an empty stop text.
         """
         ids = [self._prompt_ids(prompt, max_new_tokens, notice) for prompt in prompts]
-        seeds = range(123, 123 + len(ids)) if seeds is None else seeds
+        seeds, stop = range(123, 123 + len(ids)) if seeds is None else seeds, _stop_texts(stop)
         model = self._in_precision(several=len(ids) > 1)
         with evaluating(self.model):
             for start in range(0, len(ids), ROWS_AT_ONCE):
@@ -176,6 +176,14 @@ class LanguageModel:
                 return made
             self._rounded[key] = made
         return self._rounded[key]
+
+
+def _stop_texts(stop: str | Sequence[str]) -> Sequence[str]:
+    """Return the texts before which one ends; of an empty one no text is the beginning."""
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(stop):
+        raise ConfigError("is empty", where="--stop", do="give a text")
+    return stop
 
 
 def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
