@@ -155,6 +155,15 @@ def test_a_held_out_text_shorter_than_a_context_is_used_and_told(command: Comman
     assert (f"the held-out text has {n_held_out} tokens, less than one context of 32" in ended.err) == is_told
 
 
+def test_a_run_that_chooses_its_size_is_told_of_no_context_that_its_model_does_not_have(command: Command):
+    write(Path("text.txt"), TEXT[:2000])
+    machine = [flag for flag in TINY if flag.startswith(("--threads", "--precision", "--device", "--report", "--tokenizer"))]
+    ended = command("train", "text.txt", "--for", "8s", "--out", "run", *machine)
+    assert ended.code == 0, ended.err
+    assert "200 held out (bytes)" in ended.err  # more than 128, which the model may have
+    assert "one context of 256" not in ended.err
+
+
 @row(48)
 def test_training_on_the_held_out_text_is_done_and_told(command: Command, text: Path):
     ended = command("train", text, "--val", text, *TINY)
@@ -184,7 +193,7 @@ def test_training_on_the_held_out_text_is_done_and_told(command: Command, text: 
             for end in ("\r\n", "\r", "\u2028", "\r\n\n\r\u2029\x85\x0b\x0c")
         ),
         pytest.param("a.txt", f"{ESC}[2J\x07\x1b\x9b{TEXT}", f"{ESC}[2J\x07\x1b\x9b{TEXT}", "", marks=row(28)),
-        pytest.param("a.txt", f"<|endoftext|>{TEXT}", f"<|endoftext|>{TEXT}", "", marks=row(29)),
+        pytest.param("a.txt", f"<|endoftext|>{TEXT}", f"<|endoftext|>{TEXT}", "holds <|endoftext|>", marks=row(29)),
         *(
             pytest.param("a.txt", TEXT + odd, TEXT + odd, "", marks=row(30))
             for odd in ("👩\u200d👩\u200d👧", "e\u0301 \u0301", "\u202eשלום\u202c مرحبا", "in\ufeffside\ufeff")

@@ -15,7 +15,7 @@ import pytest
 
 from command import Command
 from conftest import OTHER, STORY, TINY, journal, outcome
-from firstwords import api, judging
+from firstwords import api, judging, watching
 from firstwords.errors import ConfigError
 from firstwords.insight import memorisation
 from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place, Samples, TrainingText, copies
@@ -269,6 +269,20 @@ def test_a_run_measures_itself_at_every_evaluation_and_speaks_once(whole: Whole)
     assert [event.step for event in told if isinstance(event, Measured)] == [line["step"] for line in lines]
     said = [event.text for event in told if isinstance(event, Notice) and "only gets worse" in event.text]
     assert len(said) == 1
+
+
+def test_a_draft_beside_a_later_one_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "SAMPLE_TOKENS", 2 * COPIED)  # and bytes: as long as a span that counts
+    for name, text in (("first.txt", STORY[: 3 * len(STORY) // 4]), ("second.txt", STORY)):
+        (tmp_path / name).write_text(text)
+    told = list[Told]()
+    train_both = {**OPTIONS, "eval_every": 2, "steps": 4}
+    api.train([tmp_path / "first.txt", tmp_path / "second.txt"], out=tmp_path / "run", listener=told.append, **train_both)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    assert len([text for text in notices if "word for word, is in what it learns from too" in text]) == 1
+    told.clear()
+    api.train(tmp_path / "second.txt", out=tmp_path / "alone", listener=told.append, **train_both)  # the negative control
+    assert not [event for event in told if isinstance(event, Notice) and "word for word" in event.text]
 
 
 def test_the_meter_changes_nothing_in_training(whole: Whole, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from conftest import STORY, TINY
 from firstwords import api
 from firstwords.app.console import Console
 from firstwords.app.console import train as console_train
-from firstwords.app.progress import WIDTH, Curve, LiveDisplay, PlainDisplay
+from firstwords.app.progress import BAR, WIDTH, Curve, LiveDisplay, PlainDisplay
 from firstwords.app.words import BLOCKS, one_line, sparkline
 from firstwords.insight.surprise import HOTTEST, heat
 from firstwords.planning.measure import Mark
-from firstwords.training.events import Preparing, Sampled, StepDone
+from firstwords.training.events import Planned, Preparing, Sampled, StepDone
 
 
 def step(number: int, nats: float = 1.0) -> StepDone:
@@ -100,6 +100,37 @@ def test_a_long_sample_takes_one_line_of_the_terminal(word: str) -> None:
     display.tell(Sampled(1, word * 1000))
     (said,) = display.bar.below
     assert len(display.console.render_lines(said, pad=False)) == 1
+
+
+def shown_bar(display: LiveDisplay, width: int) -> str:
+    console = RichConsole(file=io.StringIO(), force_terminal=True, width=width)
+    return "".join(segment.text for segment in console.render_lines(display.bar.make_tasks_table(display.bar.tasks))[0])
+
+
+def test_the_bar_is_full_only_where_all_is_done() -> None:
+    display = live()
+    for what, share in (("reading the text", 0.3), ("tokenizing", 1.0)):
+        display.tell(Preparing(what, share))
+        (task,) = display.bar.tasks
+        assert task.percentage == pytest.approx(100 * share)
+    for unknown in (Preparing("starting PyTorch", None), step(1), step(2)):  # a time budget is no plan yet
+        display.tell(unknown)
+        (task,) = display.bar.tasks
+        assert task.total is None
+    display.tell(Planned(3, 10, 5))
+    display.tell(step(3))
+    (task,) = display.bar.tasks
+    assert (task.completed, task.total) == (3, 10)
+
+
+def test_the_bar_and_the_numbers_fit_into_eighty_columns() -> None:
+    display = live()
+    display.tell(Planned(0, 3880, 500))
+    for number in (1200, 1201):
+        display.tell(dataclasses.replace(step(number, 3.217), tokens_per_s=41234.0, elapsed_s=number * 0.1))
+    line = shown_bar(display, 80)
+    assert line.count("━") + line.count("╸") + line.count("╺") == BAR
+    assert line.rstrip().endswith("tokens/s")
 
 
 def test_a_run_told_to_a_live_display_leaves_its_curves(tmp_path: Path) -> None:

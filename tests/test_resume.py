@@ -749,6 +749,10 @@ def test_a_run_goes_on_with_its_held_out_text_at_another_place(tmp_path: Path) -
         api.train(out=tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="changed since the run began"):
         api.train(out=tmp_path / "run", resume=True, val=str(tmp_path / "story.txt"))
+    (tmp_path / "story.txt").rename(tmp_path / "moved-too.txt")
+    with pytest.raises(NoInputError, match=r"train --resume --out \S+ \S+moved-too\.txt --val FILE"):
+        api.train(tmp_path / "moved-too.txt", out=tmp_path / "run", resume=True)
+    (tmp_path / "moved-too.txt").rename(tmp_path / "story.txt")
     assert api.train(out=tmp_path / "run", resume=True, val=tmp_path / "moved.txt").steps == STEPS
 
 

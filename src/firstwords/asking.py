@@ -46,7 +46,7 @@ class Asked:
     texts: Texts | None  # None: what a resumed run recorded
     given: frozenset[str]  # the keys that were named; nothing is decided for them
     more_time: bool = False  # a resumed run is given a new time budget
-    moved: bool = False  # and its text is elsewhere by now
+    moved: frozenset[str] = frozenset()  # and what of text and val is elsewhere by now
     was_on_gpu: bool = False  # and it learned on a GPU so far
     tokenizer_json: bytes = b""  # of a new run that makes none: a file's, or that of the model to go on from
 
@@ -163,8 +163,16 @@ def _require_sense(asked: RunConfig, given: dict[str, Any], out: Path | None) ->
     if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
         raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
+    if asked.until == "best" and asked.val is None and asked.val_fraction == 0:
+        raise no_best()
     _require_cores(asked.threads)
     tokenizers.byte_tokenizer().with_special(asked.special)  # what is wrong with them in any tokenizer
+
+
+def no_best() -> ConfigError:
+    """Return what is wrong with stopping at the best where nothing tells which that is."""
+    do = "leave it out, or give a --val-fraction or --val"
+    return ConfigError("there is no held-out text to tell the best by", where="--until", do=do)
 
 
 def _require_cores(threads: int | None) -> None:
@@ -220,7 +228,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
     was_on_gpu = not run_config(recorded).on_cpu
-    return Asked(run, asked, None, named, more_time=more_time, moved=bool(moved), was_on_gpu=was_on_gpu)
+    return Asked(run, asked, None, named, more_time=more_time, moved=frozenset(moved), was_on_gpu=was_on_gpu)
 
 
 def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:

@@ -45,8 +45,8 @@ def prepare(asked: Asked, listener: Listener, started_s: float | None = None) ->
         prepared = _prepare_anew(config, asked.texts, within, functools.partial(_require_unchanged, config, None))
     else:
         prepared = _prepare_again(asked, listener)
-    n_held_out, context_length = prepared.val.n_tokens, config.model.context_length
-    corpora.require_context(prepared.train, SHORTEST_CONTEXT if asked.is_free else context_length)
+    n_held_out, context_length = prepared.val.n_tokens, SHORTEST_CONTEXT if asked.is_free else config.model.context_length
+    corpora.require_context(prepared.train, context_length)
     if not n_held_out:
         listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
     elif n_held_out < context_length:
@@ -107,8 +107,11 @@ def _require_unchanged(
 
 def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
     """Return what says how to name the new place of a text: no other text is what the run needs, however near its name."""
-    named = ["TEXT"] if error.where in asked.config.text else ["--val", "FILE"] if error.where == asked.config.val else []
-    if asked.moved or not named:
+    if error.where in asked.config.text and "text" not in asked.moved:
+        named = ["TEXT"]
+    elif error.where == asked.config.val and "val" not in asked.moved:
+        named = [*(asked.config.text if "text" in asked.moved else ()), "--val", "FILE"]
+    else:
         return error
     command = quoted("firstwords", "train", "--resume", "--out", str(asked.run.path), *named)
     do = f"put it there again, or say where it is: {command}"

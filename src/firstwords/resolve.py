@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from firstwords import store
-from firstwords.asking import Asked, absolute
+from firstwords.asking import Asked, absolute, no_best
 from firstwords.config import Precision, Role, RunConfig, flag, flatten, keys_of, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
@@ -100,8 +100,7 @@ def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
     """
     config = asked.config
     if config.until == "best" and not prepared.val.n_tokens:
-        do = "leave it out, or give a --val-fraction or --val"
-        raise ConfigError("there is no held-out text to tell the best by", where="--until", do=do)
+        raise no_best()
     if "model.vocab_size" not in asked.given:
         config = _with_model(config, vocab_size=prepared.tokenizer.vocab_size)
     if config.model.vocab_size < prepared.tokenizer.vocab_size:

@@ -19,6 +19,7 @@ from firstwords.training.events import Evaluated, Notice, Preparing
 from firstwords.training.loop import diverged
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says
+OVERLAP_SHARE = 1 / 3  # of the held-out text that is learnt from too, from which on that is told; of manuals it is a fifth
 METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
 
 
@@ -36,6 +37,7 @@ class Watcher:
         self._lm = LanguageModel(state.model, corpus.tokenizer, dtype=machine.DTYPES[config.precision])
         self._sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
         self._meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
+        self._has_told_of_overlap = False
         self._drawn: dict[int, str] = {}  # what was said when it was measured, at that step
 
     def evaluate(self, step: int) -> tuple[float, Evaluation | None]:
@@ -74,7 +76,17 @@ class Watcher:
             self._recorder.listener(Preparing("looking for what it says in the training text", None))
         samples, held_out = self._said(event.step), event.evaluation
         self._drawn = {event.step: samples[0]}
-        return self._meter.measure(samples, held_out.nats_per_token - event.train_nats_per_token if held_out else None)
+        gap = held_out.nats_per_token - event.train_nats_per_token if held_out else None
+        found = self._meter.measure(samples, gap)
+        self._tell_of_overlap(found.held_out_copied_share or 0.0)
+        return found
+
+    def _tell_of_overlap(self, share: float) -> None:
+        """Say once that much of the held-out text is learnt from too, as that of a draft beside a later one."""
+        if share >= OVERLAP_SHARE and not self._has_told_of_overlap:
+            self._has_told_of_overlap = True
+            what = f"about {share:.0%} of the held-out text, word for word, is in what it learns from too"
+            self._recorder.listener(Notice(f"{what}: the held-out figures will be too good"))
 
     def _has_time(self) -> bool:
         left = self._recorder.budget  # of the time that this process has

@@ -22,7 +22,7 @@ from rich.text import Text
 from firstwords import api, store
 from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
-from firstwords.app.words import duration, one_line, visible
+from firstwords.app.words import count, duration, one_line, visible
 from firstwords.errors import FirstwordsError, quoted
 from firstwords.model.sampling import Sampling
 from firstwords.runs.folder import RunFolder
@@ -131,7 +131,7 @@ class Console:
                 f"\nheld-out  {result.bits_per_byte:.3f} bits per byte; unsure among {result.perplexity:.1f} tokens"
                 f" (best checkpoint: step {result.best_step})"
             )
-        self.out.print(f"run       {run}: {result.steps} steps in {duration(result.elapsed_s)}")
+        self.out.print(f"run       {run}: {count(result.steps, 'step')} in {duration(result.elapsed_s)}")
         if result.stopped == "best":
             self.out.print(f"stopped   its best was behind; to go on: firstwords train --resume --out {run} --until end")
         elif result.stopped != "done":
@@ -448,12 +448,14 @@ def _described_machine(found: Diagnosis) -> Iterator[tuple[str, str]]:
     folder, size = found.compile_cache
     yield "compiler", found.compiler or f"there; what it made is in {folder}: {size / 1e6:.0f} MB"
     if torch is not None:
-        yield "PyTorch", f"{torch.version}, built for {torch.built_for}, {torch.capability}, {torch.threads} threads"
+        threads = count(torch.threads, "thread")
+        yield "PyTorch", f"{torch.version}, built for {torch.built_for}, {torch.capability}, {threads}"
         yield "devices", ", ".join(f"{name} ({what})" for name, what in torch.devices.items())
     if found.rates:
         yield "measured", ", ".join(f"{mark.what} {mark.rate:,.0f} {mark.unit}" for mark in found.rates)
     if uses:
-        yield "uses", f"{uses['device']} in {uses['precision']}, {uses['threads']} threads, compile {uses['compile']}"
+        threads = count(uses["threads"], "thread")
+        yield "uses", f"{uses['device']} in {uses['precision']}, {threads}, compile {uses['compile']}"
 
 
 def _explained_row(token: TokenExplained) -> tuple[Text | str, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from firstwords.app.words import duration
+from firstwords.app.words import count, duration
 
 if TYPE_CHECKING:
     from firstwords.planning.plan import Candidate, Plan
@@ -18,14 +18,15 @@ RISKS = {"low": "hardly", "some": "in part", "high": "likely"}  # will the text 
 def text_lines(found: Plan) -> list[str]:
     """Return the lines that say what the text is and what the machine has."""
     text, free = found.text, found.machine.get("free_bytes")
-    count = "1 document" if text["n_documents"] == 1 else f"{text['n_documents']:,} documents"
+    documents = count(text["n_documents"], "document")
+    repeated = f"{text['repeated']:.0%} of it repeats what stood before"
     scripts = ", ".join(f"{name} {share:.0%}" for name, share in text["scripts"].items()) or "no letters"
-    tokens = ", ".join(f"{count:,} ({name})" for name, count in text["tokens"].items())
+    tokens = ", ".join(f"{n_tokens:,} ({name})" for name, n_tokens in text["tokens"].items())
     memory = "" if free is None else f", {free / 1e9:.1f} GB of memory free"
     return [
-        f"text      {text['n_bytes']:,} bytes in {count}; {scripts}; {text['repeated']:.0%} of it repeats what stood before",
+        f"text      {text['n_bytes']:,} bytes in {documents}; {scripts}; {repeated}",
         f"tokens    about {tokens}",
-        f"machine   {found.machine['threads']} threads, {found.machine['precision']}{memory}",
+        f"machine   {count(found.machine['threads'], 'thread')}, {found.machine['precision']}{memory}",
     ]
 
 
@@ -66,17 +67,15 @@ def expectation(predicted: Mapping[str, Any] | None) -> list[str]:
     good = "" if bits is None else f", {bits[0]:.2f} to {bits[2]:.2f} bits per byte held out"
     memory = "" if predicted["memory_bytes"] is None else f", {predicted['memory_bytes'] / 1e9:.1f} GB of memory"
     rough = " (rough: " + "; ".join(predicted["beyond"]) + ")" if predicted["beyond"] else ""
-    return [
-        f"plan   about {predicted['steps']:,} steps, {predicted['epochs']:.1f} epochs, {duration(predicted['elapsed_s'])}"
-        f"{memory}{good}{rough}"
-    ]
+    steps, took = count(predicted["steps"], "step"), duration(predicted["elapsed_s"])
+    return [f"plan   about {steps}, {predicted['epochs']:.1f} epochs, {took}{memory}{good}{rough}"]
 
 
 def comparison(result: TrainResult, predicted: Mapping[str, Any]) -> str:
     """Return what was predicted against what came of it."""
     bits, memory = predicted["bits_per_byte"], result.memory_bytes
     parts = [
-        f"{predicted['steps']:,} steps (came to {result.steps:,})",
+        f"{count(predicted['steps'], 'step')} (came to {result.steps:,})",
         f"{duration(predicted['elapsed_s'])} ({duration(result.elapsed_s)})",
     ]
     if predicted["memory_bytes"] is not None:

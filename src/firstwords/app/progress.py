@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from firstwords.app import plans
-from firstwords.app.words import duration, one_line, sparkline, visible
+from firstwords.app.words import count, duration, one_line, sparkline, visible
 from firstwords.model import cost
 from firstwords.training.events import (
     Evaluated,
@@ -31,7 +32,7 @@ from firstwords.training.events import (
 
 PLAIN_LINE_EVERY_S = 10.0
 SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many
-WIDTH = 40  # columns of the small chart
+WIDTH, BAR = 40, 8  # columns of the small chart, and of the bar
 
 
 class PlainDisplay:
@@ -103,12 +104,15 @@ class PlainDisplay:
         """Return step, loss, speed and time left as one line."""
         of = f"/{self.config_steps}" if self.config_steps else ""
         held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
+        return f"step {done.step:>6}{of}{self._course(done, held_out)}"
+
+    def _course(self, done: StepDone, held_out: str = "") -> str:
         loss = statistics.mean(step.nats_per_token for step in self.recent)
         took_s = [step.took_s for step in self.recent]
         speed = sum(step.tokens_per_s * step.took_s for step in self.recent) / max(sum(took_s), 1e-9)
         left_s = self._left_s(done)
         left = "" if left_s is None else f"  {duration(left_s)} left"  # before what a narrow terminal cuts off
-        return f"step {done.step:>6}{of}{left}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s"
+        return f"{left}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s"
 
     def _left_s(self, done: StepDone) -> float | None:
         """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
@@ -156,10 +160,12 @@ class LiveDisplay(PlainDisplay):
 
     def __init__(self, console: RichConsole) -> None:
         super().__init__(console)
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        text = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+        columns = (BarColumn(bar_width=BAR, table_column=Column(min_width=BAR)), text)
         self.bar = _Live(*columns, console=console, transient=True)
         self.training, self.evaluations, self.said = Curve(), Curve(), ""
         self._task: TaskID | None = None
+        self._total: float | None = None
 
     def __enter__(self) -> LiveDisplay:
         with suppress(OSError):
@@ -192,6 +198,11 @@ class LiveDisplay(PlainDisplay):
         """Show what is done before training."""
         self._show(visible(what), share, 1.0)
 
+    def numbers(self, done: StepDone) -> str:
+        """Return step, loss, speed and time left as one line; the held-out figure stands below it."""
+        of = f"/{self.config_steps}" if self.config_steps else ""
+        return f"step {done.step}{of}{self._course(done)}"
+
     def stepped(self, done: StepDone) -> None:
         """Show the numbers of every step."""
         self.bar.below = self._below()
@@ -213,23 +224,26 @@ class LiveDisplay(PlainDisplay):
         return tuple(Text.assemble(*line, no_wrap=True, overflow="ellipsis") for line in lines)
 
     def _show(self, description: str, completed: float | None, total: float | None) -> None:
+        total = None if completed is None else total
         with suppress(OSError):
+            if self._task is not None and total is None and self._total is not None:  # to rich no total is the one before
+                self.bar.remove_task(self._task)
+                self._task = None
             if self._task is None:
                 self._task = self.bar.add_task(description, total=total)
-            total = None if completed is None else total
             self.bar.update(self._task, description=description, completed=completed or 0, total=total)
+            self._total = total
 
 
 def _introduction(told: Started) -> list[str]:
     """Return the lines that say what will be trained on what."""
     config, corpus = told.config, told.corpus
     shape = f"{config.model.n_layers} layers of {config.model.emb_dim}, context {config.model.context_length}"
-    length = f"{config.steps:,} steps" if config.steps else f"for {duration(config.for_s or 0)}"
+    length = count(config.steps, "step") if config.steps else f"for {duration(config.for_s or 0)}"
     return [
         f"text   {corpus.train.n_tokens:,} tokens to learn from, {corpus.val.n_tokens:,} held out ({config.tokenizer})",
         f"model  {cost.parameters(config.model):,} parameters: {shape} ({config.preset})",
         f"run    {visible(str(told.run))}, {length} of {config.batch_size} sequences, {config.precision},"
-        f" {config.threads} {'thread' if config.threads == 1 else 'threads'}"
-        + (f", from step {told.step}" if told.step else ""),
+        f" {count(config.threads or 1, 'thread')}" + (f", from step {told.step}" if told.step else ""),
         *plans.expectation(told.predicted),
     ]

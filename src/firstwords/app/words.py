@@ -30,6 +30,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def count(number: int, noun: str) -> str:
+    """Return so many of something: `1 step`, `1,200 steps`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
     """Return a curve as `width` blocks between its lowest and its highest value; each shows the value at its place."""
     if not values:

@@ -139,7 +139,8 @@ def of_system(machine: System) -> Iterator[Finding]:
         what = f"{machine.swap_used_bytes / GB:.1f} GB of memory are on the disk (swap)"
         yield Finding("warn", what, "end other programs: what comes back from there stops a run for seconds")
     if machine.load is not None and machine.load > machine.usable_cores:
-        what = f"{machine.load:.0f} processes want {machine.usable_cores} cores: all that is measured now is too low"
+        cores = "1 core" if machine.usable_cores == 1 else f"{machine.usable_cores} cores"
+        what = f"{machine.load:.0f} processes want {cores}: all that is measured now is too low"
         yield Finding("warn", what, "end them, then run firstwords doctor again")
 
 

@@ -41,6 +41,7 @@ from firstwords.errors import (
     quoted,
     unheard,
 )
+from firstwords.text.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -397,13 +398,21 @@ def _check_head(source: _Source, notice: Notify) -> bool:
         notice(f"{source.name}: read as {encoding}, by its byte-order mark")
     if source.encoding is not None and codecs.lookup(encoding).name != "utf-8" and _is_utf8(head):
         notice(f"{source.name}: is UTF-8 by its letters, and read as {encoding} all the same, as --encoding says")
-    if "\0" in text:
-        notice(f"{source.name}: holds NUL characters; they are read as text")
-    if text.lstrip().lower().startswith(("<!doctype html", "<html")):
-        notice(f"{source.name}: looks like an HTML page; its tags are read as text")
-    if marks := _NOT_PROSE.get(Path(source.name.lower().removesuffix(".gz")).suffix):
-        notice(f"{source.name}: {marks} are read as text")
+    for note in _read_as_text(text, source.name):
+        notice(f"{source.name}: {note}")
     return True
+
+
+def _read_as_text(text: str, name: str) -> Iterator[str]:
+    """Yield what the beginning of a text shows to be no prose, and is learnt all the same."""
+    if END_OF_TEXT in text:
+        yield f"holds {END_OF_TEXT}, which is read as text; lines of a .jsonl file are documents"
+    if "\0" in text:
+        yield "holds NUL characters; they are read as text"
+    if text.lstrip().lower().startswith(("<!doctype html", "<html")):
+        yield "looks like an HTML page; its tags are read as text"
+    if marks := _NOT_PROSE.get(Path(name.lower().removesuffix(".gz")).suffix):
+        yield f"{marks} are read as text"
 
 
 def _binary(head: bytes, name: str) -> DataError:
