@@ -414,24 +414,30 @@ def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str,
     return {key: value for key, value in given.items() if newest is None or key not in lengths or key in newest}
 
 
-def key_types() -> dict[str, Any]:
+@functools.cache  # to find out what the annotations say takes milliseconds, and every key of every command asks
+def key_types() -> Mapping[str, Any]:
     """Return every dotted key of a run's configuration with its type."""
-    return {
-        prefix + name: kind
-        for prefix, part in PARTS
-        for name, kind in get_type_hints(part).items()
-        if name not in PART_NAMES
-    }
+    return types.MappingProxyType(
+        {
+            prefix + name: kind
+            for prefix, part in PARTS
+            for name, kind in get_type_hints(part).items()
+            if name not in PART_NAMES
+        }
+    )
 
 
-def fields_by_key() -> dict[str, dataclasses.Field[Any]]:
+@functools.cache
+def fields_by_key() -> Mapping[str, dataclasses.Field[Any]]:
     """Return every dotted key with its dataclass field (default, meaning, range), in the order of the help page."""
-    return {
-        prefix + field.name: field
-        for prefix, part in PARTS
-        for field in dataclasses.fields(part)
-        if field.name not in PART_NAMES
-    }
+    return types.MappingProxyType(
+        {
+            prefix + field.name: field
+            for prefix, part in PARTS
+            for field in dataclasses.fields(part)
+            if field.name not in PART_NAMES
+        }
+    )
 
 
 @functools.cache
