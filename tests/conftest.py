@@ -96,7 +96,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def short_samples() -> None:
     """Runs say less: half of the time of many a test went into samples of sixty tokens that it does not look at."""
-    pytest.MonkeyPatch().setattr(watching, "SAMPLE_TOKENS", 10)
+    pytest.MonkeyPatch().setattr(watching, "SAMPLE_TOKENS", 4)
 
 
 @pytest.fixture

@@ -44,7 +44,6 @@ from firstwords.training import loop
 from firstwords.training.events import Saved, Started, StepDone, Told
 
 HANGS_S = 120.0  # a child that takes so long shows its stack and dies
-KILLS_A_RUN = 5
 TRIES = 3  # at a place: a process may make a call less than the one in which they were counted, and then ends by itself
 KEPT = 3  # checkpoints: the newest two, and the best
 TICKS = 15.0  # between saves: the loop looks at its clock three times a step, so that such an interval is five steps
@@ -179,7 +178,7 @@ class Kill:
     folders: int  # of checkpoints: those kept, and those of a save before its rotation, which a kill leaves to the next
 
 
-def chain(folder: Path, number: int, pace: Pace, *, saving: bool, real: bool = False) -> list[Kill]:
+def chain(folder: Path, number: int, pace: Pace, *, saving: bool, most_kills: int = 5, real: bool = False) -> list[Kill]:
     """Kill a run at random moments of its way, restart it each time, and compare its end with `whole`; returns the kills.
 
     Args:
@@ -187,11 +186,12 @@ def chain(folder: Path, number: int, pace: Pace, *, saving: bool, real: bool = F
         number: Of the run, and the seed of its kills.
         pace: Of `whole`.
         saving: Save at every step, and wait with each kill for a save; otherwise save every few steps.
+        most_kills: Of the run.
         real: Train in processes of their own, started as a person does.
     """
     random, run, kills = Random(number), folder / f"killed-{number}", list[Kill]()
     most_s = pace.saving_s if saving else pace.training_s
-    moments_s = [0.0, *sorted(random.uniform(0, most_s) for _ in range(KILLS_A_RUN))]
+    moments_s = [0.0, *sorted(random.uniform(0, most_s) for _ in range(most_kills))]
     for pause_s in (after_s - before_s for before_s, after_s in itertools.pairwise(moments_s)):
         since_ns = time.time_ns()
         pid = forked(lambda: go_on(folder, run, real=real, saving=saving))

@@ -342,7 +342,11 @@ def test_an_empty_file_is_refused_if_named_and_skipped_in_a_folder(tmp_path: Pat
     write(tmp_path / "full.txt", "a")
     notices: list[str] = []
     assert contents(read([tmp_path], notice=notices.append)) == ["a"]
-    assert len(notices) == 3
+    assert len(notices) == 1  # however many there are
+    assert "and 2 more: skipped, empty (0 bytes)" in notices[0]
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    error = error_of(NoInputError, tmp_path)
+    assert (error.where, error.why) == (str(tmp_path / "link.txt"), "it leads to gone.txt")
 
 
 @pytest.mark.parametrize(

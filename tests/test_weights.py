@@ -296,6 +296,9 @@ def test_what_is_no_model_to_import_is_called_what_it_is(a_run: Path, command: C
     assert command("export", a_run, "--to", "gguf", "--out", "m.gguf").code == 0
     assert "GGUF" in refused(65, "import", "m.gguf", "--out", "new")["what"]
     assert "used as it is" in refused(65, "import", a_run, "--out", "new")["do"]
+    assert "used as it is" in refused(65, "import", next((a_run / "checkpoints").iterdir()), "--out", "new")["do"]
+    write(Path("empty.safetensors"), b"")
+    assert "has 0 bytes" in refused(65, "import", "empty.safetensors", "--out", "new")["why"]
 
 
 def test_the_logits_of_an_export_may_differ_by_the_order_of_sums_and_by_its_kind_s_rounding(tmp_path: Path) -> None:

@@ -403,7 +403,11 @@ def model_config(saved: Any, where: str) -> ModelConfig:
     kinds = get_type_hints(ModelConfig)
     if unknown := sorted(saved.keys() - kinds.keys()):
         raise ConfigError(f"unknown key {unknown[0][:80]!r}", where=where, do=did_you_mean(unknown[0][:80], kinds))
-    return ModelConfig(**{name: converted(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
+    try:
+        return ModelConfig(**{name: converted(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
+    except ConfigError as error:  # told of the file, not of a flag that nobody gave
+        key = error.where.removeprefix("--model.").replace("-", "_")
+        raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
 
 
 def _one_length(given: dict[str, Any], layers: Iterable[Overrides]) -> dict[str, Any]:

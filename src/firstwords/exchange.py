@@ -12,8 +12,8 @@ from typing import Any
 
 from firstwords import store
 from firstwords.config import did_you_mean, run_config
-from firstwords.errors import CannotCreateError, ConfigError
-from firstwords.loading import load, located, require_finite, run_of
+from firstwords.errors import CannotCreateError, ConfigError, DataError
+from firstwords.loading import is_foreign, load, located, require_finite, run_of
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.training.events import Listener, Preparing, ignore, noticed
@@ -80,6 +80,8 @@ def import_model(
 
     notice = noticed(listener)
     place = located(source, notice)
+    if (place / store.MANIFEST).is_file() and not is_foreign(place):
+        raise DataError("is a checkpoint of firstwords already", where=str(source), do="it is used as it is, as a run is")
     lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
     require_finite(lm, source)
     store.make_folder(Path(out).absolute().parent)

@@ -130,6 +130,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
     with reading.regular(path) as (file, size):
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         most = min(size - LENGTH_BYTES, reading.MOST_BYTES)
+        if most < 2:
+            raise DataError("is no safetensors file", where=str(path), why=f"it has {size} bytes")
         if not 2 <= length <= most:
             why = f"its header would have {length} bytes; from 2 to {most} are possible"
             raise DataError("is no safetensors file", where=str(path), why=why)

@@ -243,12 +243,15 @@ def _is_plain(source: _Source) -> bool:
 
 
 def _not_empty(sources: Iterable[_Source], name: str, notice: Notify) -> list[_Source]:
-    kept = []
+    kept, empty = list[_Source](), list[str]()
     for source in sources:
         if _check_head(source, notice):
             kept.append(source)
         elif source.name != name:
-            notice(f"{source.name}: skipped, it is empty (0 bytes)")
+            empty.append(source.name)
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        notice(f"{empty[0]}{more}: skipped, empty (0 bytes)")
     if not kept:
         raise DataError("is empty (0 bytes)", where=name, why="there is nothing to learn from", do="name another text")
     return kept
@@ -280,7 +283,7 @@ def _text_files(folder: Path, notice: Notify) -> list[Path]:
                 notice(f"{_shown(link)}: skipped, it is a link to a folder")
             for name in (name for name in files if not name.startswith(".")):
                 if name.lower().removesuffix(".gz").endswith(SUFFIXES):
-                    found.append(Path(parent, name))
+                    found.append(_leading_somewhere(Path(parent, name)))
                 else:
                     left[Path(name).suffix or name] += 1
     if not found:
@@ -290,6 +293,14 @@ def _text_files(folder: Path, notice: Notify) -> list[Path]:
         kinds = ", ".join(kind for kind, _ in left.most_common(SHOWN_KINDS))
         notice(f"{_shown(folder)}: other files are not read, {left.total()} of {kinds}; name those that are text one by one")
     return sorted(found, key=Path.as_posix)
+
+
+def _leading_somewhere(path: Path) -> Path:
+    """Return the path of a file in a folder, unless it is a link to what is not there."""
+    if path.is_symlink() and not path.exists():
+        what, do = "is a link to what is not there", "remove it, or put that back"
+        raise NoInputError(what, where=_shown(path), why=f"it leads to {_shown(path.readlink())}", do=do)
+    return path
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -30,6 +30,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, Dialect
         ConfigError: An impossible shape.
     """
     kind = config.get("model_type")
+    if kind is None:
+        raise DataError("says of no model what it is", where=where, why="model_type is missing", do="name another model")
     if kind not in ("gpt2", "qwen3"):
         raise DataError(f"is a model of type {str(kind)[:80]!r}", where=where, why="gpt2 and qwen3 can be read")
     dialect: Dialect = "gpt2" if kind == "gpt2" else "qwen3"
