@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from command import a_run, cache, command, here, refused, template, text  # noqa: F401 - fixtures
-from firstwords import watching
+from firstwords import judging, watching
+from firstwords.app import console
 from firstwords.config import ModelConfig
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
@@ -95,8 +96,11 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def short_samples() -> None:
-    """Runs say less: half of the time of many a test went into samples of sixty tokens that it does not look at."""
-    pytest.MonkeyPatch().setattr(watching, "SAMPLE_TOKENS", 4)
+    """Models say less: over half of the time of many a test went into texts that it does not look at."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(watching, "SAMPLE_TOKENS", 4)
+    patch.setattr(console, "LAST_WORDS", 4)
+    patch.setattr(judging, "EVALUATED_TOKENS", 20)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ PAGE = 4096
 FEW = 9  # operations that are not synced: all their combinations are tried
 ROTTEN = 4  # the step whose checkpoint rots
 MOST, MOST_FULL = 6, 500  # states looked at for one moment
-RESUME_EVERY = 269
+RESUME_EVERY = 541
 Name = tuple[int, str]  # the folder's number, and the name in it
 Tree = dict[Path, bytes | None]  # None: a folder
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import Evaluation
     from firstwords.verifying import Verdict
 
+LAST_WORDS = 120  # tokens that a model says at the end of its run
 SHOWN_WHOLE = 100  # from here on a rate is shown without decimals
 BAR_PER_BIT, LONGEST_BAR_BITS = 2, 12  # of the scale of bits per byte, where 8 is chance
 LEVELS = {"ok": "green", "warn": "yellow", "bad": "red"}
@@ -152,7 +153,7 @@ class Console:
 
         self.out.print("\nit says:")
         prompt = RunFolder(Path(result.run)).recorded_config().get("sample_prompt", "")
-        said = lm.generate(prompt, max_new_tokens=120, sampling=Sampling(temperature=SAMPLE_TEMPERATURE))
+        said = lm.generate(prompt, max_new_tokens=LAST_WORDS, sampling=Sampling(temperature=SAMPLE_TEMPERATURE))
         self._to_the_letter(prompt, "bold")
         self._to_the_letter(f"{said}\n")
 
