@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+import firstwords
 from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import preparing, store
+from firstwords.training.events import StepDone
 from rows import row
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -306,10 +308,29 @@ def test_a_journal_that_lost_its_end_is_told_of_and_goes_on_in_whole_lines(comma
     ended = command("train", "--resume", "--out", a_run, "--steps=3")
     assert ended.code == 0
     assert "metrics.jsonl: its last lines before step 2 are lost" in ended.err
-    steps = [line["step"] for line in map(json.loads, journal.read_text().splitlines()) if line["event"] == "step"]
-    assert steps[-1] == 3
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line.strip()]
+    assert [line["step"] for line in lines if line["event"] == "step"][-1] == 3
     assert command("report", a_run).code == 0
     assert "are lost" not in command("train", "--resume", "--out", a_run, "--steps=4").err  # the negative control
+
+
+def test_a_run_whose_journal_lost_its_end_is_killed_again_before_its_next_save(command: Command, a_run: Path):
+    journal = a_run / "metrics.jsonl"
+    state = json.loads((checkpoints(a_run)[-1] / "state.json").read_bytes())
+    write(journal, journal.read_bytes()[: state["journal_bytes"]["metrics.jsonl"] - 100])
+
+    def killed(told: object) -> None:
+        if isinstance(told, StepDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        firstwords.train(out=a_run, resume=True, steps=3, listener=killed)
+    ended = command("train", "--resume", "--out", a_run, "--steps=3")
+    assert ended.code == 0, ended.err
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line.strip()]
+    steps = [line["step"] for line in lines if line["event"] == "step"]
+    assert steps == sorted(set(steps))  # each stands once
+    assert steps[-1] == 3
 
 
 def test_a_replay_beyond_a_journal_names_no_number_of_steps_below_one(refused: Refused, a_run: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import errno
 import gzip
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from command import ESC, TEXT, TINY, Command, Refused, write
+from firstwords import resolve
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from rows import row
@@ -155,13 +157,24 @@ def test_a_held_out_text_shorter_than_a_context_is_used_and_told(command: Comman
     assert (f"the held-out text has {n_held_out} tokens, less than one context of 32" in ended.err) == is_told
 
 
-def test_a_run_that_chooses_its_size_is_told_of_no_context_that_its_model_does_not_have(command: Command):
+@pytest.mark.parametrize(("context_length", "is_told"), [(128, False), (256, True)])
+def test_less_held_out_text_than_the_context_is_told_of_the_context_that_was_taken(
+    command: Command, monkeypatch: pytest.MonkeyPatch, context_length: int, is_told: bool
+):
+    """A run that chooses its size has none before its text is prepared."""
     write(Path("text.txt"), TEXT[:2000])
+    settled = resolve.settled
+
+    def taken(*given: Any) -> Any:
+        config, expected = settled(*given)
+        shape = dataclasses.replace(config.model, context_length=context_length)
+        return dataclasses.replace(config, model=shape, steps=1, for_s=None, batch_size=2, micro_batch_size=2), expected
+
+    monkeypatch.setattr(resolve, "settled", taken)
     machine = [flag for flag in TINY if flag.startswith(("--threads", "--precision", "--device", "--report", "--tokenizer"))]
-    ended = command("train", "text.txt", "--for", "8s", "--out", "run", *machine)
+    ended = command("train", "text.txt", "--for", "1m", "--out", "run", *machine)
     assert ended.code == 0, ended.err
-    assert "200 held out (bytes)" in ended.err  # more than 128, which the model may have
-    assert "one context of 256" not in ended.err
+    assert ("the held-out text has 200 tokens, less than one context of 256" in ended.err) is is_told
 
 
 @row(48)

@@ -85,12 +85,22 @@ def test_of_few_documents_or_long_ones_each_end_is_held_out(tmp_path: Path, text
 def test_what_many_documents_say_alike_is_learnt_and_the_share_that_is_held_out_stays(tmp_path: Path) -> None:
     said = [f"nothing, for the {number}th time" for number in range(20)]
     marks = corpora.survey(as_json_lines(tmp_path, said)).marks
-    often = said[min(range(20), key=marks.__getitem__)]  # by its mark alone it would be held out, with all its copies
+    often = said[min(range(20), key=marks.__getitem__)]
+    assert min(marks) < 0.2 * 2**32  # by its mark alone it would be held out, with all its copies
     texts = [line for text in lines(900) for line in (text, often, often)]
     corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache", held_out=0.2)
     train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
     assert train.count(often) == 1800
     assert 0.14 < len(val) / 900 < 0.26  # a fifth, and four standard deviations of a draw
+
+
+@pytest.mark.parametrize("odd", [[], ["", "", ""], ["misspelt"]])
+def test_of_labels_some_are_held_out_and_not_the_odd_one_alone(tmp_path: Path, odd: list[str]) -> None:
+    labels = [f"kind {number}" for number in range(12)]
+    corpus = corpora.prepare(as_json_lines(tmp_path, [*labels * 50, *odd]), "bytes", cache=tmp_path / "cache")
+    train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
+    assert set(train).isdisjoint(val)
+    assert 0.05 < sum(label in labels for label in val) / 600 < 0.2  # a twelfth, or two
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.9])

@@ -385,7 +385,12 @@ def test_runs_with_one_tokenizer_have_the_same_tokens_wherever_its_file_lies(com
     found = page(Path("comparison.html")).text
     assert "tokens are not the same" not in found
     assert "tokenizer.json" not in found
-    assert command("report", runs[0], trained(tmp_path, out=tmp_path / "bytes")).code == 0  # the negative control
+    runs[1] = trained(tmp_path, out=tmp_path / "bytes")  # the negative control
+    assert command("report", *runs).code == 0
+    assert "tokens are not the same" in page(Path("comparison.html")).text
+    for run in runs:  # and where no checkpoint tells, the configurations do
+        shutil.rmtree(run / "checkpoints")
+    assert command("report", *runs).code == 0
     assert "tokens are not the same" in page(Path("comparison.html")).text
 
 

@@ -61,9 +61,7 @@ class Role(Flag):
     ORDINARY = 0  # weights depend on it, and a run goes on with what it recorded
     RESUMABLE = auto()  # may change when a run goes on
     UNTRAINED = auto()  # no weight depends on it
-    TEXT = (
-        auto()
-    )  # makes the prepared text, which has a hash of its own, and the tokens of a tokenizer that is trained on it
+    TEXT = auto()  # makes the prepared text, which has a hash of its own, and what a tokenizer learns from
     PLACE = auto()  # recorded with the folders that it is in, where it is a file
     FIRST_WEIGHTS = auto()  # says only how a new model begins
     ADAPTABLE = auto()  # of a model: may be another when training goes on from it
@@ -451,7 +449,7 @@ def keys_of(role: Role) -> frozenset[str]:
 
 
 def as_drawn() -> Overrides:
-    """Return what makes the first weights of any model random, as they were before there was a choice."""
+    """Return what makes the first weights of any model random: the chapter's way, which the defaults are."""
     fields = fields_by_key()
     return {key: fields[key].default for key in fields if key in keys_of(Role.FIRST_WEIGHTS)}
 

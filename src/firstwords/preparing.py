@@ -45,14 +45,17 @@ def prepare(asked: Asked, listener: Listener, started_s: float | None = None) ->
         prepared = _prepare_anew(config, asked.texts, within, functools.partial(_require_unchanged, config, None))
     else:
         prepared = _prepare_again(asked, listener)
-    n_held_out, context_length = prepared.val.n_tokens, SHORTEST_CONTEXT if asked.is_free else config.model.context_length
-    corpora.require_context(prepared.train, context_length)
-    if not n_held_out:
+    corpora.require_context(prepared.train, SHORTEST_CONTEXT if asked.is_free else config.model.context_length)
+    if not prepared.val.n_tokens:
         listener(Notice("there is no held-out text: no held-out figures, and the last model counts as the best"))
-    elif n_held_out < context_length:
-        few = f"the held-out text has {n_held_out} tokens, less than one context of {context_length}"
-        listener(Notice(f"{few}: its figures are rough"))
     return prepared
+
+
+def tell_of_few(prepared: Corpus, context_length: int, listener: Listener) -> None:
+    """Say that there is less held-out text than a model sees at once, where there is."""
+    if 0 < prepared.val.n_tokens < context_length:
+        few = f"the held-out text has {prepared.val.n_tokens} tokens, less than one context of {context_length}"
+        listener(Notice(f"{few}: its figures are rough"))
 
 
 def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
@@ -108,7 +111,7 @@ def _require_unchanged(
 def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:
     """Return what says how to name the new place of a text: no other text is what the run needs, however near its name."""
     if error.where in asked.config.text and "text" not in asked.moved:
-        named = ["TEXT"]
+        named = ["TEXT", *(["--val", str(asked.config.val)] if "val" in asked.moved else [])]
     elif error.where == asked.config.val and "val" not in asked.moved:
         named = [*(asked.config.text if "text" in asked.moved else ()), "--val", "FILE"]
     else:

@@ -136,6 +136,7 @@ def _begin(
     from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
     run, resume = asked.run, not asked.begins
+    preparing.tell_of_few(prepared, config.model.context_length, listener)
     store.require_space(run.path, cost.checkpoint_bytes(config.model))
     corpus = {"folder": prepared.folder.name, "text_sha256": prepared.text_sha256}
     store.write(run.corpus, store.canonical_json(corpus))

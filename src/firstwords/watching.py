@@ -19,7 +19,9 @@ from firstwords.training.events import Evaluated, Notice, Preparing
 from firstwords.training.loop import diverged
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says
-OVERLAP_SHARE = 1 / 3  # of the held-out text that is learnt from too, from which on that is told; of manuals it is a fifth
+# Of the held-out text that is learnt from too, from which on that is told: of manuals it is a fifth by itself. Another text
+# that a person names is told of sooner (`loading.LEARNT_SHARE`): it was to be one that the model has not seen.
+OVERLAP_SHARE = 1 / 3
 METER_SAMPLES = 4  # drawn together at an evaluation; the first is the one that is shown
 
 

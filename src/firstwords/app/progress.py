@@ -162,7 +162,7 @@ class LiveDisplay(PlainDisplay):
         super().__init__(console)
         text = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
         columns = (BarColumn(bar_width=BAR, table_column=Column(min_width=BAR)), text)
-        self.bar = _Live(*columns, console=console, transient=True)
+        self.bar = _Live(*columns, console=console, transient=True, expand=True)
         self.training, self.evaluations, self.said = Curve(), Curve(), ""
         self._task: TaskID | None = None
         self._total: float | None = None

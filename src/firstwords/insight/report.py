@@ -188,9 +188,18 @@ def _unlike(records: Sequence[Record]) -> str:
     if len({_number_of(record.best, "n_bytes") for record in records} - {None}) > 1:
         said.append("They judged themselves by more and by less of the held-out text: firstwords eval RUN --against RUN")
         said.append("holds them against each other on all of it.")
-    if len({record.tokenizer_sha256 for record in records}) > 1:
+    if not _have_same_tokens(records):
         said.append("Their tokens are not the same: bits per byte compare, nats per token and perplexity do not.")
     return " ".join(said)
+
+
+def _have_same_tokens(records: Sequence[Record]) -> bool:
+    """Whether the tokenizers are the same: by their hashes, or where a run has no checkpoint to tell, by their names."""
+    hashes = {record.tokenizer_sha256 for record in records}
+    if "" not in hashes:
+        return len(hashes) == 1
+    names = ((str(record.config.get("tokenizer")), record.config.get("text_sha256")) for record in records)
+    return len({(name, text if name.startswith("bpe") else None) for name, text in names}) == 1
 
 
 def _judged_on(record: Record) -> Any:
@@ -403,8 +412,8 @@ def _differences(records: Sequence[Record]) -> list[str]:
     """Return the keys of the configurations that are not the same in all runs."""
     keys = list(dict.fromkeys(key for record in records for key in record.config))
     values = [(key, *(_plainly(record.config.get(key, "none")) for record in records)) for key in keys]
-    same_tokens = len({record.tokenizer_sha256 for record in records}) == 1  # wherever the file of each lies
-    rows = [row for row in values if len(set(row[1:])) > 1 and not (same_tokens and row[0] == "tokenizer")]
+    same = {"tokenizer"} if _have_same_tokens(records) else set()  # wherever the file of each lies
+    rows = [row for row in values if len(set(row[1:])) > 1 and row[0] not in same]
     if not rows:
         return []
     return [_section("config", "Where they differ", _grid(("", *(record.name for record in records)), rows))]

@@ -171,7 +171,7 @@ def has_begun(parent: Path) -> bool:
         try:
             if unverified(folder).continuable:
                 return True
-        except (FirstwordsError, KeyError, TypeError):
+        except FirstwordsError:
             return True
     return False
 
@@ -294,7 +294,7 @@ def at_step(parent: Path, step: int) -> Checkpoint:
 
     Raises:
         NoInputError: There is none.
-        DataError: It is damaged.
+        DataError: As for `verified`.
     """
     folder = folder_of(parent, step)
     if not folder.is_dir():

@@ -13,6 +13,8 @@ from typing import Any
 from firstwords import reading, store
 from firstwords.errors import DataError, PermissionDeniedError, StorageError
 
+BLANK, MOST_LOST_BYTES = b" " * 79 + b"\n", 1 << 28  # of lines that are filled up where they were lost
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -26,17 +28,29 @@ class Journal:
         store.append(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
     def cut(self, size_bytes: int) -> bool:
-        """Cut it back to a length that a checkpoint recorded, and return whether it had all of that.
+        """Cut it back to the length that a checkpoint recorded, and return whether it had all of that.
 
-        Of one that is shorter, as after a copy that was not finished, the half of a line at its end goes too: the next line
-        would be added to it.
+        One that is shorter, as after a copy that was not finished, is filled up with blank lines, for the checkpoint goes on
+        to count on that length; half a line at its end goes first.
+
+        Raises:
+            DataError: It lacks so much that no journal can be meant.
         """
-        store.cut(self.path, size_bytes)
-        if store.size(self.path) >= size_bytes:
+        missing = size_bytes - store.size(self.path)
+        if missing <= 0:
+            store.cut(self.path, size_bytes)
             return True
+        if missing > MOST_LOST_BYTES:
+            what, why = "is far shorter than its checkpoint says", f"{missing:,} bytes are lost"
+            raise DataError(what, where=str(self.path), why=why)
+        whole = 0
         if store.exists(self.path):
             with reading.regular(self.path) as (file, _):
-                store.cut(self.path, sum(len(line) for line in file if line.endswith(b"\n")))
+                lines = iter(partial(file.readline, reading.MOST_BYTES), b"")
+                whole = sum(len(line) for line in lines if line.endswith(b"\n"))
+            store.cut(self.path, whole)
+        blank, rest = divmod(size_bytes - whole, len(BLANK))
+        store.append(self.path, BLANK[-rest:] * (rest > 0) + BLANK * blank)
         return False
 
     def size_bytes(self) -> int:

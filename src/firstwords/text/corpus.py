@@ -117,26 +117,29 @@ def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
     if held_out and found.is_of_short_documents:
         whole = _held_out_whole(np.asarray(found.marks), np.asarray(found.n_chars), held_out)
         if not whole.all():
-            return array.array("q", np.where(whole, 0, found.n_chars).tolist())
+            return array.array("q", np.where(whole, 0, found.n_chars).astype(np.int64).tobytes())
     return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
 
 
 def _held_out_whole(marks: np.ndarray[Any, Any], n_chars: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
-    """Return which documents are held out: about a share of the texts, and one at least, by their marks alone.
+    """Return which documents are held out: about a share, by the marks of their texts, and one text at least.
 
     What is said again and again, as `none` in the answers to a question, is learnt: all its copies would be on one side, and
-    with them far more, or far less, than the share.
+    with them far more, or far less, than the share. Only where little else is said is some of that held out too.
     """
     texts, which, copies = np.unique(marks, return_inverse=True, return_counts=True)
-    chars = np.bincount(which, n_chars)
-    seldom = (copies <= LARGEST_SHARE * len(marks)) & (chars <= LARGEST_SHARE * n_chars.sum())
-    if not seldom.any():  # there are a few texts, and copies of them
-        seldom[:] = True
-    held_out = seldom & (texts < share * 2**32)
-    if not held_out.any():
-        held_out[np.flatnonzero(seldom)[0]] = True
-    elif held_out.all() and len(texts) > 1:
-        held_out[-1] = False
+    chars, wanted = np.bincount(which, n_chars), share * n_chars.sum()
+    often = (copies > LARGEST_SHARE * len(marks)) | (chars > LARGEST_SHARE * n_chars.sum())
+    held_out = ~often & (texts < share * 2**32)
+    for text in np.flatnonzero(often):  # a few
+        have = chars[held_out].sum()
+        held_out[text] = have < wanted / 2 and have + chars[text] <= 2 * wanted
+    said = np.flatnonzero(chars)
+    if not chars[held_out].any():
+        seldom = said[~often[said]]
+        held_out[seldom[0] if len(seldom) else said[np.argmin(chars[said])]] = True
+    elif not chars[~held_out].any() and len(said) > 1:
+        held_out[said[-1]] = False
     return held_out[which]  # type: ignore[no-any-return]
 
 
