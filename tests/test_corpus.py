@@ -94,6 +94,17 @@ def test_what_many_documents_say_alike_is_learnt_and_the_share_that_is_held_out_
     assert 0.14 < len(val) / 900 < 0.26  # a fifth, and four standard deviations of a draw
 
 
+def test_only_a_text_that_is_cut_otherwise_has_another_name_than_before_it_was(tmp_path: Path) -> None:
+    def names(texts: list[str]) -> tuple[str, str]:
+        read = as_json_lines(tmp_path, texts)
+        by_marks_alone = corpora._key(corpora.survey(read), None, 0.1, "bytes", (), None)
+        return corpora.prepare(read, "bytes", cache=tmp_path / "cache").folder.name, by_marks_alone
+
+    for texts, is_same in (([STORY], True), (lines(500), True), ([*lines(100), *["none"] * 400], False)):
+        now, before = names(texts)
+        assert (now == before) is is_same
+
+
 @pytest.mark.parametrize("odd", [[], ["", "", ""], ["misspelt"]])
 def test_of_labels_some_are_held_out_and_not_the_odd_one_alone(tmp_path: Path, odd: list[str]) -> None:
     labels = [f"kind {number}" for number in range(12)]

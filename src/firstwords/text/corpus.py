@@ -32,7 +32,7 @@ from firstwords.text.tokenizer import Tokenizer
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Progress = Callable[[str, float | None], None]  # what is being done, the share that is done where it is known
-FORMAT = 3  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
+FORMAT = 2  # changes with how a text is cut and its tokenizer trained: part of the key under which it is cached
 READING = "reading the text"  # what a survey is told to do
 MANY_DOCUMENTS, SHORT_DOCUMENT = 100, 2000  # so many, of so few characters in the mean, are held out whole
 LARGEST_SHARE = 0.05  # of the text that one of them may be; and of the documents that copies of one may be
@@ -114,11 +114,21 @@ def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
         found: The text.
         held_out: The share that is held out.
     """
-    if held_out and found.is_of_short_documents:
-        whole = _held_out_whole(np.asarray(found.marks), np.asarray(found.n_chars), held_out)
-        if not whole.all():
-            return array.array("q", np.where(whole, 0, found.n_chars).astype(np.int64).tobytes())
-    return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
+    return _cuts(found, held_out, _whole(found, held_out))
+
+
+def _whole(found: Survey, held_out: float) -> np.ndarray[Any, Any] | None:
+    """Return which documents are held out as a whole; None where the end of each is."""
+    if not (held_out and found.is_of_short_documents):
+        return None
+    whole = _held_out_whole(np.asarray(found.marks), np.asarray(found.n_chars), held_out)
+    return None if whole.all() else whole
+
+
+def _cuts(found: Survey, held_out: float, whole: np.ndarray[Any, Any] | None) -> array.array[int]:
+    if whole is None:
+        return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
+    return array.array("q", np.where(whole, 0, found.n_chars).astype(np.int64).tobytes())
 
 
 def _held_out_whole(marks: np.ndarray[Any, Any], n_chars: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
@@ -236,7 +246,8 @@ def prepare(
         parse_tokenizer(tokenizer)
     val, fraction = (None, held_out) if isinstance(held_out, int | float) else (held_out, 0.0)
     found, found_val = _surveyed(texts, val, notice, progress)
-    folder = cache / _key(found, found_val, fraction, tokenizer, special)
+    whole = _whole(found, fraction)
+    folder = cache / _key(found, found_val, fraction, tokenizer, special, whole)
     check(found.sha256, folder)
     store.make_folder(cache)
     with suppress(FirstwordsError):  # another process may remove it too, and nothing depends on it
@@ -246,7 +257,7 @@ def prepare(
             return load(folder)
         except (DataError, NoInputError) as error:
             notice(f"{error}; set aside as {store.set_aside(folder).name} and prepared again")
-    cuts = learnt_chars(found, fraction)
+    cuts = _cuts(found, fraction, whole)
     training = _Slices(texts, None, cuts, found.total_chars, progress)
     if val is not None and found_val is not None:
         validation = _Slices(val, None, found_val.n_chars, found_val.total_chars, progress)
@@ -435,14 +446,25 @@ class _Slices:
 
 
 def _key(
-    found: Survey, held_out: Survey | None, fraction: float, tokenizer: str | Tokenizer, special: tuple[str, ...]
+    found: Survey,
+    held_out: Survey | None,
+    fraction: float,
+    tokenizer: str | Tokenizer,
+    special: tuple[str, ...],
+    whole: np.ndarray[Any, Any] | None,
 ) -> str:
-    """Return the cache folder's name: a hash of all that decides the shards."""
+    """Return the cache folder's name: a hash of all that decides the shards.
+
+    That not the marks of documents alone decide which are held out counts only where they do not, so that a run which began
+    before that goes on with its text.
+    """
     if isinstance(tokenizer, Tokenizer):
         tokenizer = "ranks:" + tokenizer.sha256
     elif parse_tokenizer(tokenizer)[0] == "file":
         tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
     wanted = [FORMAT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
+    if whole is not None and not np.array_equal(whole, np.asarray(found.marks) < fraction * 2**32):
+        wanted.append("what is said again and again is learnt")
     return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
