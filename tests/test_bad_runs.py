@@ -20,6 +20,8 @@ import pytest
 import firstwords
 from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import preparing, store
+from firstwords.errors import DataError
+from firstwords.runs.journal import Journal
 from firstwords.training.events import StepDone
 from rows import row
 
@@ -331,6 +333,18 @@ def test_a_run_whose_journal_lost_its_end_is_killed_again_before_its_next_save(c
     steps = [line["step"] for line in lines if line["event"] == "step"]
     assert steps == sorted(set(steps))  # each stands once
     assert steps[-1] == 3
+
+
+def test_a_length_that_no_journal_has_is_not_filled_up(tmp_path: Path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.add("step", {"step": 1})
+    before = journal.path.read_bytes()
+    with pytest.raises(DataError, match="far shorter"):
+        journal.cut(1 << 40)
+    assert journal.path.read_bytes() == before
+    assert not journal.cut(1000)  # the negative control
+    assert journal.size_bytes() == 1000
+    assert [line["step"] for line in journal.lines()] == [1]
 
 
 def test_a_replay_beyond_a_journal_names_no_number_of_steps_below_one(refused: Refused, a_run: Path):

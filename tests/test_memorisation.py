@@ -22,6 +22,7 @@ from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place
 from firstwords.insight.overfitting import Turned, sentence, turned, turns
 from firstwords.insight.variety import WORD, distinct, repeated
 from firstwords.recorder import TrainResult
+from firstwords.text import corpus, sources
 from firstwords.text.corpus import Part
 from firstwords.text.tokenizer import Tokenizer, byte_tokenizer, gpt2, train_bpe
 from firstwords.training.events import Measured, Notice, SaveDue, Told
@@ -285,6 +286,13 @@ def test_a_draft_beside_a_later_one_is_told_of(tmp_path: Path, monkeypatch: pyte
     assert not [event for event in told if isinstance(event, Notice) and "word for word" in event.text]
 
 
+def test_a_manual_repeats_itself_less_than_would_be_told(tmp_path: Path) -> None:
+    prepared = corpus.prepare(sources.read([]), "gpt2", cache=tmp_path)  # Python's own reference
+    share = Meter(prepared.train, prepared.val, prepared.tokenizer, 60).measure(["a"], None).held_out_copied_share
+    assert share is not None
+    assert 0.05 < share < watching.OVERLAP_SHARE
+
+
 def test_the_meter_changes_nothing_in_training(whole: Whole, tmp_path: Path) -> None:
     without = train(tmp_path, "without", meter=False)
     assert without.weights_sha256 == whole.result.weights_sha256
@@ -328,6 +336,7 @@ def test_a_run_that_stopped_at_its_best_goes_on_only_when_it_is_told_to(whole: W
 def test_until_best_without_held_out_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no held-out text"):
         train(tmp_path, "run", until="best", val=None, val_fraction=0.0)
+    assert not (tmp_path / "cache/corpora").exists()  # before the text is prepared
 
 
 def test_eval_says_how_much_is_learnt_by_heart(a_run: Path, command: Command) -> None:

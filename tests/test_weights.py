@@ -391,6 +391,7 @@ def test_what_is_wrong_in_a_pickled_file_is_told_by_its_own_name(tmp_path: Path)
     "wrong",
     [
         {"model_type": "llama"},
+        {"model_type": None},
         {"activation_function": "relu"},
         {"scale_attn_by_inverse_layer_idx": True},
         {"n_head": 5},
@@ -405,6 +406,17 @@ def test_a_model_that_ours_cannot_be_is_refused(wrong: dict[str, Any], tmp_path:
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **wrong}))
     with pytest.raises((DataError, ConfigError)):
         reader.read(tmp_path / "hf")
+
+
+def test_an_impossible_shape_is_told_of_the_file_and_not_of_a_flag_that_nobody_gave(tmp_path: Path) -> None:
+    export.to_hf(drawn(GPT2), tmp_path / "hf", "card")
+    place = tmp_path / "hf" / "config.json"
+    config = json.loads(place.read_text())
+    config.pop(shapes.OWN)
+    place.write_text(json.dumps({**config, "n_inner": 0}))
+    with pytest.raises(ConfigError) as told:
+        reader.read(tmp_path / "hf")
+    assert told.value.where == f"{place}, ff_dim"
 
 
 @pytest.mark.parametrize("wrong", [{"num_key_value_heads": 2}, {"head_dim": 32}, {"attention_bias": True}], ids=str)

@@ -415,17 +415,15 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
             ("--repetition-penalty", options.repetition_penalty),
         )
     )
-    if "" in options.stop:
-        raise ConfigError("is empty", where="--stop", do="give a text")
-    for word in options.stop:
-        _require_text(word, "--stop")
     _require_within(count, 1, MOST_SAMPLES, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
     from firstwords import api
-    from firstwords.model.sampling import Sampling
+    from firstwords.model.sampling import Sampling, stop_texts
     from firstwords.training.events import noticed
 
+    for word in stop_texts(options.stop):
+        _require_text(word, "--stop")
     sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
     with console.progress() as listener:
         lm = api.load(options.model, notice=noticed(listener))

@@ -102,17 +102,17 @@ class PlainDisplay:
 
     def numbers(self, done: StepDone) -> str:
         """Return step, loss, speed and time left as one line."""
-        of = f"/{self.config_steps}" if self.config_steps else ""
         held_out = "" if self.held_out is None else f"  held-out {self.held_out:.3f} bits/byte"
-        return f"step {done.step:>6}{of}{self._course(done, held_out)}"
+        return f"step {done.step:>6}{self._course(done, held_out)}"
 
     def _course(self, done: StepDone, held_out: str = "") -> str:
+        of = f"/{self.config_steps}" if self.config_steps else ""
         loss = statistics.mean(step.nats_per_token for step in self.recent)
         took_s = [step.took_s for step in self.recent]
         speed = sum(step.tokens_per_s * step.took_s for step in self.recent) / max(sum(took_s), 1e-9)
         left_s = self._left_s(done)
         left = "" if left_s is None else f"  {duration(left_s)} left"  # before what a narrow terminal cuts off
-        return f"{left}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s"
+        return f"{of}{left}  loss {loss:.3f} nats/token{held_out}  {speed:,.0f} tokens/s"
 
     def _left_s(self, done: StepDone) -> float | None:
         """Return the seconds left: of the time budget, or of the steps at the speed since the first one seen."""
@@ -200,8 +200,7 @@ class LiveDisplay(PlainDisplay):
 
     def numbers(self, done: StepDone) -> str:
         """Return step, loss, speed and time left as one line; the held-out figure stands below it."""
-        of = f"/{self.config_steps}" if self.config_steps else ""
-        return f"step {done.step}{of}{self._course(done)}"
+        return f"step {done.step}{self._course(done)}"
 
     def stepped(self, done: StepDone) -> None:
         """Show the numbers of every step."""

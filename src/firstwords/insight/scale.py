@@ -5,9 +5,9 @@ do not matter: a token's nats belong to where its bytes begin.
 
 Intervals are Student's, of 95 %, over at most 30 blocks: neighbouring bytes are not independent, so blocks are few and long,
 as batch means are (Schmeiser 1982, doi:10.1287/opre.30.3.556), and documents of up to a tenth of the text stay whole. A
-bootstrap-t over as few holds no more often, and resamples of nearly equal blocks made it as wide as 130 bits.
-`benchmarks/coverage.py` measures how often they hold. They speak of texts like the held-out one: what stands on a single
-stretch of a long text cannot tell how its other parts are.
+bootstrap-t over as few is absurdly wide where a resample holds nearly equal ones. `benchmarks/coverage.py` measures how
+often they hold. They speak of texts like the held-out one: what stands on a single stretch of a long text cannot tell how
+its other parts are.
 """
 
 from __future__ import annotations

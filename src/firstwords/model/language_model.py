@@ -12,7 +12,7 @@ import torch
 from firstwords.errors import ConfigError, Notify, unheard
 from firstwords.model.generate import Drawn, generate, generate_batch, in_precision
 from firstwords.model.gpt import GPTModel, evaluating
-from firstwords.model.sampling import Sampling
+from firstwords.model.sampling import Sampling, stop_texts
 from firstwords.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 8  # of a batch of prompts: their keys and values fill half a gigabyte for GPT-2 124M
@@ -84,7 +84,7 @@ class LanguageModel:
         Raises:
             ConfigError: `max_new_tokens` below 1, or an empty stop text.
         """
-        ids, stop = self._prompt_ids(prompt, max_new_tokens, notice), _stop_texts(stop)
+        ids, stop = self._prompt_ids(prompt, max_new_tokens, notice), stop_texts(stop)
         generator = torch.Generator().manual_seed(seed)
         model = self._in_precision(several=False)
         drawn = islice(generate(model, ids, sampling or Sampling(), generator), max_new_tokens)
@@ -115,7 +115,7 @@ class LanguageModel:
             ConfigError: `max_new_tokens` below 1, or an empty stop text.
         """
         ids = [self._prompt_ids(prompt, max_new_tokens, notice) for prompt in prompts]
-        seeds, stop = range(123, 123 + len(ids)) if seeds is None else seeds, _stop_texts(stop)
+        seeds, stop = range(123, 123 + len(ids)) if seeds is None else seeds, stop_texts(stop)
         model = self._in_precision(several=len(ids) > 1)
         with evaluating(self.model):
             for start in range(0, len(ids), ROWS_AT_ONCE):
@@ -176,14 +176,6 @@ class LanguageModel:
                 return made
             self._rounded[key] = made
         return self._rounded[key]
-
-
-def _stop_texts(stop: str | Sequence[str]) -> Sequence[str]:
-    """Return the texts before which one ends; of an empty one no text is the beginning."""
-    stop = [stop] if isinstance(stop, str) else stop
-    if not all(stop):
-        raise ConfigError("is empty", where="--stop", do="give a text")
-    return stop
 
 
 def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from firstwords.errors import ConfigError
@@ -36,3 +37,15 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken each time."""
         return self.temperature < COLDEST
+
+
+def stop_texts(stop: str | Sequence[str]) -> Sequence[str]:
+    """Return the texts before which one ends, given one or several.
+
+    Raises:
+        ConfigError: One is empty: no text is before that.
+    """
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(stop):
+        raise ConfigError("is empty", where="--stop", do="give a text")
+    return stop
