@@ -31,7 +31,7 @@ import numpy as np
 from firstwords.config import NONE, as_drawn, flag, model_config, run_config
 from firstwords.model import cost
 from firstwords.planning import facts, plan, prediction, recipe
-from firstwords.planning.budget import LOOK_SHARE, MOST_LOOKS
+from firstwords.planning.budget import EVALUATIONS_SHARE, MOST_EVALUATIONS
 from firstwords.planning.prediction import MOST_REPEATED, Law, Situation
 from firstwords.text import sources
 from record import ROOT, commit
@@ -219,7 +219,7 @@ def shape(case: Case, n_bytes: int) -> tuple[int, int, int]:
     steps = max(1, round(case.tokens / (batch_size * context_length)))
     held_out = min(65536.0, 0.1 * n_bytes / BYTES_A_TOKEN)
     look_steps = 2 + 2 * held_out / 3 / (batch_size * context_length)
-    looks = min(MOST_LOOKS, max(1, int(LOOK_SHARE * steps / look_steps)))
+    looks = min(MOST_EVALUATIONS, max(1, int(EVALUATIONS_SHARE * steps / look_steps)))
     return batch_size, steps, math.ceil(steps / looks)
 
 

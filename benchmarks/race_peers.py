@@ -28,9 +28,9 @@ Ids = torch.Tensor
 @functools.cache
 def bfloat16_is_faster() -> bool:
     """Whether matrix products in bfloat16 are faster here, by the measurement that chooses our own precision."""
-    from firstwords.planning import products
+    from firstwords.planning import matmul
 
-    return products.precision("auto", torch.device("cpu")) == "bfloat16"
+    return matmul.precision("auto", torch.device("cpu")) == "bfloat16"
 
 
 def precision() -> torch.autocast:

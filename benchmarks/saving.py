@@ -31,7 +31,7 @@ PIECE = 1 << 23
 def trained_state(preset: str) -> TrainState:
     """Return a state whose optimizers have all that they keep."""
     config = run_config({"preset": preset})
-    state = states.initial(config.model, config.optim, 1, "cpu", torch.float32)
+    state = states.new_state(config.model, config.optim, 1, "cpu", torch.float32)
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     for optimizer in state.optimizers:

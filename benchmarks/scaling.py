@@ -38,11 +38,11 @@ def run(name: str, steps: int) -> dict[str, float]:
 
     from firstwords.config import run_config
     from firstwords.model import cost
-    from firstwords.planning import machine, measure, process, products
+    from firstwords.planning import machine, matmul, measure, process
 
-    precision = products.precision("auto", torch.device("cpu"))
+    precision = matmul.precision("auto", torch.device("cpu"))
     if name == MACHINE:
-        return {"rate": measure.product_rate(machine.DTYPES[precision])}
+        return {"rate": measure.matmul_flops_per_s(machine.DTYPES[precision])}
     case = {**BASE, "device": "cpu", "precision": precision, **CASES[name]}
     rows = case.pop("rows")
     config = run_config(case)

@@ -173,9 +173,9 @@ def run(work: Work, name: str, checkout: Path | None, steps: int) -> dict[str, f
     torch.manual_seed(1)
     if name == MACHINE:
         from firstwords.planning.machine import DTYPES
-        from firstwords.planning.measure import product_rate
+        from firstwords.planning.measure import matmul_flops_per_s
 
-        return {name: product_rate(dtype, torch.device(work.device)) for name, dtype in DTYPES.items()}
+        return {name: matmul_flops_per_s(dtype, torch.device(work.device)) for name, dtype in DTYPES.items()}
     step = contenders(work, checkout)[name]()
     times_s = []
     for _ in range(steps + 1):

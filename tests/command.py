@@ -16,9 +16,15 @@ from firstwords import store
 from firstwords.app.cli import main
 from firstwords.app.console import visible
 
-TINY = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
-TINY += ["--save-every=0s", "--report=false"]
-TINY += ["--model.emb-dim=32", "--model.n-heads=2", "--model.n-layers=1", "--model.ff-dim=64", "--model.context-length=32"]
+TINY_FLAGS = ["--tokenizer=bytes", "--steps=2", "--batch-size=4", "--threads=1", "--precision=float32", "--device=cpu"]
+TINY_FLAGS += ["--save-every=0s", "--report=false"]
+TINY_FLAGS += [
+    "--model.emb-dim=32",
+    "--model.n-heads=2",
+    "--model.n-layers=1",
+    "--model.ff-dim=64",
+    "--model.context-length=32",
+]
 TEXT = "".join(f"The {n}. word of the text is {n * n}.\n" for n in range(100)) + "Ende gut, alles süß.\n"
 ESC = "\x1b"
 
@@ -107,7 +113,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("FIRSTWORDS_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         write(folder / "text.txt", TEXT)
-        assert main(["train", "text.txt", "--out", "run", *TINY]) == 0
+        assert main(["train", "text.txt", "--out", "run", *TINY_FLAGS]) == 0
     return folder
 
 

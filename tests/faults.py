@@ -17,9 +17,9 @@ import pytest
 
 from conftest import MEASURED, STORY
 from firstwords import api, recorder, store, watching
+from firstwords.events import Listener, ignore_event
 from firstwords.recorder import TrainResult
 from firstwords.training import evaluate
-from firstwords.training.events import Listener, ignore
 
 CALLS = ("open", "write", "fsync", "close", "rename", "replace", "mkdir", "unlink", "rmdir", "truncate", "listdir")
 SHORT_WRITE = 0  # stands for no error: the system takes over half of what it was given, and says so
@@ -86,7 +86,7 @@ class End:
 
 
 def train(
-    home: Path, name: str = "run", *, resume: bool = False, listener: Listener = ignore, report: bool = True
+    home: Path, name: str = "run", *, resume: bool = False, listener: Listener = ignore_event, report: bool = True
 ) -> TrainResult:
     """Train the tiny run in `home / name`, or go on with it as it began; nothing waits and little is said."""
     text, other = home.parent / "story.txt", home.parent / "other.txt"

@@ -35,13 +35,14 @@ import torch
 from conftest import OTHER, STORY, TINY, outcome
 from firstwords import api, recorder, store
 from firstwords.errors import DataError
+from firstwords.events import Saved, Started, Told
 from firstwords.recorder import Recorder
 from firstwords.runs import checkpoint, journal
 from firstwords.runs import folder as folder_module
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.training import loop
-from firstwords.training.events import Saved, Started, StepDone, Told
+from firstwords.training.events import StepDone
 
 HANGS_S = 120.0  # a child that takes so long shows its stack and dies
 TRIES = 3  # at a place: a process may make a call less than the one in which they were counted, and then ends by itself

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from command import ESC, TEXT, TINY, Command, Refused, error_of, write
+from command import ESC, TEXT, TINY_FLAGS, Command, Refused, error_of, write
 from firstwords import api
 from firstwords.app.cli import main
 from firstwords.config import from_toml
@@ -76,7 +76,7 @@ def test_far_more_threads_than_cores_are_refused(refused: Refused, text: Path):
 )
 def test_a_bad_key_of_a_configuration_file_is_named(refused: Refused, text: Path, toml: str, where: str, do: str):
     write(Path("my.toml"), toml)
-    tiny = [word for word in TINY if not word.startswith(("--steps", "--precision"))]
+    tiny = [word for word in TINY_FLAGS if not word.startswith(("--steps", "--precision"))]
     error = refused(78, "train", text, "--config", "my.toml", "--out", "run", *tiny)
     assert where in error["where"]
     assert do in error["do"]
@@ -86,7 +86,7 @@ def test_a_bad_key_of_a_configuration_file_is_named(refused: Refused, text: Path
 @pytest.mark.parametrize(("toml", "codes"), [("text = 'text.txt'", (0, 78)), ("text = 5", (78,)), ("text = [5]", (78, 66))])
 def test_the_texts_of_a_configuration_file_are_names(command: Command, text: Path, toml: str, codes: tuple[int, ...]):
     write(Path("my.toml"), toml)
-    ended = command("train", "--config", "my.toml", "--out", "run", *TINY)
+    ended = command("train", "--config", "my.toml", "--out", "run", *TINY_FLAGS)
     assert ended.code in codes, ended.err  # one name may stand for a list, but never be taken for its letters
 
 
@@ -133,7 +133,7 @@ def test_a_configuration_file_that_cannot_be_read(refused: Refused, text: Path, 
     ],
 )
 def test_an_impossible_number_names_the_allowed_range(refused: Refused, text: Path, name: str, value: str):
-    tiny = [word for word in TINY if not (name in ("--for", "--epochs") and word.startswith("--steps"))]
+    tiny = [word for word in TINY_FLAGS if not (name in ("--for", "--epochs") and word.startswith("--steps"))]
     error = refused(78, "train", text, "--out", "run", *tiny, f"{name}={value}")
     assert error["where"] == name
     assert re.search(r"allowed: (from|above) \S+", error["do"])
@@ -151,35 +151,37 @@ def test_an_impossible_number_names_the_allowed_range(refused: Refused, text: Pa
     ],
 )
 def test_what_is_not_of_a_key_s_type_is_named(refused: Refused, text: Path, name: str, value: str):
-    error = refused(78, "train", text, "--out", "run", *TINY, f"{name}={value}")
+    error = refused(78, "train", text, "--out", "run", *TINY_FLAGS, f"{name}={value}")
     assert error["where"] == name
     assert repr(value) in error["what"]
 
 
 @row(57)
 def test_a_width_that_its_heads_cannot_share_offers_the_nearest(refused: Refused, command: Command, text: Path):
-    error = refused(78, "train", text, "--out", "run", *TINY, "--model.emb-dim", "34", "--model.n-heads", "4")
+    error = refused(78, "train", text, "--out", "run", *TINY_FLAGS, "--model.emb-dim", "34", "--model.n-heads", "4")
     assert "34 channels" in error["what"]
     widths, heads = (re.findall(r"\d+", part) for part in error["do"].split(";"))
     assert (widths, heads) == (["32", "40"], ["1", "17"])
     for width in widths:
-        assert command("train", text, "--out", width, *TINY, "--model.emb-dim", width, "--model.n-heads", "4").code == 0
+        assert (
+            command("train", text, "--out", width, *TINY_FLAGS, "--model.emb-dim", width, "--model.n-heads", "4").code == 0
+        )
 
 
 @row(57)
 def test_an_odd_head_cannot_be_rotated_and_the_nearest_widths_are_offered(refused: Refused, text: Path):
-    error = refused(78, "train", text, *TINY, "--model.emb-dim", "30")
+    error = refused(78, "train", text, *TINY_FLAGS, "--model.emb-dim", "30")
     assert "28 and 32" in error["do"]
 
 
 def test_a_micro_batch_that_does_not_divide_offers_the_nearest(refused: Refused, text: Path):
-    error = refused(78, "train", text, *TINY, "--batch-size", "12", "--micro-batch-size", "5")
+    error = refused(78, "train", text, *TINY_FLAGS, "--batch-size", "12", "--micro-batch-size", "5")
     assert "4 and 6" in error["do"]
 
 
 @pytest.mark.parametrize("micro", [3, 64])
 def test_a_batch_that_nobody_named_is_a_multiple_of_the_micro_batch_that_is_named(command: Command, text: Path, micro: int):
-    tiny = [word for word in TINY if not word.startswith("--batch-size")]
+    tiny = [word for word in TINY_FLAGS if not word.startswith("--batch-size")]
     ended = command("train", text, "--out", "run", *tiny, "--micro-batch-size", str(micro))
     assert ended.code == 0, ended.err
     recorded = from_toml(Path("run/config.toml").read_text(), "config.toml")
@@ -217,7 +219,7 @@ def test_the_keys_of_a_file_that_come_before_a_preset_that_is_named_are_told(com
     ],
 )
 def test_an_unknown_name_offers_known_ones(refused: Refused, text: Path, name: str, value: str, do: str):
-    error = refused(78, "train", text, *TINY, name, value)
+    error = refused(78, "train", text, *TINY_FLAGS, name, value)
     assert name.removeprefix("--") in error["where"]
     assert do in error["do"]
 
@@ -233,10 +235,10 @@ def test_a_folder_whose_name_is_no_text_hinders_nothing_that_is_not_in_it(
     text, run = Path("text.txt").absolute(), a_run.absolute()
     Path(NO_TEXT).mkdir()
     monkeypatch.chdir(NO_TEXT)
-    assert command("train", text, "--out", run.with_name("new"), *TINY).code == 0
+    assert command("train", text, "--out", run.with_name("new"), *TINY_FLAGS).code == 0
     assert command("train", "--resume", "--out", run, "--steps", "3").code == 0
     Path("here.txt").write_text(TEXT)
-    assert command("train", "here.txt", "--out", run.with_name("other"), *TINY).code == 65
+    assert command("train", "here.txt", "--out", run.with_name("other"), *TINY_FLAGS).code == 65
 
 
 NO_TEXT = "caf\udce9"  # as Python has the byte 0xe9 of a command line that is UTF-8 elsewhere
@@ -246,8 +248,8 @@ NO_TEXT = "caf\udce9"  # as Python has the byte 0xe9 of a command line that is U
     "arguments",
     [
         ("generate", "run", "--samples", "2", "--stop", NO_TEXT),
-        ("train", "text.txt", "--out", "new", *TINY, "--special-tokens", NO_TEXT),
-        ("train", "text.txt", "--out", "new", *TINY, "--sample-prompt", NO_TEXT),
+        ("train", "text.txt", "--out", "new", *TINY_FLAGS, "--special-tokens", NO_TEXT),
+        ("train", "text.txt", "--out", "new", *TINY_FLAGS, "--sample-prompt", NO_TEXT),
         ("train", "--resume", "--out", "run", "--sample-prompt", NO_TEXT),
         ("train", "text.txt", "--from", "run", "--steps", "1", "--out", NO_TEXT),
     ],
@@ -263,32 +265,32 @@ def test_what_is_no_text_is_told_before_anything_is_made(a_run: Path, refused: R
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 def test_a_device_that_is_not_there_is_refused(refused: Refused, text: Path, device: str):
-    error = refused(78, "train", text, *TINY, "--device", device)
+    error = refused(78, "train", text, *TINY_FLAGS, "--device", device)
     assert device in error["what"]
     assert "--device cpu" in error["do"]
 
 
 @pytest.mark.parametrize("more", [("-",), ("text.txt", "--val", "-")])
 def test_standard_input_is_one_text(refused: Refused, text: Path, more: tuple[str, ...]):
-    assert refused(78, "train", "-", *more, *TINY)["what"] == "standard input can be read only once"
+    assert refused(78, "train", "-", *more, *TINY_FLAGS)["what"] == "standard input can be read only once"
 
 
 def test_heads_that_have_no_room_are_told_to_be_left_out(command: Command, text: Path):
     notice = "no room for two heads that copy"  # for which one block is not enough
-    assert notice in command("train", text, *TINY, "--model.induction-heads=true").err
-    assert notice not in command("train", text, *TINY).err  # the preset's wish is nobody's
+    assert notice in command("train", text, *TINY_FLAGS, "--model.induction-heads=true").err
+    assert notice not in command("train", text, *TINY_FLAGS).err  # the preset's wish is nobody's
 
 
 @pytest.mark.parametrize("second", [["--for", "1m"], ["--epochs", "2"]])
 def test_two_lengths_are_one_too_many(refused: Refused, text: Path, second: list[str]):
-    error = refused(78, "train", text, *TINY, *second)
+    error = refused(78, "train", text, *TINY_FLAGS, *second)
     assert "--steps" in error["what"]
     assert second[0] in error["what"]
 
 
 @row(60)
 def test_a_model_beyond_the_machine_s_memory_says_how_much_it_needs(refused: Refused, text: Path):
-    error = refused(78, "train", text, *TINY, "--model.emb-dim", str(2**19), "--model.n-layers", "96")
+    error = refused(78, "train", text, *TINY_FLAGS, "--model.emb-dim", str(2**19), "--model.n-layers", "96")
     assert re.search(r"needs about \d+\.\d GB, this machine has \d+\.\d GB", error["what"])
     assert "smaller" in error["do"]
 
@@ -320,19 +322,19 @@ def test_the_words_of_pytorch_and_numpy_when_memory_runs_out_are_known(
 
 
 def test_a_failure_of_the_system_that_no_module_foresaw_is_no_traceback(refused: Refused, text: Path):
-    error = refused(73, "train", text, "--out", "x" * 300, *TINY)
+    error = refused(73, "train", text, "--out", "x" * 300, *TINY_FLAGS)
     assert "x" * 300 in error["where"]
 
 
 @pytest.mark.parametrize(("val", "codes"), [("text.txt", (78,)), ("none", (0,))])
 def test_two_held_out_parts_are_one_too_many(command: Command, text: Path, val: str, codes: tuple[int, ...]):
-    ended = command("train", text, *TINY, "--val-fraction=0.2", "--val", val, "--json")
+    ended = command("train", text, *TINY_FLAGS, "--val-fraction=0.2", "--val", val, "--json")
     assert ended.code in codes
     if ended.code:
         assert error_of(ended, 78)["where"] == "--val-fraction"
     write(Path("my.toml"), "val = 'text.txt'")
-    assert command("train", text, "--config", "my.toml", *TINY, "--val-fraction=0.2", "--val", val).code in codes
-    assert command("train", text, "--config", "my.toml", *TINY).code == 0
+    assert command("train", text, "--config", "my.toml", *TINY_FLAGS, "--val-fraction=0.2", "--val", val).code in codes
+    assert command("train", text, "--config", "my.toml", *TINY_FLAGS).code == 0
 
 
 def spelled(change: Callable[[dict[str, Any]], None]) -> str:
@@ -358,7 +360,7 @@ CUT = spelled(ids_that())[:-9]
 @pytest.mark.parametrize("content", ["", "{}", "[]", "no JSON", '{"model": 3}', CUT])
 def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path, content: str):
     write(Path("tokenizer.json"), content)
-    error = refused(65, "train", text, *TINY, "--tokenizer", "tokenizer.json")
+    error = refused(65, "train", text, *TINY_FLAGS, "--tokenizer", "tokenizer.json")
     assert error["where"] == "tokenizer.json"
     assert error["why"]
     assert "--tokenizer" in error["do"]
@@ -368,7 +370,7 @@ def test_a_file_that_is_no_tokenizer_is_bad_data(refused: Refused, text: Path, c
 def test_a_comment_may_be_of_dots_and_a_file_begin_as_on_windows(command: Command, text: Path, begin: str):
     flags = "\n".join(f"{key} = {value}" for key, value in {"steps": 1, "batch_size": 4, "threads": 1}.items())
     write(Path("my.toml"), f"{begin}# {'.' * 300}\n{flags}\n")
-    flags = [flag for flag in TINY if not flag.startswith(("--steps", "--batch-size", "--threads"))]
+    flags = [flag for flag in TINY_FLAGS if not flag.startswith(("--steps", "--batch-size", "--threads"))]
     assert command("train", text, "--config", "my.toml", "--out", "run", *flags).code == 0
 
 
@@ -406,7 +408,7 @@ def test_a_tokenizer_that_contradicts_itself_names_the_first_fault(
     refused: Refused, text: Path, change: Callable[[dict[str, Any]], None], why: str
 ):
     write(Path("tokenizer.json"), spelled(change))
-    error = refused(65, "train", text, *TINY, "--tokenizer", "tokenizer.json")
+    error = refused(65, "train", text, *TINY_FLAGS, "--tokenizer", "tokenizer.json")
     assert error["where"] == "tokenizer.json"
     assert why in error["why"]
 
@@ -416,20 +418,20 @@ def test_more_ids_than_two_bytes_hold_are_prepared_in_four(command: Command, tex
     singles = [bytes([byte]) for byte in range(256)]
     words = [*singles, *(a + b for a in singles for b in singles)]
     write(Path("wide.json"), Tokenizer("pairs", {word: rank for rank, word in enumerate(words)}).json)
-    ended = command("train", text, "--out", "run", *TINY, "--tokenizer", "wide.json", "--steps=1")
+    ended = command("train", text, "--out", "run", *TINY_FLAGS, "--tokenizer", "wide.json", "--steps=1")
     assert ended.code == 0, ended.err
     (folder,) = cache.iterdir()
     assert json.loads((folder / "manifest.json").read_bytes())["dtype"] == "<u4"
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused(refused: Refused, text: Path):
-    error = refused(78, "train", text, *TINY, "--model.vocab-size", "256")
+    error = refused(78, "train", text, *TINY_FLAGS, "--model.vocab-size", "256")
     assert error["where"] == "--model.vocab-size"
     assert "257" in error["what"]
 
 
 def test_debug_shows_the_traceback_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "no-such-file.txt", *TINY, "--debug", "--json"]) == 66
+    assert main(["train", "no-such-file.txt", *TINY_FLAGS, "--debug", "--json"]) == 66
     shown = capsys.readouterr()
     assert "Traceback" in shown.err
     assert json.loads(shown.out.splitlines()[-1])["error"]["code"] == 66

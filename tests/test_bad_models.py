@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import firstwords
-from command import TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
+from command import TINY_FLAGS, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import reading, store
 from firstwords.errors import DataError, NoInputError
 from firstwords.model.generate import Sampling, generate
@@ -47,7 +47,7 @@ def test_training_prepares_a_text_again_whose_ids_are_beyond_the_vocabulary(comm
     (folder,) = cache.iterdir()
     expected = (folder / "train.bin").read_bytes()
     spoil_ids(folder, "train")
-    ended = command("train", "text.txt", "--out", "again", *TINY)
+    ended = command("train", "text.txt", "--out", "again", *TINY_FLAGS)
     assert ended.code == 0
     assert "token id 60000 is beyond the vocabulary of 257" in ended.err
     assert f"damaged-{folder.name}" in ended.err
@@ -112,7 +112,7 @@ def test_temperature_zero_and_the_largest_top_k_are_ways_to_speak(command: Comma
 @row(54)
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:260"])
 def test_a_prompt_of_characters_that_the_text_never_had_is_spoken_to(command: Command, text: Path, tokenizer: str):
-    assert command("train", text, "--out", "run", *TINY, "--tokenizer", tokenizer).code == 0
+    assert command("train", text, "--out", "run", *TINY_FLAGS, "--tokenizer", tokenizer).code == 0
     for prompt in ("文字", "👩\u200d👧", "\U0010ffff\0"):
         assert command("generate", "run", "--prompt", prompt, "--max-new-tokens", "3").code == 0
         assert command("explain", "run", prompt).code == 0
@@ -197,7 +197,7 @@ def test_a_manifest_that_says_too_little_is_no_checkpoints(refused: Refused, a_r
 def test_checkpoints_of_another_architecture_in_a_run_s_place_are_of_another_run(
     refused: Refused, command: Command, a_run: Path
 ):
-    assert command("train", "text.txt", "--out", "other", *TINY, "--model.emb-dim=16").code == 0
+    assert command("train", "text.txt", "--out", "other", *TINY_FLAGS, "--model.emb-dim=16").code == 0
     shutil.rmtree(a_run / "checkpoints")
     shutil.copytree("other/checkpoints", a_run / "checkpoints")
     error = refused(65, "train", "--resume", "--out", a_run, "--steps=3")
@@ -274,17 +274,17 @@ def test_diverged_training_names_the_step_and_leaves_the_last_good_checkpoint(
     target_nats = loop.target_nats
     n_calls = 0
 
-    def diverging(*arguments: Any) -> torch.Tensor:
+    def diverging(*arguments: Any, **named: bool) -> torch.Tensor:
         nonlocal n_calls
         n_calls += 1
-        nats = target_nats(*arguments)
+        nats = target_nats(*arguments, **named)
         if n_calls < 3:
             return nats
         return nats + 0 * (nats - nats).sqrt() if is_gradient else nats * float("nan")
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "target_nats", diverging)
-        ended = command("train", "text.txt", "--out", "other", *TINY, "--json", "--steps", "5")
+        ended = command("train", "text.txt", "--out", "other", *TINY_FLAGS, "--json", "--steps", "5")
     error = error_of(ended, 70)
     assert error["where"] == "step 3"
     assert "--optim.peak-lr" in error["do"]
@@ -307,7 +307,7 @@ def test_a_rate_far_too_high_is_diverged_at_whatever_step_and_leaves_finite_weig
 ):
     shape = ["--model.block=gpt2", "--optim.kind=adamw", "--optim.peak-lr=1e12", "--optim.warmup-steps=0"]
     val = [] if is_held_out else ["--val-fraction=0"]
-    ended = command("train", text, "--out", "run", *TINY, *shape, *val, "--steps", str(steps), "--json")
+    ended = command("train", text, "--out", "run", *TINY_FLAGS, *shape, *val, "--steps", str(steps), "--json")
     error = error_of(ended, 70)
     assert re.search(r"step \d+", error["where"])
     assert "--optim.peak-lr" in error["do"]

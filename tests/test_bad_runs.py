@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import firstwords
-from command import TEXT, TINY, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
+from command import TEXT, TINY_FLAGS, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import preparing, store
 from firstwords.errors import DataError
 from firstwords.runs.journal import Journal
@@ -34,7 +34,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 @row(43)
 def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, a_run: Path):
     before = tree(a_run)
-    error = refused(73, "train", "text.txt", "--out", a_run, *TINY)
+    error = refused(73, "train", "text.txt", "--out", a_run, *TINY_FLAGS)
     assert (error["where"], tree(a_run)) == (str(a_run), before)
     assert "--resume" in error["do"]
 
@@ -43,7 +43,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(refused: Refused, a_run: 
 @pytest.mark.parametrize("out", ["taken", "taken/run"])
 def test_a_file_where_the_run_should_be_is_left_alone(refused: Refused, text: Path, out: str):
     write(Path("taken"), "precious")
-    error = refused(73, "train", text, "--out", out, *TINY)
+    error = refused(73, "train", text, "--out", out, *TINY_FLAGS)
     assert "taken" in error["where"]
     assert Path("taken").read_text() == "precious"
 
@@ -52,7 +52,7 @@ def test_a_file_where_the_run_should_be_is_left_alone(refused: Refused, text: Pa
 @pytest.mark.parametrize("place", ["runs", "runs/text"])
 def test_a_file_where_the_default_run_should_be_is_left_alone(command: Command, text: Path, place: str):
     write(Path(place), "precious")
-    ended = command("train", text, *TINY, "--json")
+    ended = command("train", text, *TINY_FLAGS, "--json")
     if ended.code != 0:  # a free number is as good
         error_of(ended, 73)
     assert Path(place).read_text() == "precious"
@@ -60,7 +60,7 @@ def test_a_file_where_the_default_run_should_be_is_left_alone(command: Command, 
 
 def test_a_folder_with_other_files_is_left_alone(refused: Refused, text: Path):
     write(Path("photos/cat.png"), PNG)
-    error = refused(73, "train", text, "--out", "photos", *TINY)
+    error = refused(73, "train", text, "--out", "photos", *TINY_FLAGS)
     assert error["where"] == "photos"
     assert tree(Path("photos")) == ["cat.png"]
 
@@ -68,7 +68,7 @@ def test_a_folder_with_other_files_is_left_alone(refused: Refused, text: Path):
 @pytest.mark.parametrize("name", ["corpus.json", "tokenizer.json"])
 def test_a_person_s_own_file_of_a_name_that_a_run_uses_is_not_written_over(refused: Refused, text: Path, name: str):
     write(Path("own") / name, "my own")
-    assert refused(73, "train", text, "--out", "own", *TINY)["where"] == "own"
+    assert refused(73, "train", text, "--out", "own", *TINY_FLAGS)["where"] == "own"
     assert (Path("own") / name).read_text() == "my own"
 
 
@@ -83,13 +83,13 @@ def test_of_two_runs_that_begin_at_once_each_has_a_folder(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))  # which can be read once
     store.make_folder(Path("runs") / name)
     with store.lock(Path("runs") / name / "run.lock"):
-        ended = command("train", text if name == "text" else "-", *TINY, "--json")
+        ended = command("train", text if name == "text" else "-", *TINY_FLAGS, "--json")
     assert ended.code == 0, ended.err
     assert ended.json["run"] == f"runs/{name}-2"
 
 
 @row(47)
-@pytest.mark.parametrize("arguments", [["--resume"], ["text.txt", *TINY]])
+@pytest.mark.parametrize("arguments", [["--resume"], ["text.txt", *TINY_FLAGS]])
 def test_a_run_in_use_names_its_process_and_host(refused: Refused, a_run: Path, arguments: list[str]):
     out = a_run if "--resume" in arguments else Path("fresh").absolute()
     out.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def test_a_place_that_may_not_be_written_is_77(refused: Refused, text: Path, mon
         raise PermissionError(13, os.strerror(13), str(path))
 
     monkeypatch.setattr(os, "mkdir", fail)  # root, as tests often run, may write everywhere
-    assert refused(77, "train", text, "--out", "run", *TINY)["where"] == "run"
+    assert refused(77, "train", text, "--out", "run", *TINY_FLAGS)["where"] == "run"
 
 
 @row(45)
@@ -124,7 +124,7 @@ def test_a_file_system_that_takes_no_writing_is_told_before_any_work(
 
     monkeypatch.setattr(os, "mkdir", fail)
     monkeypatch.setattr(preparing, "prepare", None)  # the work
-    error = refused(77, "train", text, "--out", "run", *TINY)
+    error = refused(77, "train", text, "--out", "run", *TINY_FLAGS)
     assert os.strerror(code) in error["why"]
 
 
@@ -133,7 +133,7 @@ def test_a_disk_too_small_for_two_checkpoints_is_told_with_both_sizes(
     command: Command, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    error = error_of(command("train", text, "--out", "run", *TINY, "--model.ff-dim=65536", "--json"), 74)
+    error = error_of(command("train", text, "--out", "run", *TINY_FLAGS, "--model.ff-dim=65536", "--json"), 74)
     assert error["what"] == "the disk has 0.00 GB free, two checkpoints need 0.15 GB"
     assert error["where"] == "run"
     assert "--out" in error["do"]
@@ -181,7 +181,7 @@ def test_resume_with_another_context_is_refused(refused: Refused, a_run: Path, l
 
 
 def test_resume_accepts_what_the_run_recorded(command: Command, a_run: Path):
-    assert command("train", "--resume", "--out", a_run, *TINY).code == 0
+    assert command("train", "--resume", "--out", a_run, *TINY_FLAGS).code == 0
 
 
 @pytest.mark.parametrize("shown", [Path, Path.absolute])

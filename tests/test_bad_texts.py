@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from command import ESC, TEXT, TINY, Command, Refused, write
+from command import ESC, TEXT, TINY_FLAGS, Command, Refused, write
 from firstwords import resolve
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
@@ -40,20 +40,20 @@ def learnt(cache: Path) -> str:
 
 @row(1)
 def test_a_missing_text_offers_the_nearest_name_and_makes_no_run(refused: Refused, text: Path):
-    error = refused(66, "train", text.with_name("texd.txt"), "--out", "run", *TINY)
+    error = refused(66, "train", text.with_name("texd.txt"), "--out", "run", *TINY_FLAGS)
     assert (error["what"], error["where"]) == ("no such file", str(text.with_name("texd.txt")))
     assert str(text) in error["do"]
     assert not Path("run").exists()
 
 
 def test_a_name_with_a_nul_is_no_file(refused: Refused):
-    assert "\0" not in refused(66, "train", "a\0b.txt", *TINY)["where"]
+    assert "\0" not in refused(66, "train", "a\0b.txt", *TINY_FLAGS)["where"]
 
 
 @row(2)
 def test_a_folder_without_text_is_no_input(refused: Refused, tmp_path: Path):
     write(tmp_path / "notes/a.csv", "a")
-    error = refused(66, "train", "notes", *TINY)
+    error = refused(66, "train", "notes", *TINY_FLAGS)
     assert error["where"] == "notes"
     assert ".txt" in error["why"]
 
@@ -64,7 +64,7 @@ def test_links_in_a_circle_are_no_input(refused: Refused, here: Path):
     Path("notes/a.txt").symlink_to(here / "notes/b.txt")
     Path("notes/b.txt").symlink_to(here / "notes/a.txt")
     for named in ("notes", "notes/a.txt"):
-        assert refused(66, "train", named, *TINY)["where"].startswith("notes/")
+        assert refused(66, "train", named, *TINY_FLAGS)["where"].startswith("notes/")
 
 
 @row(37)
@@ -73,7 +73,7 @@ def test_a_pipe_socket_or_device_is_no_input_and_nothing_waits_for_it(refused: R
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.txt")
         for name in ("pipe.txt", "socket.txt", "/dev/zero", "/dev/random"):
-            error = refused(66, "train", name, *TINY)
+            error = refused(66, "train", name, *TINY_FLAGS)
             assert (error["what"], error["where"]) == ("not a regular file", name)
 
 
@@ -83,7 +83,7 @@ def test_a_text_that_may_not_be_read_is_77(refused: Refused, text: Path, monkeyp
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
     monkeypatch.setattr(Path, "open", fail)  # root, as tests often run, may read everything
-    error = refused(77, "train", text, *TINY)
+    error = refused(77, "train", text, *TINY_FLAGS)
     assert error["where"] == str(text)
     assert "chmod" in error["do"]
 
@@ -103,7 +103,7 @@ def test_a_text_that_shrinks_while_it_is_read_is_bad_data(
         return found
 
     monkeypatch.setattr(sources, "read", read_then_shrink)
-    error = refused(65, "train", "text" + suffix, *TINY)
+    error = refused(65, "train", "text" + suffix, *TINY_FLAGS)
     assert (error["what"], error["where"]) == ("changed while being read", "text" + suffix)
 
 
@@ -116,9 +116,9 @@ def test_a_text_that_shrinks_while_it_is_read_is_bad_data(
 def test_a_text_without_words_is_bad_data(refused: Refused, a_run: Path, content: str, says: str, verb: str):
     write(Path("blank.txt"), content)
     arguments = {
-        "train": ("train", "blank.txt", *TINY),
+        "train": ("train", "blank.txt", *TINY_FLAGS),
         "eval": ("eval", a_run, "blank.txt"),
-        "val": ("train", "text.txt", "--val", "blank.txt", *TINY),
+        "val": ("train", "text.txt", "--val", "blank.txt", *TINY_FLAGS),
     }
     assert says in refused(65, *arguments[verb])["what"]
 
@@ -126,25 +126,25 @@ def test_a_text_without_words_is_bad_data(refused: Refused, a_run: Path, content
 @row(5)
 def test_a_text_of_one_character_asks_for_more(refused: Refused):
     write(Path("one.txt"), "a")
-    assert refused(65, "train", "one.txt", *TINY)["do"].startswith("give more text")
+    assert refused(65, "train", "one.txt", *TINY_FLAGS)["do"].startswith("give more text")
 
 
 @row(6)
 def test_a_text_shorter_than_a_context_names_the_largest_context_that_fits(refused: Refused, command: Command):
     write(Path("short.txt"), "twenty characters ..")
-    error = refused(65, "train", "short.txt", "--out", "run", *TINY)
+    error = refused(65, "train", "short.txt", "--out", "run", *TINY_FLAGS)
     assert "a context of 32 needs 33" in error["what"]
     largest = int(re.search(r"--model\.context-length (\d+)", error["do"])[1])
-    refused(65, "train", "short.txt", "--out", "run", *TINY, "--model.context-length", str(largest + 1))
-    assert command("train", "short.txt", "--out", "run", *TINY, "--model.context-length", str(largest)).code == 0
+    refused(65, "train", "short.txt", "--out", "run", *TINY_FLAGS, "--model.context-length", str(largest + 1))
+    assert command("train", "short.txt", "--out", "run", *TINY_FLAGS, "--model.context-length", str(largest)).code == 0
 
 
 @row(7)
 def test_a_context_and_its_target_are_enough_and_one_character_less_is_not(command: Command):
     write(Path("short.txt"), "x" * 32)
-    assert command("train", "short.txt", *TINY, "--val-fraction=0").code == 65
+    assert command("train", "short.txt", *TINY_FLAGS, "--val-fraction=0").code == 65
     write(Path("enough.txt"), "x" * 33)
-    assert command("train", "enough.txt", *TINY, "--val-fraction=0").code == 0
+    assert command("train", "enough.txt", *TINY_FLAGS, "--val-fraction=0").code == 0
 
 
 @row(8)
@@ -152,7 +152,7 @@ def test_a_context_and_its_target_are_enough_and_one_character_less_is_not(comma
 def test_a_held_out_text_shorter_than_a_context_is_used_and_told(command: Command, n_held_out: int, is_told: bool):
     write(Path("text.txt"), TEXT)
     write(Path("val.txt"), "x" * n_held_out)
-    ended = command("train", "text.txt", "--val", "val.txt", "--json", *TINY)
+    ended = command("train", "text.txt", "--val", "val.txt", "--json", *TINY_FLAGS)
     assert ended.json["bits_per_byte"] > 0
     assert (f"the held-out text has {n_held_out} tokens, less than one context of 32" in ended.err) == is_told
 
@@ -163,15 +163,17 @@ def test_less_held_out_text_than_the_context_is_told_of_the_context_that_was_tak
 ):
     """A run that chooses its size has none before its text is prepared."""
     write(Path("text.txt"), TEXT[:2000])
-    settled = resolve.settled
+    settled = resolve.settle
 
     def taken(*given: Any) -> Any:
         config, expected = settled(*given)
         shape = dataclasses.replace(config.model, context_length=context_length)
         return dataclasses.replace(config, model=shape, steps=1, for_s=None, batch_size=2, micro_batch_size=2), expected
 
-    monkeypatch.setattr(resolve, "settled", taken)
-    machine = [flag for flag in TINY if flag.startswith(("--threads", "--precision", "--device", "--report", "--tokenizer"))]
+    monkeypatch.setattr(resolve, "settle", taken)
+    machine = [
+        flag for flag in TINY_FLAGS if flag.startswith(("--threads", "--precision", "--device", "--report", "--tokenizer"))
+    ]
     ended = command("train", "text.txt", "--for", "1m", "--out", "run", *machine)
     assert ended.code == 0, ended.err
     assert ("the held-out text has 200 tokens, less than one context of 256" in ended.err) is is_told
@@ -179,11 +181,11 @@ def test_less_held_out_text_than_the_context_is_told_of_the_context_that_was_tak
 
 @row(48)
 def test_training_on_the_held_out_text_is_done_and_told(command: Command, text: Path):
-    ended = command("train", text, "--val", text, *TINY)
+    ended = command("train", text, "--val", text, *TINY_FLAGS)
     assert ended.code == 0
     assert "note: training and held-out text are the same" in ended.err
     write(Path("other.txt"), TEXT + "!")
-    assert "are the same" not in command("train", text, "--val", "other.txt", *TINY).err
+    assert "are the same" not in command("train", text, "--val", "other.txt", *TINY_FLAGS).err
 
 
 # What is learnt as it is
@@ -221,7 +223,7 @@ def test_an_unusual_text_is_learnt_exactly_as_it_is_and_told_of_where_it_may_sur
     command: Command, cache: Path, name: str, content: bytes | str, expected: str, notice: str
 ):
     write(Path(name), content)
-    ended = command("train", name, *TINY, "--steps=1")
+    ended = command("train", name, *TINY_FLAGS, "--steps=1")
     assert ended.code == 0, ended.err
     assert learnt(cache) == expected
     told = [line for line in ended.err.splitlines() if line.startswith(f"note: {name}")]
@@ -241,10 +243,10 @@ def test_the_end_of_text_that_a_text_spells_out_is_not_the_token(command: Comman
 def test_wrong_bytes_name_their_place_and_the_encoding_that_reads_them(refused: Refused, command: Command):
     before = "The first words.\n" * 100
     write(Path("latin.txt"), (before + "Une fenêtre fermée, là-bas.\n" * 20).encode("cp1252"))
-    error = refused(65, "train", "latin.txt", "--out", "run", *TINY)
+    error = refused(65, "train", "latin.txt", "--out", "run", *TINY_FLAGS)
     assert error["where"] == f"latin.txt, line 101, byte offset {len(before) + 7}"
     flag = re.search(r"--encoding \w+", error["do"])[0]
-    assert command("train", "latin.txt", "--out", "run", *TINY, *flag.split()).code == 0
+    assert command("train", "latin.txt", "--out", "run", *TINY_FLAGS, *flag.split()).code == 0
     assert command("eval", "run", "latin.txt", *flag.split()).code == 0
 
 
@@ -262,7 +264,7 @@ def test_wrong_bytes_name_their_place_and_the_encoding_that_reads_them(refused: 
 )
 def test_bytes_that_are_no_utf8_are_named_with_their_offset(refused: Refused, content: bytes, offset: int, do: str):
     write(Path("a.txt"), b"first line\n" + content)
-    error = refused(65, "train", "a.txt", *TINY)
+    error = refused(65, "train", "a.txt", *TINY_FLAGS)
     assert error["where"] == f"a.txt, line 2, byte offset {11 + offset}"
     assert error["what"] == f"byte 0x{content[offset]:02X} is not valid utf-8"
     assert do in error["do"]
@@ -278,25 +280,25 @@ def test_bytes_that_are_no_utf8_are_named_with_their_offset(refused: Refused, co
 )
 def test_wide_characters_without_a_mark_are_not_guessed_but_told(refused: Refused, command: Command, encoding: str, do: str):
     write(Path("a.txt"), TEXT.encode(encoding))
-    assert do in refused(65, "train", "a.txt", *TINY)["do"]
-    assert command("train", "a.txt", *TINY, "--encoding", encoding).code == 0
+    assert do in refused(65, "train", "a.txt", *TINY_FLAGS)["do"]
+    assert command("train", "a.txt", *TINY_FLAGS, "--encoding", encoding).code == 0
 
 
 @pytest.mark.parametrize("encoding", ["unicode_escape", "utf-7"])
 def test_half_of_a_surrogate_pair_is_told_whatever_encoding_says_it(refused: Refused, encoding: str):
     write(Path("a.txt"), TEXT.encode("ascii", "ignore") + {"unicode_escape": b"\\ud83d", "utf-7": b"+2D0-"}[encoding])
-    assert refused(65, "train", "a.txt", *TINY, "--encoding", encoding)["where"] == "a.txt"
+    assert refused(65, "train", "a.txt", *TINY_FLAGS, "--encoding", encoding)["where"] == "a.txt"
 
 
 def test_an_encoding_of_names_is_not_one_of_texts(refused: Refused):
     write(Path("a.txt"), TEXT)
-    assert refused(78, "train", "a.txt", *TINY, "--encoding", "idna")["where"] == "--encoding"
+    assert refused(78, "train", "a.txt", *TINY_FLAGS, "--encoding", "idna")["where"] == "--encoding"
 
 
 @row(19)
 def test_many_nul_characters_are_binary(refused: Refused):
     write(Path("a.txt"), "x" * 98 + "\0\0")
-    assert "binary" in refused(65, "train", "a.txt", *TINY)["what"]
+    assert "binary" in refused(65, "train", "a.txt", *TINY_FLAGS)["what"]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_many_nul_characters_are_binary(refused: Refused):
 @pytest.mark.parametrize("verb", ["train", "eval"])
 def test_a_file_that_is_no_text_is_called_by_its_kind(refused: Refused, a_run: Path, head: bytes, kind: str, verb: str):
     write(Path("binary.txt"), head if head[:2] == b"\x1f\x8b" else head + bytes(100))
-    error = refused(65, *(("train", "binary.txt", *TINY) if verb == "train" else ("eval", a_run, "binary.txt")))
+    error = refused(65, *(("train", "binary.txt", *TINY_FLAGS) if verb == "train" else ("eval", a_run, "binary.txt")))
     assert error["what"].startswith(f"this is {kind}")
     assert error["where"] == "binary.txt"
     assert error["do"]
@@ -341,13 +343,13 @@ def test_a_file_that_is_no_text_is_called_by_its_kind(refused: Refused, a_run: P
 )
 def test_a_bad_line_of_json_is_named_by_its_number(refused: Refused, line: str, says: str):
     write(Path("a.jsonl"), f"{LINE}{LINE}{line}")
-    error = refused(65, "train", "a.jsonl", *TINY)
+    error = refused(65, "train", "a.jsonl", *TINY_FLAGS)
     assert error["where"].startswith("a.jsonl:3")
     assert says in error["why"]
 
 
 def test_an_unknown_encoding_offers_the_nearest(refused: Refused, text: Path):
-    assert "did you mean" in refused(78, "train", text, *TINY, "--encoding", "utf-9")["do"]
+    assert "did you mean" in refused(78, "train", text, *TINY_FLAGS, "--encoding", "utf-9")["do"]
 
 
 # What it is called
@@ -357,10 +359,10 @@ def test_an_unknown_encoding_offers_the_nearest(refused: Refused, text: Path):
 @pytest.mark.parametrize("name", [f"{ESC}[31mred.txt", "a\nb.txt", "\x9b31m.txt"])
 def test_control_characters_of_a_text_s_name_are_shown_escaped(command: Command, tmp_path: Path, name: str):
     write(tmp_path / name, TEXT)
-    ended = command("train", name, *TINY)  # which refuses a bare escape character in the output
+    ended = command("train", name, *TINY_FLAGS)  # which refuses a bare escape character in the output
     assert ended.code == 0
     assert "\x9b" not in ended.out + ended.err
-    assert command("train", name + "x", *TINY).code == 66
+    assert command("train", name + "x", *TINY_FLAGS).code == 66
 
 
 @row(41)
@@ -368,7 +370,7 @@ def test_control_characters_of_a_text_s_name_are_shown_escaped(command: Command,
 def test_a_name_as_long_as_the_system_allows_is_learnt_from_however_often(command: Command, here: Path, name: str):
     write(here / name, TEXT)
     for _ in range(2):
-        ended = command("train", name, *TINY, "--steps=1")
+        ended = command("train", name, *TINY_FLAGS, "--steps=1")
         assert ended.code == 0, ended.err
     assert len(list(Path("runs").iterdir())) == 2
 
@@ -376,9 +378,9 @@ def test_a_name_as_long_as_the_system_allows_is_learnt_from_however_often(comman
 @row(41)
 def test_a_name_that_begins_with_a_dash_is_learnt_from_after_two_dashes(refused: Refused, command: Command, here: Path):
     write(here / "-x.txt", TEXT)
-    refused(2, "train", "-x.txt", *TINY)
-    assert command("train", *TINY, "--", "-x.txt").code == 0
-    assert command("train", "./-x.txt", *TINY).code == 0
+    refused(2, "train", "-x.txt", *TINY_FLAGS)
+    assert command("train", *TINY_FLAGS, "--", "-x.txt").code == 0
+    assert command("train", "./-x.txt", *TINY_FLAGS).code == 0
 
 
 @row(41)
@@ -387,8 +389,8 @@ def test_a_name_that_is_not_utf8_is_learnt_from_in_a_folder_or_as_standard_input
 ):
     name = os.fsdecode(b"caf\xe9.txt")
     write(here / "notes" / name, TEXT)
-    assert command("train", "notes", *TINY).code == 0
-    error = refused(65, "train", f"notes/{name}", *TINY)  # no configuration could name it again
+    assert command("train", "notes", *TINY_FLAGS).code == 0
+    error = refused(65, "train", f"notes/{name}", *TINY_FLAGS)  # no configuration could name it again
     assert r"\udce9" in error["where"]
     assert "standard input" in error["do"]
 
@@ -401,7 +403,7 @@ def test_paths_of_all_kinds_are_learnt_from_and_into(command: Command, here: Pat
     name = name.format(here=here.name)
     write(Path(name), TEXT)
     for out in ([], ["--out", f"{name}.run"]):
-        ended = command("train", name, *out, *TINY, "--json")
+        ended = command("train", name, *out, *TINY_FLAGS, "--json")
         assert ended.code == 0, ended.err
         assert command("train", "--resume", "--out", ended.json["run"], "--steps=3").code == 0
         assert command("info", ended.json["run"]).code == 0
@@ -413,12 +415,12 @@ def test_paths_of_all_kinds_are_learnt_from_and_into(command: Command, here: Pat
 @row(28, 41)
 def test_control_characters_of_a_run_s_name_are_shown_escaped(command: Command, text: Path):
     out = f"{ESC}]0;title\x07run"
-    ended = command("train", text, "--out", out, *TINY)
+    ended = command("train", text, "--out", out, *TINY_FLAGS)
     assert ended.code == 0
     assert r"\x1b]0;title\x07run" in ended.out
     for verb in (["info"], ["eval"]):
         assert command(*verb, out).code == 0
-    assert command("train", text, "--out", out, *TINY).code == 73
+    assert command("train", text, "--out", out, *TINY_FLAGS).code == 73
 
 
 @row(28)
@@ -470,7 +472,7 @@ def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, 
         with Path(name).open("w", newline="") as file:
             for _ in range(wanted // len(many)):
                 file.write(many)
-    tiny = [*TINY, "--steps=1", "--val-fraction=0", f"--tokenizer={tokenizer}", "--model.context-length=256"]
+    tiny = [*TINY_FLAGS, "--steps=1", "--val-fraction=0", f"--tokenizer={tokenizer}", "--model.context-length=256"]
     small, large = (peak_bytes("-m", "firstwords", "train", name, *tiny) for name in ("small.txt", "large.txt"))
     # The order of an epoch's windows is 8 bytes for each 256 ids; what the allocators keep was up to 62 MB, since a text is
     # looked at while PyTorch is loaded. A text of 128 MB that is held whole would take 124 MB more than one of 4.
@@ -482,7 +484,7 @@ def test_memory_does_not_grow_with_the_text(here: Path, full: bool, piece: str, 
 @pytest.mark.parametrize("piece", [pytest.param("a\n", marks=row(25)), pytest.param("a", marks=row(26))])
 def test_a_tokenizer_is_trained_on_a_text_of_one_character(command: Command, cache: Path, piece: str):
     write(Path("a.txt"), piece * MB)  # the trainer itself, given a million letters without a space, does not come to an end
-    ended = command("train", "a.txt", *TINY, "--steps=1", "--val-fraction=0", "--tokenizer=bpe:300")
+    ended = command("train", "a.txt", *TINY_FLAGS, "--steps=1", "--val-fraction=0", "--tokenizer=bpe:300")
     assert ended.code == 0, ended.err
     assert learnt(cache) == piece * MB
 
@@ -490,6 +492,6 @@ def test_a_tokenizer_is_trained_on_a_text_of_one_character(command: Command, cac
 @pytest.mark.parametrize("words", ["Привет", "山山山", "🦆🦆"])
 def test_a_text_whose_last_tenth_is_no_whole_letter_is_learnt(command: Command, here: Path, words: str):
     write(here / "tiny.txt", words)
-    tiny = [word for word in TINY if not word.startswith("--model.context-length")]
+    tiny = [word for word in TINY_FLAGS if not word.startswith("--model.context-length")]
     ended = command("train", "tiny.txt", "--out", "run", *tiny, "--val-fraction=0", "--model.context-length=4")
     assert ended.code == 0, ended.err

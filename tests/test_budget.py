@@ -50,7 +50,7 @@ def simulate(
             total, every = plans.plan(step, every)
         if step == total or (every and step % every == 0):
             now_s, looks = now_s + look_s * rest_pace, looks + 1
-            plans.look()
+            plans.count_evaluation()
         now_s += rest(step) * rest_pace
     return now_s + end_s * rest_pace, step - done, looks
 
@@ -126,7 +126,7 @@ def test_where_the_best_is_behind_there_is_time_to_judge_it_again() -> None:
             step += 1
             if plans.step(0.1 * step, 0.1) and step != total:
                 total, _ = plans.plan(step, 10**6)
-                plans.look(is_best=is_best)
+                plans.count_evaluation(is_best=is_best)
         return 100 - 0.1 * step
 
     assert left_s(is_best=False) - left_s(is_best=True) == pytest.approx(30 * 0.1, abs=0.2)  # a step more or less

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 import firstwords
-from command import TEXT, TINY, Command, Ended
+from command import TEXT, TINY_FLAGS, Command, Ended
 from firstwords import api, errors, store
 from firstwords.app.cli import main
+from firstwords.events import Preparing, Told
 from firstwords.runs.journal import Journal
 from firstwords.text import corpus
 from firstwords.training import loop
-from firstwords.training.events import Preparing, Told
 
 FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
 TRAIN_KEYS = {
@@ -68,7 +68,7 @@ def command(command: Command) -> Command:
 
 @pytest.fixture
 def a_run(command: Command) -> Path:
-    command("train", "text.txt", "--out", "run", *TINY)
+    command("train", "text.txt", "--out", "run", *TINY_FLAGS)
     return Path("run")
 
 
@@ -86,7 +86,7 @@ def config(run: Path) -> dict[str, Any]:
 
 
 def test_train_says_what_came_of_it(command: Command):
-    found = command("train", "text.txt", "--out", "run", *TINY, "--json", "--seed", "7").json
+    found = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json", "--seed", "7").json
     assert found.keys() >= TRAIN_KEYS | FIGURES
     assert found["last"].keys() >= {"train_nats_per_token", "nats_per_token"}
     assert (found["run"], found["steps"], found["seed"], found["precision"]) == ("run", 2, 7, "float32")
@@ -96,7 +96,7 @@ def test_train_says_what_came_of_it(command: Command):
 
 
 def test_a_text_without_a_held_out_part_has_null_figures_and_the_last_model_is_the_best(command: Command):
-    ended = command("train", "text.txt", "--out", "run", *TINY, "--json", "--val-fraction", "0")
+    ended = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json", "--val-fraction", "0")
     assert [ended.json[key] for key in sorted(FIGURES)] == [None] * 3
     assert ended.json["last"]["nats_per_token"] is None
     assert ended.json["best_step"] == 2
@@ -104,7 +104,7 @@ def test_a_text_without_a_held_out_part_has_null_figures_and_the_last_model_is_t
 
 
 def test_eval_of_a_run_gives_the_figures_that_train_gave(command: Command):
-    trained = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    trained = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json").json
     found = command("eval", "run", "--json").json
     assert found.keys() >= FIGURES | {"n_tokens", "n_bytes"}
     assert {key: found[key] for key in FIGURES} == {key: trained[key] for key in FIGURES}
@@ -190,7 +190,7 @@ def test_results_go_to_standard_output_alone(command: Command, a_run: Path, verb
 
 
 def test_progress_goes_to_standard_error_in_plain_lines_and_results_to_standard_output(command: Command):
-    ended = command("train", "text.txt", "--out", "run", *TINY)
+    ended = command("train", "text.txt", "--out", "run", *TINY_FLAGS)
     assert "held-out" in ended.out
     assert "firstwords generate run" in ended.out
     assert "step      2/2" in ended.err
@@ -201,10 +201,10 @@ def test_progress_goes_to_standard_error_in_plain_lines_and_results_to_standard_
 
 def test_on_a_terminal_progress_is_a_live_line_and_results_are_the_same(command: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
-    plain = command("train", "text.txt", "--out", "plain", *TINY, "--json")
+    plain = command("train", "text.txt", "--out", "plain", *TINY_FLAGS, "--json")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    live = command("train", "text.txt", "--out", "live", *TINY, "--json")
+    live = command("train", "text.txt", "--out", "live", *TINY_FLAGS, "--json")
     assert "\x1b[" in live.err
     assert "\x1b" not in live.out
     assert live.json["weights_sha256"] == plain.json["weights_sha256"]
@@ -214,8 +214,13 @@ def test_on_a_terminal_progress_is_a_live_line_and_results_are_the_same(command:
     ("verb", "where", "name", "do"),
     [
         (("generate", "run"), api, "load", ""),
-        (("train", "text.txt", "--out", "new", *TINY), corpus, "prepare", ""),
-        (("train", "text.txt", "--out", "new", *TINY), loop, "train_step", "to go on: firstwords train --resume --out new"),
+        (("train", "text.txt", "--out", "new", *TINY_FLAGS), corpus, "prepare", ""),
+        (
+            ("train", "text.txt", "--out", "new", *TINY_FLAGS),
+            loop,
+            "train_step",
+            "to go on: firstwords train --resume --out new",
+        ),
     ],
 )
 def test_ctrl_c_advises_to_go_on_where_there_is_something_to_go_on_with(
@@ -243,13 +248,13 @@ def test_ctrl_c_while_the_program_is_being_read_is_no_traceback():
 
 
 def test_what_a_run_says_at_its_end_goes_on_from_the_prompt_of_its_samples(command: Command, a_run: Path):
-    ended = command("train", "text.txt", "--out", "new", *TINY, "--sample-prompt", "The word")
+    ended = command("train", "text.txt", "--out", "new", *TINY_FLAGS, "--sample-prompt", "The word")
     said = ended.out.partition("it says:\n")[2]
     assert said.startswith("The word")
 
 
 def test_without_held_out_text_no_held_out_figure_is_promised(command: Command, a_run: Path):
-    tiny = ("train", "text.txt", *TINY)
+    tiny = ("train", "text.txt", *TINY_FLAGS)
     assert "held out" not in command(*tiny, "--out", "none", "--val-fraction", "0").err.partition("plan ")[2].splitlines()[0]
     assert "held out" in command(*tiny, "--out", "some").err.partition("plan ")[2].splitlines()[0]  # the negative control
 
@@ -343,7 +348,7 @@ def test_help_names_every_verb_and_every_key(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_run_is_named_after_its_text_and_numbered_if_taken(command: Command):
-    assert [command("train", "text.txt", *TINY, "--json").json["run"] for _ in range(3)] == [
+    assert [command("train", "text.txt", *TINY_FLAGS, "--json").json["run"] for _ in range(3)] == [
         "runs/text",
         "runs/text-2",
         "runs/text-3",
@@ -353,8 +358,8 @@ def test_a_run_is_named_after_its_text_and_numbered_if_taken(command: Command):
 def test_a_folder_in_which_another_process_begins_is_taken(command: Command):
     store.make_folder(Path("runs/text"))
     with store.lock(Path("runs/text/run.lock")):
-        assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text-2"
-    assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text"  # the negative control
+        assert command("train", "text.txt", *TINY_FLAGS, "--json").json["run"] == "runs/text-2"
+    assert command("train", "text.txt", *TINY_FLAGS, "--json").json["run"] == "runs/text"  # the negative control
 
 
 def test_a_run_has_its_folder_to_itself_from_before_its_text_is_prepared(here: Path):
@@ -374,7 +379,7 @@ def test_a_run_has_its_folder_to_itself_from_before_its_text_is_prepared(here: P
 @pytest.mark.parametrize(("named", "code"), [("text.txt", 0), ("missing.txt", 66)])
 def test_what_cannot_be_told_neither_ends_a_run_nor_changes_its_exit_code(here: Path, named: str, code: int):
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "firstwords", "train", named, "--out", "run", *TINY]
+        command = [sys.executable, "-m", "firstwords", "train", named, "--out", "run", *TINY_FLAGS]
         ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=False)
     assert ended.returncode == code
     assert bool(list(Path().glob("run/checkpoints/step-*2"))) is (code == 0)
@@ -396,17 +401,17 @@ def test_folders_and_standard_input_give_a_run_its_name(
     Path("notes").mkdir()
     Path("notes/a.md").write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    assert command("train", *texts, *TINY, "--json").json["run"] == f"runs/{name}"
+    assert command("train", *texts, *TINY_FLAGS, "--json").json["run"] == f"runs/{name}"
 
 
 def test_an_empty_folder_is_free(command: Command):
     Path("run").mkdir()
-    assert command("train", "text.txt", "--out", "run", *TINY, "--json").json["run"] == "run"
+    assert command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json").json["run"] == "run"
 
 
 def test_a_refused_run_leaves_no_number_taken(command: Command):
-    assert main(["train", "text.txt", *TINY, "--model.context-length=99999"]) == 65
-    assert command("train", "text.txt", *TINY, "--json").json["run"] == "runs/text"
+    assert main(["train", "text.txt", *TINY_FLAGS, "--model.context-length=99999"]) == 65
+    assert command("train", "text.txt", *TINY_FLAGS, "--json").json["run"] == "runs/text"
 
 
 # Configuration
@@ -435,14 +440,14 @@ def test_a_preset_on_the_command_line_replaces_the_file_s_and_the_file_s_keys_st
 
 def test_a_length_on_the_command_line_replaces_the_file_s(command: Command):
     Path("my.toml").write_text("steps = 1000000\n")
-    tiny = [word for word in TINY if not word.startswith("--steps")]
+    tiny = [word for word in TINY_FLAGS if not word.startswith("--steps")]
     command("train", "text.txt", "--config", "my.toml", "--out", "run", *tiny, "--epochs", "0.1")
     assert config(Path("run"))["steps"] == 3  # a tenth of 101 windows of 32, 4 at a time
 
 
 @pytest.mark.parametrize(("time", "expected_s"), [("90", 90.0), ("90s", 90.0), ("3m", 180.0), ("1h", 3600.0), ("0.5", 0.5)])
 def test_times_have_units(command: Command, time: str, expected_s: float):
-    command("train", "text.txt", "--out", "run", *TINY, "--steps=1", "--save-every", time)
+    command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--steps=1", "--save-every", time)
     assert config(Path("run"))["save_every_s"] == expected_s
 
 
@@ -450,7 +455,7 @@ def test_times_have_units(command: Command, time: str, expected_s: float):
 def test_training_from_a_run_s_own_configuration_repeats_it(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extra: list[str]
 ):
-    first = command("train", "text.txt", "--out", "run", *TINY, *extra, "--steps=4", "--json").json
+    first = command("train", "text.txt", "--out", "run", *TINY_FLAGS, *extra, "--steps=4", "--json").json
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     again = command("train", "--config", tmp_path / "run/config.toml", "--out", "again", "--json").json
@@ -464,7 +469,7 @@ def test_files_that_a_run_needs_are_recorded_so_that_it_goes_on_from_any_folder(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, a_run: Path, key: str
 ):
     files = {"val": "text.txt", "tokenizer": "run/checkpoints/step-00000002/tokenizer.json"}
-    command("train", "text.txt", "--out", "other", *TINY, f"--{key}", files[key])
+    command("train", "text.txt", "--out", "other", *TINY_FLAGS, f"--{key}", files[key])
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     command("train", "--resume", "--out", tmp_path / "other", "--steps=3")
@@ -511,7 +516,7 @@ def test_no_file_of_a_run_is_a_pickle_or_a_zip(a_run: Path):
 
 
 def test_the_best_and_the_last_two_checkpoints_stay(command: Command):
-    found = command("train", "text.txt", "--out", "run", *TINY, "--steps=6", "--json", "--eval-every=1").json
+    found = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--steps=6", "--json", "--eval-every=1").json
     kept = {int(path.name.removeprefix("step-")) for path in Path("run/checkpoints").iterdir()}
     assert kept == {5, 6} | {found["best_step"]}
 
@@ -528,7 +533,7 @@ def test_each_step_stands_in_the_journal_once_with_its_keys(a_run: Path):
 
 
 def test_every_evaluation_stands_in_the_journal_with_the_first_and_last_step(command: Command):
-    found = command("train", "text.txt", "--out", "run", *TINY, "--steps=5", "--json", "--eval-every=3").json
+    found = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--steps=5", "--json", "--eval-every=3").json
     evaluations = events(Path("run"), "evaluation")
     assert [evaluation["step"] for evaluation in evaluations] == [0, 3, 5]
     assert all(evaluation.keys() >= FIGURES | {"best"} for evaluation in evaluations)
@@ -547,7 +552,7 @@ def test_a_run_s_journal_begins_with_start_and_ends_with_stop(a_run: Path):
 
 
 def test_a_time_budget_is_planned_and_the_plan_is_in_the_journal(command: Command):
-    tiny = [word for word in TINY if not word.startswith("--steps")]
+    tiny = [word for word in TINY_FLAGS if not word.startswith("--steps")]
     found = command("train", "text.txt", "--out", "run", *tiny, "--for", "1s", "--json").json
     plans = events(Path("run"), "plan")
     assert plans
@@ -556,7 +561,7 @@ def test_a_time_budget_is_planned_and_the_plan_is_in_the_journal(command: Comman
 
 
 def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_and_each_step_stands_once(command: Command, a_run: Path):
-    whole = command("train", "text.txt", "--out", "whole", *TINY, "--steps=4", "--eval-every=1", "--json").json
+    whole = command("train", "text.txt", "--out", "whole", *TINY_FLAGS, "--steps=4", "--eval-every=1", "--json").json
     with (a_run / "metrics.jsonl").open("a") as metrics, (a_run / "samples.jsonl").open("a") as samples:
         metrics.write('{"event": "step", "step": 3}\n{"event": "st')
         samples.write('{"event": "sample", "step": 3, "text": "never')
@@ -568,7 +573,7 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_and_each_step_stand
 
 
 def test_a_run_without_a_checkpoint_begins_again_and_says_so(command: Command):
-    first = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    first = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json").json
     for path in Path("run/checkpoints").iterdir():
         path.rename(f"damaged-{path.name}")
     Path("run/metrics.jsonl").unlink()  # as if it was never saved
@@ -611,7 +616,7 @@ def test_a_journal_gives_back_every_text_that_a_model_may_say(tmp_path: Path):
 
 
 def test_the_python_verbs_give_what_the_command_line_gives(command: Command, capsys: pytest.CaptureFixture[str]):
-    shown = command("train", "text.txt", "--out", "run", *TINY, "--json").json
+    shown = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--json").json
     model = {"emb_dim": 32, "n_heads": 2, "n_layers": 1, "ff_dim": 64, "context_length": 32}
     options = {"steps": 2, "batch_size": 4, "threads": 1, "precision": "float32", "device": "cpu", "model": model}
     result = firstwords.train("text.txt", out="same", tokenizer="bytes", progress=False, **options)

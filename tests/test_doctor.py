@@ -14,7 +14,7 @@ import pytest
 
 from command import Command, write
 from firstwords.planning import doctor, known, measure, system
-from firstwords.planning.doctor import Place, Torch
+from firstwords.planning.doctor import Disk, Torch
 from firstwords.planning.system import System
 
 GOOD = System(
@@ -32,7 +32,7 @@ GOOD = System(
     swap_used_bytes=0,
 )
 TORCH = Torch("2.13.0", "cpu", "AVX512", 8, {"cpu": "A processor"}, sees_a_gpu=False, has_onednn=True)
-PLACE = Place("runs", "/home/p/runs", 50 << 30, writable=True)
+PLACE = Disk("runs", "/home/p/runs", 50 << 30, writable=True)
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_machine_is_read_as_its_system_describes_it(root: Path) -> None:
-    found = system.look(root)
+    found = system.read(root)
     assert (found.processor, found.instructions) == ("One", ("avx2", "avx512f", "amx_bf16"))
     memory = found.memory_bytes, found.available_bytes, found.swap_used_bytes
     assert memory == (8000 << 10, 6000 << 10, 400 << 10)
@@ -240,7 +240,7 @@ def test_the_limits_of_a_container_count(root: Path) -> None:
     write(root / "sys/fs/cgroup/user/memory.max", "3000000\n")
     write(root / "sys/fs/cgroup/user/me/memory.max", "max\n")
     write(root / "sys/fs/cgroup/user/me/cpu.max", "150000 100000\n")
-    found = system.look(root)
+    found = system.read(root)
     assert (found.memory_bytes, found.available_bytes, found.core_quota) == (3000000, 3000000, 1.5)
 
 
@@ -270,19 +270,19 @@ def test_the_limits_of_a_container_of_the_first_kind_count(root: Path) -> None:
     write(root / "sys/fs/cgroup/memory/box/memory.limit_in_bytes", "4000000\n")
     write(root / "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us", "50000\n")
     write(root / "sys/fs/cgroup/cpu/box/cpu.cfs_period_us", "100000\n")
-    found = system.look(root)
+    found = system.read(root)
     assert (found.memory_bytes, found.core_quota) == (4000000, 0.5)
     write(root / "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us", "-1\n")  # none
-    assert system.look(root).core_quota is None
+    assert system.read(root).core_quota is None
 
 
 def test_an_emulated_processor_is_noticed(root: Path) -> None:
     write(root / "proc/cpuinfo", "vendor_id : VirtualApple\nmodel name : VirtualApple @ 2.50GHz\n")
-    assert system.look(root).emulated == "Rosetta"
+    assert system.read(root).emulated == "Rosetta"
 
 
 def test_a_system_that_says_nothing_is_described_as_far_as_possible(tmp_path: Path) -> None:
-    found = system.look(tmp_path)
+    found = system.read(tmp_path)
     assert (found.instructions, found.core_quota, found.swap_used_bytes) == ((), None, None)
     assert found.cores >= 1
     assert list(doctor.of_system(dataclasses.replace(found, load=None))) == []

@@ -114,7 +114,7 @@ def test_the_windows_of_a_spread_are_evenly_chosen_of_all_there_are(context: int
     part = part_of(np.random.default_rng(context).integers(0, 40, 200).tolist())
     starts = np.flatnonzero(part.ids == 60)
     whole = list(windows(starts, np.append(starts[1:], len(part.ids)), context))
-    some = evaluation._plan(part, context, most_tokens)
+    some = evaluation._chosen_windows(part, context, most_tokens)
     places = sorted(whole.index(window) for window in some)  # each is one of them
     assert len(set(places)) == len(places)
     wanted = len(whole) * most_tokens / part.n_tokens

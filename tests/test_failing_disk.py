@@ -21,9 +21,10 @@ import torch
 from faults import FAULTS, STEPS, End, Failing, end, train
 from firstwords import recorder, store
 from firstwords.errors import CannotCreateError, FirstwordsError, PermissionDeniedError, StorageError
+from firstwords.events import Notice, Saved, Started, Told
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Notice, Saved, Started, StepDone, Told
+from firstwords.training.events import StepDone
 
 REFUSED = (StorageError, PermissionDeniedError, CannotCreateError)  # exit codes 74, 77, 73
 TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}

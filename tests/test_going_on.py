@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from command import TINY, Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, write
 from conftest import journal
 from firstwords import api, pretraining, store
 from firstwords.config import ModelConfig, from_toml, presets, run_config
@@ -36,7 +36,9 @@ def learnt(here: Path) -> Path:
 
 
 def going_on(*more: str | Path) -> tuple[str | Path, ...]:
-    machine = [flag for flag in TINY if flag.startswith(("--threads", "--precision", "--device", "--batch-size", "--save"))]
+    machine = [
+        flag for flag in TINY_FLAGS if flag.startswith(("--threads", "--precision", "--device", "--batch-size", "--save"))
+    ]
     return ("train", "other.txt", "--from", "learnt", "--out", "run", "--steps", "20", "--keep", "1000", *machine, *more)
 
 
@@ -84,7 +86,7 @@ def test_it_is_judged_and_goes_on_where_its_folder_was_moved(learnt: Path, comma
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_the_configuration_of_a_run_that_was_moved_begins_another(learnt: Path, command: Command, goes_on: bool) -> None:
     Path("words.json").write_bytes(byte_tokenizer().json)
-    with_a_file = ("train", "other.txt", "--out", "run", *TINY, "--tokenizer", "words.json")
+    with_a_file = ("train", "other.txt", "--out", "run", *TINY_FLAGS, "--tokenizer", "words.json")
     assert command(*(going_on("--steps", "2") if goes_on else with_a_file)).code == 0
     Path("run").rename("moved")
     Path("words.json").unlink()
@@ -153,7 +155,7 @@ def test_its_own_configuration_repeats_it_adapted_as_it_was(learnt: Path, comman
 def test_its_beginning_is_judged_by_as_much_as_what_follows(learnt: Path, command: Command) -> None:
     write(Path("other.txt"), OTHER * 20)  # more held-out tokens than a new model is judged by at its beginning
     assert command(*going_on("--steps", "2")).code == 0
-    assert command("train", "other.txt", *TINY, "--out", "new").code == 0  # the negative control
+    assert command("train", "other.txt", *TINY_FLAGS, "--out", "new").code == 0  # the negative control
     went_on, new = ([line["n_tokens"] for line in journal(Path(name), "evaluation")] for name in ("run", "new"))
     assert went_on[0] == went_on[-1]
     assert new[0] < new[-1]

@@ -13,12 +13,12 @@ from torch import Tensor
 from conftest import STORY, TINY, journal, seeded
 from firstwords import api
 from firstwords.config import ModelConfig, run_config
+from firstwords.events import Notice, Told
 from firstwords.model import loss
 from firstwords.model.loss import IGNORE, target_nats, token_figures
-from firstwords.planning import machine, products, trust
+from firstwords.planning import machine, matmul, trust
 from firstwords.planning.trust import Way
 from firstwords.training import state as states
-from firstwords.training.events import Notice, Told
 from test_trust import a_batch, a_model, products_of
 
 pytestmark = [
@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
     wanted_gradients = torch.autograd.grad(wanted, given)
     ours = [tensor.detach().to(GPU).requires_grad_() for tensor in given]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        nats = target_nats(ours[0], ours[1], targets.to(GPU), compiled)
+        nats = target_nats(ours[0], ours[1], targets.to(GPU), compiled=compiled)
         single, ranks = token_figures(ours[0], ours[1], targets.to(GPU))
     assert nats.item() == pytest.approx(wanted.item(), rel=limit)
     assert single.sum().item() == pytest.approx(wanted.item(), rel=limit)
@@ -102,7 +102,7 @@ def test_products_that_lose_accuracy_are_refused_on_the_gpu(config: ModelConfig)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_found_on_the_gpu(config: ModelConfig, value: float) -> None:
-    state = states.initial(config, run_config().optim, 0, "cuda", torch.float32)
+    state = states.new_state(config, run_config().optim, 0, "cuda", torch.float32)
     assert bool(states.all_finite(state))
     state.model.trf_blocks[1].att.out_proj.weight.data[3, 4] = value  # type: ignore[union-attr, index]
     assert not bool(states.all_finite(state))
@@ -111,7 +111,7 @@ def test_a_weight_that_is_not_finite_is_found_on_the_gpu(config: ModelConfig, va
 def test_a_gpu_with_instructions_for_bfloat16_uses_them() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("NOT RUN: this GPU has none")
-    assert products.precision("auto", machine.device("auto")) == "bfloat16"
+    assert matmul.precision("auto", machine.device("auto")) == "bfloat16"
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])

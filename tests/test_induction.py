@@ -51,7 +51,7 @@ def test_a_new_model_finds_what_followed_when_the_last_token_stood_there_before(
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_the_heads_copy_from_a_table_that_begins_with_what_its_text_says(config: ModelConfig) -> None:
     model, ids = drawn(config), np.random.default_rng(1).zipf(1.2, 50_000) % config.vocab_size
-    neighbours.begin_alike(model, neighbours.directions(ids, config, seed=1))
+    neighbours.mix_into_embedding(model, neighbours.directions(ids, config, seed=1))
     assert gained(model, seed=1) > 0.2
     shares = shares_of_the_first_head(model)
     assert bool((shares[1:].argmax(-1) == torch.arange(len(shares) - 1)).all())
@@ -121,6 +121,6 @@ def test_a_seed_decides_on_the_heads() -> None:
 )
 def test_a_shape_without_room_for_the_heads_begins_as_ever(change: dict[str, Any]) -> None:
     config = dataclasses.replace(LAPTOP, **change)
-    assert not induction.begins(config)
+    assert not induction.applies(config)
     plain = drawn(dataclasses.replace(config, induction_heads=False)).state_dict()
     assert all(torch.equal(weight, plain[name]) for name, weight in drawn(config).state_dict().items())

@@ -21,11 +21,12 @@ import torch
 import kill_farm
 from conftest import OTHER, STORY, TINY, outcome
 from firstwords import api, recorder, resolve, store
+from firstwords.events import Told
 from firstwords.planning.budget import Budget
 from firstwords.runs import checkpoint
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import Sampled, Told
+from firstwords.training.events import Sampled
 from kill_farm import Kill, Pace
 
 SEED = 20_000
@@ -191,7 +192,7 @@ def leave_out(piece: str, patch: pytest.MonkeyPatch) -> None:
     """Let the next resume go on without a piece of what was saved, as if it had not been."""
     match piece:
         case "weights":
-            patch.setattr(recorder, "fill", lambda model, tensors, where: None)
+            patch.setattr(recorder, "load_weights", lambda model, tensors, where: None)
         case "metrics.jsonl" | "samples.jsonl":
             cut = store.cut
             patch.setattr(store, "cut", lambda path, size: None if path.name == piece else cut(path, size))

@@ -50,32 +50,32 @@ def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tu
 def test_the_forms_for_a_processor_and_for_a_gpu_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a target that is all but certain, and with one that is so unlikely that the sum of the others is too large."""
     monkeypatch.setattr(loss, "PIECE_BYTES", 4 * 9 * 8)
-    rows, table, spare = torch.eye(9), 3 * torch.randn(V, 9, generator=seeded(0)), 14
-    table[0, 4], table[0, 5] = 300.0, -300.0
+    rows, head, padding = torch.eye(9), 3 * torch.randn(V, 9, generator=seeded(0)), 14
+    head[0, 4], head[0, 5] = 300.0, -300.0
     targets = torch.tensor([0, 7, IGNORE, V - 1, 0, 0, 1, 2, 3])
-    padded = F.pad(rows @ table.T, (0, spare))
-    wanted = loss._nats(padded[:, :V], targets)
-    torch.testing.assert_close(loss._nats_in_one(padded.clone(), targets, V, loss._softmax, gradient=False), wanted)
-    torch.testing.assert_close(loss._nats_in_one(padded, targets, V, loss._softmax, gradient=True), wanted)
+    padded = F.pad(rows @ head.T, (0, padding))
+    wanted = loss._nats_on_cpu(padded[:, :V], targets)
+    torch.testing.assert_close(loss._nats_on_gpu(padded.clone(), targets, V, loss._softmax, gradient=False), wanted)
+    torch.testing.assert_close(loss._nats_on_gpu(padded, targets, V, loss._softmax, gradient=True), wanted)
     assert not padded[:, V:].any()  # so that products may count them
     for certain in (False, True):  # alone, no sum is too large
         chosen = slice(0, 5) if certain else slice(0, 9)
-        logits = (table @ rows[chosen].T).T
-        nats, scale = loss._nats_by_words(logits, targets[chosen], rows[chosen], table)
+        logits = (head @ rows[chosen].T).T
+        nats, scale = loss._nats_vocab_major(logits, targets[chosen], rows[chosen], head)
         torch.testing.assert_close(nats, wanted[chosen])  # float32 rounding of an exponential
         torch.testing.assert_close(logits * scale, padded[chosen, :V])
         assert nats[2] == 0
 
 
-@pytest.mark.parametrize("spare", [0, 14])
-def test_words_to_spare_change_nothing(
-    inputs: tuple[torch.Tensor, ...], spare: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("padding", [0, 14])
+def test_padding_of_the_head_changes_nothing(
+    inputs: tuple[torch.Tensor, ...], padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU."""
     features, weight, targets = inputs
     wanted = torch.autograd.grad(plain(*inputs), (features, weight))
-    monkeypatch.setattr(loss, "_table", lambda head, dtype: F.pad(head.to(dtype), (0, 0, 0, spare)))
-    monkeypatch.setattr(loss, "_on_processor", lambda _: False)
+    monkeypatch.setattr(loss, "_padded_head", lambda head, dtype: F.pad(head.to(dtype), (0, 0, 0, padding)))
+    monkeypatch.setattr(loss, "_on_cpu", lambda _: False)
     ours = target_nats(*inputs)
     torch.testing.assert_close(ours, plain(*inputs))
     torch.testing.assert_close(torch.autograd.grad(ours, (features, weight)), wanted)
@@ -102,7 +102,7 @@ def test_all_chunks_logits_stand_in_the_same_memory(
     inputs: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
-    for name in ("_nats", "_nats_by_words"):
+    for name in ("_nats_on_cpu", "_nats_vocab_major"):
         nats_of = getattr(loss, name)
 
         def nats(logits: torch.Tensor, *given: torch.Tensor, nats_of: Callable[..., object] = nats_of) -> object:

@@ -17,12 +17,13 @@ from conftest import STORY, TINY
 from firstwords import api, resolve
 from firstwords.config import run_config
 from firstwords.errors import ConfigError
+from firstwords.events import Notice
 from firstwords.model import loss
-from firstwords.planning import known, machine, measure, process, products, system
+from firstwords.planning import known, machine, matmul, measure, process, system
 from firstwords.planning.known import Compiling, Known, Learning
-from firstwords.planning.plan import Machine, Tokens
+from firstwords.planning.plan import Machine, TokenizedText
 from firstwords.planning.speed import Speed, guessed
-from firstwords.training.events import Event, Notice
+from firstwords.training.events import Event
 
 # A process of its own: what it frees lies in one heap, which the main thread alone has.
 CLEARED = """
@@ -121,7 +122,7 @@ def test_a_model_is_not_computed_in_a_precision_that_this_processor_has_no_instr
 ) -> None:
     (tmp_path / "story.txt").write_text(STORY)
     api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=1, **{**TINY, "precision": "bfloat16"})
-    monkeypatch.setattr(products, "known_rates", lambda *_: dict(zip(("float32", "bfloat16"), rates, strict=True)))
+    monkeypatch.setattr(matmul, "known_rates", lambda *_: dict(zip(("float32", "bfloat16"), rates, strict=True)))
     told: list[str] = []
     assert api.load(tmp_path / "run", notice=told.append).dtype == dtype
     assert [line for line in told if "bfloat16" in line] == (
@@ -152,18 +153,18 @@ def measured(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> list[None]:
         times.append(None)
         return {"float32": 1e9, "bfloat16": bfloat16}
 
-    monkeypatch.setattr(products, "rates", rates)
+    monkeypatch.setattr(matmul, "rates", rates)
     return times
 
 
 def test_the_precision_is_measured_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = measured(monkeypatch, 4e9)
-    assert [products.precision("auto", CPU, tmp_path) for _ in range(3)] == ["bfloat16"] * 3
+    assert [matmul.precision("auto", CPU, tmp_path) for _ in range(3)] == ["bfloat16"] * 3
     assert len(times) == 1
-    assert products.precision("float32", CPU, tmp_path) == "float32"
+    assert matmul.precision("float32", CPU, tmp_path) == "float32"
     measured(monkeypatch, 1e9)
-    assert products.precision("auto", CPU, tmp_path) == "bfloat16"  # what is known counts, until doctor measures anew
-    assert products.precision("auto", CPU) == "float32"
+    assert matmul.precision("auto", CPU, tmp_path) == "bfloat16"  # what is known counts, until doctor measures anew
+    assert matmul.precision("auto", CPU) == "float32"
 
 
 @pytest.mark.parametrize(
@@ -186,11 +187,11 @@ def test_what_is_damaged_or_of_another_machine_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     times = measured(monkeypatch, 4e9)
-    products.precision("auto", CPU, tmp_path)
+    matmul.precision("auto", CPU, tmp_path)
     (path,) = (tmp_path / known.FOLDER).iterdir()
     good = path.read_bytes()
     write(path, content.replace(b"KEY", json.dumps(machine.key(CPU)).encode()))
-    assert products.precision("auto", CPU, tmp_path) == "bfloat16"
+    assert matmul.precision("auto", CPU, tmp_path) == "bfloat16"
     assert len(times) == 2
     assert path.read_bytes() == good
 
@@ -199,18 +200,18 @@ def test_what_was_measured_with_other_threads_or_another_pytorch_is_another_mach
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = measured(monkeypatch, 4e9)
-    products.precision("auto", CPU, tmp_path)
+    matmul.precision("auto", CPU, tmp_path)
     with process.threads(2):
-        products.precision("auto", CPU, tmp_path)
+        matmul.precision("auto", CPU, tmp_path)
     monkeypatch.setattr(torch, "__version__", "2.12.0")
-    products.precision("auto", CPU, tmp_path)
+    matmul.precision("auto", CPU, tmp_path)
     assert len(times) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = measured(monkeypatch, 4e9)
     place = write(tmp_path / "a file", "in the way")
-    assert [products.precision("auto", CPU, place) for _ in range(2)] == ["bfloat16"] * 2
+    assert [matmul.precision("auto", CPU, place) for _ in range(2)] == ["bfloat16"] * 2
     assert len(times) == 2
 
 
@@ -325,7 +326,7 @@ def test_compiling_is_believed_in_only_of_a_gpu_that_can(
 
 def test_what_compiling_takes_and_saves_is_counted_in_what_is_expected() -> None:
     config = run_config({"preset": "laptop", "for_s": 600.0, "precision": "float32", "compile": "auto", "batch_size": 8})
-    tokens = Tokens("bpe", config.model.vocab_size, 1e7, 3e7, 1e6, 2.0)
+    tokens = TokenizedText("bpe", config.model.vocab_size, 1e7, 3e7, 1e6, 2.0)
     here = Machine(guessed(1e11), "float32")
     rate = here.speed.tokens_per_s(config.model)
     plain, expected = resolve._expected(config, tokens, here, Known())

@@ -11,7 +11,7 @@ import torch
 
 from command import Command, Refused
 from firstwords.config import RunConfig, run_config
-from firstwords.planning import measure, products
+from firstwords.planning import matmul, measure
 from firstwords.planning.speed import Speed, guessed, point
 from firstwords.text.batches import Batch
 from firstwords.training import loop
@@ -165,12 +165,12 @@ def test_what_a_processor_cannot_do_is_not_measured_for_minutes(monkeypatch: pyt
         asked.append(dtype)
         return took_s[dtype]
 
-    monkeypatch.setattr(products, "_product_s", lambda a: one(a.dtype))
-    found = products.rates(torch.device("cpu"))
+    monkeypatch.setattr(matmul, "_product_s", lambda a: one(a.dtype))
+    found = matmul.rates(torch.device("cpu"))
     assert found["float32"] == pytest.approx(2000 * found["bfloat16"])
-    assert products.precision_of(found) == "float32"
+    assert matmul.precision_of(found) == "float32"
     assert asked.count(torch.bfloat16) == 2
-    assert asked.count(torch.float32) == products.RATE_TIMES  # the negative control: what is fast is asked again
+    assert asked.count(torch.float32) == matmul.RATE_TIMES  # the negative control: what is fast is asked again
 
 
 def test_the_limit_of_products_is_not_looked_for_where_one_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +182,11 @@ def test_the_limit_of_products_is_not_looked_for_where_one_takes_long(monkeypatc
         return a_product_s
 
     monkeypatch.setattr(measure, "seconds", seconds)
-    assert measure.product_rate(torch.bfloat16) == pytest.approx(2 * measure.SIDES[0] ** 3 / a_product_s)
+    assert measure.matmul_flops_per_s(torch.bfloat16) == pytest.approx(2 * measure.SIDES[0] ** 3 / a_product_s)
     assert calls == [1]
     calls.clear()
     a_product_s = 1e-3
-    assert measure.product_rate(torch.bfloat16) == pytest.approx(2 * measure.SIDES[-1] ** 3 / a_product_s)
+    assert measure.matmul_flops_per_s(torch.bfloat16) == pytest.approx(2 * measure.SIDES[-1] ** 3 / a_product_s)
     assert len(calls) == 2 * len(measure.SIDES)  # the negative control
 
 

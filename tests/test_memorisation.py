@@ -17,15 +17,16 @@ from command import Command
 from conftest import OTHER, STORY, TINY, journal, outcome
 from firstwords import api, judging, watching
 from firstwords.errors import ConfigError
+from firstwords.events import Measured, Notice, Told
 from firstwords.insight import memorisation
 from firstwords.insight.memorisation import COPIED, GRAM, SHORTEST, Meter, Place, Samples, TrainingText, copies
-from firstwords.insight.overfitting import Turned, sentence, turned, turns
+from firstwords.insight.overfitting import Turned, just_turned, sentence, turning_point
 from firstwords.insight.variety import WORD, distinct, repeated
 from firstwords.recorder import TrainResult
 from firstwords.text import corpus, sources
 from firstwords.text.corpus import Part
 from firstwords.text.tokenizer import Tokenizer, byte_tokenizer, gpt2, train_bpe
-from firstwords.training.events import Measured, Notice, SaveDue, Told
+from firstwords.training.events import SaveDue
 
 # The chapter's own run: step, held-out nats per token.
 CHAPTER = [9.924, 8.332, 7.042, 6.596, 6.508, 6.378, 6.263, 6.285, 6.130, 6.183]
@@ -198,9 +199,9 @@ def test_variety_is_the_share_of_different_pairs_of_words() -> None:
 
 
 def test_the_chapters_run_turns_once_after_its_best() -> None:
-    said = [(step, found) for end, (step, _) in enumerate(CHAPTER_RUN, 1) if (found := turns(CHAPTER_RUN[:end]))]
+    said = [(step, found) for end, (step, _) in enumerate(CHAPTER_RUN, 1) if (found := just_turned(CHAPTER_RUN[:end]))]
     assert said == [(65, Turned(50, 6.123, 6.186))]
-    assert turned(CHAPTER_RUN) == Turned(50, 6.123, 6.373)
+    assert turning_point(CHAPTER_RUN) == Turned(50, 6.123, 6.373)
     assert sentence(Turned(50, 6.123, 6.373), 0.871) == (
         "since step 50 it only gets worse on new text (6.12 -> 6.37); 87% of its output is copied"
     )
@@ -221,12 +222,12 @@ def test_the_chapters_run_turns_once_after_its_best() -> None:
 )
 def test_a_run_that_has_not_turned_is_left_in_peace(nats: list[float]) -> None:
     history = [(10 * i, value) for i, value in enumerate(nats)]
-    assert all(turned(history[:end]) is None for end in range(len(history) + 1))
+    assert all(turning_point(history[:end]) is None for end in range(len(history) + 1))
 
 
 def test_close_evaluations_are_not_enough() -> None:
     history = [(step, 9 - step / 100 if step <= 200 else 7 + (step - 200) / 100) for step in range(230)]
-    said = [step for end, (step, _) in enumerate(history, 1) if turns(history[:end])]
+    said = [step for end, (step, _) in enumerate(history, 1) if just_turned(history[:end])]
     assert said == [223]  # the first of which a tenth lies behind the best
 
 

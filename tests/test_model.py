@@ -12,7 +12,7 @@ from firstwords.config import ModelConfig, run_config
 from firstwords.errors import ConfigError
 from firstwords.model import cost
 from firstwords.model.functional import rotate
-from firstwords.model.gpt import GPTModel, KVCache, rotary_angles, unfilled
+from firstwords.model.gpt import GPTModel, KVCache, rotary_angles, uninitialised
 
 
 def model_of(config: ModelConfig) -> GPTModel:
@@ -130,7 +130,7 @@ def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(
     config = dataclasses.replace(shape, init_std=init_std)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    model = unfilled(config)
+    model = uninitialised(config)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.config == config
     drawn = GPTModel(config)

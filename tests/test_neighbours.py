@@ -62,10 +62,10 @@ def test_a_vocabulary_of_any_size_is_counted_in_bounded_memory(vocab_size: int) 
     config = dataclasses.replace(LAPTOP, vocab_size=vocab_size, emb_dim=12)
     tracemalloc.start()  # of NumPy's memory: PyTorch's numbers are copies of half the size
     assert neighbours.directions(ids, config, seed=1).shape == (vocab_size, 12)
-    most, _ = tracemalloc.get_traced_memory()[::-1]
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Counts of 8 bytes: K + 1 for each token, three more for its frequency and place.
-    assert most < 1.1 * 8 * (neighbours.MOST_CELLS + 4 * vocab_size)
+    assert peak < 1.1 * 8 * (neighbours.MOST_CELLS + 4 * vocab_size)
 
 
 @pytest.mark.parametrize("ids", [[5], [5, 6], [7] * 40])
@@ -83,7 +83,7 @@ def drawn(config: ModelConfig) -> GPTModel:
 def test_half_of_a_table_is_as_it_was_drawn_and_no_more_is_changed(*, tied_head: bool, induction_heads: bool) -> None:
     config = dataclasses.replace(LAPTOP, tied_head=tied_head, induction_heads=induction_heads)
     plain, begun = drawn(config), drawn(config)
-    neighbours.begin_alike(begun, neighbours.directions(text_of_classes(20_000), config, seed=3))
+    neighbours.mix_into_embedding(begun, neighbours.directions(text_of_classes(20_000), config, seed=3))
     before, after = plain.state_dict(), begun.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     copied = induction_heads and not tied_head  # such a head begins as the table
@@ -102,7 +102,7 @@ def test_a_token_that_the_text_does_not_have_begins_as_it_was_drawn() -> None:
     config = dataclasses.replace(run_config({"preset": "laptop"}).model, vocab_size=257)
     plain, begun = drawn(config), drawn(config)
     ids = np.random.default_rng(1).integers(0, 97, 10_000)  # fewer than channels
-    neighbours.begin_alike(begun, neighbours.directions(ids, config, seed=1))
+    neighbours.mix_into_embedding(begun, neighbours.directions(ids, config, seed=1))
     stays = (begun.tok_emb.weight == plain.tok_emb.weight).all(dim=1)
     assert stays.tolist() == [token >= 97 for token in range(257)]
 

@@ -14,11 +14,12 @@ import torch
 from conftest import MEASURED, STORY, TINY
 from firstwords import api
 from firstwords.errors import DivergedError
+from firstwords.events import Notice, RolledBack, Saved, Told
 from firstwords.recorder import MOST_ROLLBACKS, TrainResult
 from firstwords.runs import checkpoint
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import Notice, RolledBack, Saved, StepDone, Told
+from firstwords.training.events import StepDone
 from firstwords.training.state import TrainState
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
@@ -52,13 +53,13 @@ def inject(place: str, value: float, state: TrainState, patch: pytest.MonkeyPatc
     model = state.model
     match place:
         case "the loss":
-            patch.setattr(loop, "target_nats", lambda *given: real(*given) + value)
+            patch.setattr(loop, "target_nats", lambda *given, **named: real(*given, **named) + value)
         case "an activation":
 
-            def spoilt(features: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+            def spoilt(features: torch.Tensor, *given: torch.Tensor, **named: bool) -> torch.Tensor:
                 features = features.clone()
                 features[0, 0, 0] = value
-                return real(features, *given)
+                return real(features, *given, **named)
 
             patch.setattr(loop, "target_nats", spoilt)
         case "one gradient":
@@ -152,9 +153,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int = 1) -> N
             seen.append(batch.targets)
         return real_step(state, batch, *given)
 
-    def nats(features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, compiled: bool) -> torch.Tensor:
+    def nats(features: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *, compiled: bool) -> torch.Tensor:
         bad = any(torch.equal(targets, poisoned) for poisoned in seen)
-        return real_nats(features, head, targets, compiled) * (float("nan") if bad else 1.0)
+        return real_nats(features, head, targets, compiled=compiled) * (float("nan") if bad else 1.0)
 
     monkeypatch.setattr(loop, "train_step", step_with)
     monkeypatch.setattr(loop, "target_nats", nats)
@@ -199,8 +200,8 @@ def test_a_run_that_was_rolled_back_is_that_of_a_text_without_those_batches(
     result = rolled_back(tmp_path / "a", monkeypatch)
     first, last = (journal(tmp_path / "a", "rollback")[0][key] for key in ("first_batch", "last_batch"))
     (tmp_path / "b").mkdir()
-    real = states.initial
-    monkeypatch.setattr(states, "initial", lambda *given: skipping(real(*given), [[first, last]]))
+    real = states.new_state
+    monkeypatch.setattr(states, "new_state", lambda *given: skipping(real(*given), [[first, last]]))
     assert train(tmp_path / "b").last["weights_sha256"] == result.last["weights_sha256"]
 
 

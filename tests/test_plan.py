@@ -11,25 +11,25 @@ from typing import Any
 
 import pytest
 
-from command import TEXT, Command, Refused, write
-from command import TINY as FLAGS
+from command import TEXT, TINY_FLAGS, Command, Refused, write
 from conftest import STORY, TINY, journal
 from firstwords import api, asking, judging, preparing, resolve
 from firstwords.app import plans
 from firstwords.config import SHORTEST_CONTEXT, ModelConfig, RunConfig, run_config
 from firstwords.errors import ConfigError, DataError
+from firstwords.events import Saved, ignore_event
 from firstwords.model import cost
 from firstwords.planning import facts, measure, plan, recipe
-from firstwords.planning.plan import Candidate, Machine, Tokens
+from firstwords.planning.plan import Candidate, Machine, TokenizedText
 from firstwords.planning.prediction import WORDS, Prediction
 from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDTH_POWER, Point, Speed
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
-from firstwords.training.events import Event, Saved, ignore
+from firstwords.training.events import Event
 
 GIB = 1 << 30
 FAST = Speed(flops_per_s=1e12)
-TOKENS = Tokens("bpe", 2048, training=350_000, training_bytes=1e6, held_out=40_000, difficulty=2.6)
+TOKENS = TokenizedText("bpe", 2048, training=350_000, training_bytes=1e6, held_out=40_000, difficulty=2.6)
 KEYS = {"tokenizer", "preset", "batch_size", "fits", "has_time", "memory_bytes", "tokens_per_s"}
 KEYS |= {"steps", "epochs", "elapsed_s"}
 
@@ -98,10 +98,10 @@ def test_a_run_that_is_too_short_for_any_size_is_told_of_the_smallest(
 ) -> None:
     monkeypatch.setattr(resolve, "speed", lambda *_: Speed(flops_per_s=1e6))  # so slow that no step of it can be measured
     story = write(tmp_path / "story.txt", STORY * 300)
-    asked = asking.new(tmp_path / "run", None, {"text": (str(story),), "for_s": 1.0}, lambda _: ({}, b""), ignore)
-    prepared = preparing.prepare(asked, ignore)
+    asked = asking.new(tmp_path / "run", None, {"text": (str(story),), "for_s": 1.0}, lambda _: ({}, b""), ignore_event)
+    prepared = preparing.prepare(asked, ignore_event)
     with pytest.raises(ConfigError, match="no time is left") as refused:
-        resolve.settled(asked, prepared, difficulty=1.0)
+        resolve.settle(asked, prepared, difficulty=1.0)
     assert "laptop-tiny" in refused.value.why
     assert "smaller" not in refused.value.do
 
@@ -206,7 +206,7 @@ def test_a_text_that_is_longer_than_the_memory_fits_and_counts_as_far_as_it_is_r
     needed = cost.training_bytes(config.model, cost.micro_batch_size(config.model, 16))
     long_text = dataclasses.replace(TOKENS, training=1e12, training_bytes=3e12)
 
-    def planned(tokens: Tokens, free_bytes: int) -> Candidate:
+    def planned(tokens: TokenizedText, free_bytes: int) -> Candidate:
         return plan.of_config(config, tokens, here(free_bytes=free_bytes))
 
     assert planned(TOKENS, 2 * needed).memory_bytes == needed + 2 * TOKENS.training  # 16 bits an id
@@ -354,14 +354,14 @@ def test_a_text_too_short_for_most_presets_is_learnt_by_one_that_can(tmp_path: P
     assert run_config({"preset": made.recommended.preset}).model.context_length == SHORTEST_CONTEXT
     assert "so short a text" in made.why
     given = {"text": (str(story),), "for_s": 60.0}
-    asked = asking.new(tmp_path / "run", None, given, lambda source: ({}, b""), ignore)
-    prepared = preparing.prepare(asked, ignore)
+    asked = asking.new(tmp_path / "run", None, given, lambda source: ({}, b""), ignore_event)
+    prepared = preparing.prepare(asked, ignore_event)
     assert SHORTEST_CONTEXT < prepared.train.n_tokens <= max(contexts)
-    config, _ = resolve.settled(asked, prepared, difficulty=1.0)
+    config, _ = resolve.settle(asked, prepared, difficulty=1.0)
     assert config.model.context_length == SHORTEST_CONTEXT
-    named = asking.new(tmp_path / "named", None, {**given, "preset": "laptop"}, lambda source: ({}, b""), ignore)
+    named = asking.new(tmp_path / "named", None, {**given, "preset": "laptop"}, lambda source: ({}, b""), ignore_event)
     with pytest.raises(DataError, match="a context of 256"):  # the negative control: what was named is not changed
-        preparing.prepare(named, ignore)
+        preparing.prepare(named, ignore_event)
     with pytest.raises(DataError, match="no candidate"):
         plan.plan(facts.read(sources.read([write(tmp_path / "short.txt", words[:150])])), here(), for_s=60)
 
@@ -402,9 +402,9 @@ def test_another_preset_is_taken_where_it_is_clearly_better_and_none_was_named(
 
     def settled(**given: Any) -> tuple[str, int]:
         asked = asking.new(
-            tmp_path / f"run-{len(given)}", None, {"text": (story,), **given}, lambda source: ({}, b""), ignore
+            tmp_path / f"run-{len(given)}", None, {"text": (story,), **given}, lambda source: ({}, b""), ignore_event
         )
-        config, _ = resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)
+        config, _ = resolve.settle(asked, preparing.prepare(asked, ignore_event), difficulty=1.0)
         return config.preset, config.model.emb_dim
 
     assert settled() == settled(for_s=60.0) == ("laptop-small", 128)
@@ -424,8 +424,8 @@ def test_the_size_that_is_taken_is_one_whose_speed_was_measured(tmp_path: Path, 
 
     monkeypatch.setattr(measure, "point_now", spied)
     monkeypatch.setattr(plan, "recommended", lambda candidates: next(c for c in candidates if c.preset == best[0]))
-    asked = asking.new(tmp_path / "run", None, {"text": (story,), "for_s": 60.0}, lambda source: ({}, b""), ignore)
-    config, _ = resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)
+    asked = asking.new(tmp_path / "run", None, {"text": (story,), "for_s": 60.0}, lambda source: ({}, b""), ignore_event)
+    config, _ = resolve.settle(asked, preparing.prepare(asked, ignore_event), difficulty=1.0)
     assert config.preset == best[0] == "laptop-mini"
     assert measured == ["laptop-small", "laptop-mini"]
 
@@ -434,8 +434,10 @@ def test_memory_that_the_process_had_before_its_first_step_is_foretold_too(tmp_p
     story = str(write(tmp_path / "story.txt", STORY))
 
     def foretold() -> int:
-        asked = asking.new(tmp_path / "run", None, {"text": (story,), "preset": "laptop-tiny"}, lambda _: ({}, b""), ignore)
-        return resolve.settled(asked, preparing.prepare(asked, ignore), difficulty=1.0)[1].memory_bytes
+        asked = asking.new(
+            tmp_path / "run", None, {"text": (story,), "preset": "laptop-tiny"}, lambda _: ({}, b""), ignore_event
+        )
+        return resolve.settle(asked, preparing.prepare(asked, ignore_event), difficulty=1.0)[1].memory_bytes
 
     taken = foretold() + (64 << 20)  # beyond all that this process had, and all that the model needs
     assert foretold() < taken
@@ -445,7 +447,7 @@ def test_memory_that_the_process_had_before_its_first_step_is_foretold_too(tmp_p
 
 def test_a_run_says_before_and_after_what_was_predicted(command: Command, here: Path) -> None:
     write(here / "story.txt", STORY)
-    ended = command("train", "story.txt", "--out", "run", *FLAGS, "--json")
+    ended = command("train", "story.txt", "--out", "run", *TINY_FLAGS, "--json")
     predicted = ended.json["predicted"]
     assert predicted["steps"] == ended.json["steps"] == 2
     assert ended.json["memory_bytes"] > 100 << 20  # Python with PyTorch
@@ -454,7 +456,7 @@ def test_a_run_says_before_and_after_what_was_predicted(command: Command, here: 
     assert stop["predicted"]["bits_per_byte"] == predicted["bits_per_byte"]
     last = json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["memory_bytes"] > 100 << 20) == ("stop", True)
-    shown = command("train", "story.txt", "--out", "again", *FLAGS)
+    shown = command("train", "story.txt", "--out", "again", *TINY_FLAGS)
     assert "plan   about 2 steps" in shown.err
     assert "predicted 2 steps (came to 2)" in shown.out
 
@@ -509,11 +511,11 @@ def test_plans_are_json_without_infinities(found: facts.TextFacts) -> None:
 def test_a_preset_s_batch_is_the_recipe_s() -> None:
     one = laptop(180)
     model = run_config({"model.vocab_size": TOKENS.vocab_size}).model
-    usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.beside)
+    usual = recipe.expected_tokens(180, FAST.tokens_per_s(model), TOKENS.overhead)
     assert one.batch_size == recipe.batch_size(256, usual, TOKENS.training)
     assert recipe.drop_rate(one.epochs, model.emb_dim)
     dropping = dataclasses.replace(model, drop_rate=recipe.drop_rate(one.epochs, model.emb_dim))
-    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.beside)
+    learnt = recipe.expected_tokens(180, FAST.tokens_per_s(dropping, one.batch_size * 256), TOKENS.overhead)
     assert one.steps * one.batch_size * 256 == pytest.approx(learnt, rel=0.01)
 
 

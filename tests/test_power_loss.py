@@ -29,10 +29,11 @@ from faults import STEPS, End, System, end, train
 from firstwords import store
 from firstwords.config import from_toml, run_config
 from firstwords.errors import DataError, FirstwordsError
+from firstwords.events import Saved, Told
 from firstwords.runs import checkpoint
 from firstwords.runs.checkpoint import Checkpoint
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Saved, StepDone, Told
+from firstwords.training.events import StepDone
 
 pytestmark = pytest.mark.technique("R4")
 PAGE = 4096

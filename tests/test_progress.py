@@ -17,9 +17,10 @@ from firstwords.app.console import Console
 from firstwords.app.console import train as console_train
 from firstwords.app.progress import BAR, WIDTH, Curve, LiveDisplay, PlainDisplay
 from firstwords.app.words import BLOCKS, one_line, sparkline
+from firstwords.events import Planned, Preparing
 from firstwords.insight.surprise import HOTTEST, heat
-from firstwords.planning.measure import Mark
-from firstwords.training.events import Planned, Preparing, Sampled, StepDone
+from firstwords.planning.measure import BenchResult
+from firstwords.training.events import Sampled, StepDone
 
 
 def step(number: int, nats: float = 1.0) -> StepDone:
@@ -173,7 +174,7 @@ def test_each_figure_of_a_machine_has_a_line_of_its_own_where_a_spinner_turns(mo
     monkeypatch.setenv("TERM", "xterm")
     screen, console = Screen(), Console()
     console.out, console.err = (RichConsole(file=screen, width=100) for _ in range(2))  # type: ignore[assignment]
-    console.benched(iter([Mark(f"products {i}", 1e3, "GFLOP/s") for i in range(3)]))
+    console.benched(iter([BenchResult(f"products {i}", 1e3, "GFLOP/s") for i in range(3)]))
     lines = [line.rpartition(f"{ESC}[2K")[2] for line in screen.getvalue().splitlines()]
     assert sum(line.startswith("products ") for line in lines) == 3
 

@@ -15,8 +15,8 @@ from firstwords import api
 from firstwords.config import run_config
 from firstwords.insight import memorisation
 from firstwords.planning import budget, recipe
-from firstwords.planning.recipe import Beside
-from firstwords.training.evaluate import FIRST_TOKENS, HELD_OUT_TOKENS, cost_in_tokens, held_out_tokens
+from firstwords.planning.recipe import FIRST_TOKENS, HELD_OUT_TOKENS, Overhead, held_out_tokens
+from firstwords.training.evaluate import cost_in_tokens
 
 UNSEEN: dict[str, Any] = {"report": False, "meter": False, "eval_every": 10**6}  # nobody looks at what was learnt
 
@@ -55,16 +55,16 @@ def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(c
 
 
 def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() -> None:
-    once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, Beside(0)) for seconds in (600, 1200, 1800))
+    once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, Overhead(0)) for seconds in (600, 1200, 1800))
     assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
     assert once > 0
-    assert recipe.expected_tokens(600, 1e4, Beside(50_000)) < once
-    assert recipe.expected_tokens(600, 1e4, Beside(0, start_s=recipe.START_S + 100)) == pytest.approx(once - 100 * 1e4)
+    assert recipe.expected_tokens(600, 1e4, Overhead(50_000)) < once
+    assert recipe.expected_tokens(600, 1e4, Overhead(0, start_s=recipe.START_S + 100)) == pytest.approx(once - 100 * 1e4)
 
 
 def test_looking_up_in_a_long_text_what_the_model_says_takes_time_that_it_does_not_learn_in() -> None:
-    short, long, longer = (recipe.expected_tokens(120, 1e4, Beside(0, text_bytes=size)) for size in (1e6, 5e7, 1e10))
-    assert long == pytest.approx(short - 1e4 * memorisation.last_look_s(5e7))
+    short, long, longer = (recipe.expected_tokens(120, 1e4, Overhead(0, text_bytes=size)) for size in (1e6, 5e7, 1e10))
+    assert long == pytest.approx(short - 1e4 * memorisation.memorisation_s(5e7))
     assert longer == short  # a run of two minutes does not look in so long a text
 
 
@@ -75,8 +75,8 @@ def test_a_slow_machine_or_a_short_run_judges_itself_by_fewer_tokens() -> None:
     assert recipe.FEWEST_HELD_OUT <= short < HELD_OUT_TOKENS
     assert recipe.eval_tokens(1, 1) == recipe.FEWEST_HELD_OUT
     for seconds, tokens_per_s in ((75, 2500), (10, 25_000), (180, 5000)):
-        share = recipe.look_s(seconds, tokens_per_s, 1e6) / seconds
-        assert share < recipe.EVALUATION_SHARE + recipe.SPOKEN_S / seconds + 0.001  # of the training tokens beside it
+        share = recipe.evaluation_s(seconds, tokens_per_s, 1e6) / seconds
+        assert share < recipe.EVALUATION_SHARE + recipe.SPOKEN_S / seconds + 0.001  # of the training tokens overhead it
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 100, 2000])
@@ -86,20 +86,22 @@ def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: i
     every = recipe.eval_every(config, held_out_tokens)
     assert every is not None
     looks = math.ceil(steps / every)
-    assert 1 <= looks <= budget.MOST_LOOKS + 1  # what does not divide has one more, at its end
+    assert 1 <= looks <= budget.MOST_EVALUATIONS + 1  # what does not divide has one more, at its end
     if held_out_tokens > FIRST_TOKENS and looks > 1:
-        assert (looks - 1) * cost_in_tokens(held_out_tokens) <= 1.1 * recipe.LOOKS_SHARE * steps * 4096  # whole steps
+        assert (looks - 1) * cost_in_tokens(
+            held_out_tokens
+        ) <= 1.1 * recipe.ALL_EVALUATIONS_SHARE * steps * 4096  # whole steps
     if steps >= 2000:  # which has the time for all of them
-        assert every == steps // budget.MOST_LOOKS
+        assert every == steps // budget.MOST_EVALUATIONS
     assert recipe.eval_every(dataclasses.replace(config, eval_every=3), held_out_tokens) == 3
     assert recipe.eval_every(dataclasses.replace(config, steps=None, for_s=60.0), held_out_tokens) is None
 
 
 def test_the_time_of_a_run_of_known_length_counts_each_evaluation() -> None:
-    rate, beside = 1e4, Beside(1e6, start_s=3.0)
-    once, twice = (recipe.steps_s(1e5, rate, beside, looks, HELD_OUT_TOKENS) for looks in (1, 2))
+    rate, overhead = 1e4, Overhead(1e6, start_s=3.0)
+    once, twice = (recipe.steps_s(1e5, rate, overhead, looks, HELD_OUT_TOKENS) for looks in (1, 2))
     assert twice - once == pytest.approx(recipe.SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / rate)
-    longer = recipe.steps_s(2e5, rate, beside, 1, HELD_OUT_TOKENS)
+    longer = recipe.steps_s(2e5, rate, overhead, 1, HELD_OUT_TOKENS)
     assert longer - once == pytest.approx(1e5 / rate)
 
 
@@ -109,9 +111,9 @@ def test_the_time_of_a_run_of_known_length_counts_each_evaluation() -> None:
 def test_the_time_that_tokens_take_is_the_inverse_of_the_tokens_that_a_time_gives(
     seconds: float, held_out_tokens: int, text_bytes: float
 ) -> None:
-    beside = Beside(held_out_tokens, text_bytes)
-    tokens = recipe.expected_tokens(seconds, 2e4, beside)
-    assert recipe.elapsed_s(tokens, 2e4, beside) == pytest.approx(seconds, rel=0.09)  # the share of evaluations
+    overhead = Overhead(held_out_tokens, text_bytes)
+    tokens = recipe.expected_tokens(seconds, 2e4, overhead)
+    assert recipe.elapsed_s(tokens, 2e4, overhead) == pytest.approx(seconds, rel=0.09)  # the share of evaluations
 
 
 def test_a_text_that_is_read_often_is_learnt_with_more_dropout() -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from command import TINY as FLAGS
-from command import Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, write
 from conftest import OTHER, STORY, TINY, journal
 from firstwords import api
+from firstwords.events import Notice, Told, Trained
 from firstwords.insight import surprise
 from firstwords.insight.explain import Explanation, Guess, TokenExplained
 from firstwords.insight.record import MOST_POINTS, read
@@ -31,7 +31,6 @@ from firstwords.text.corpus import Part
 from firstwords.text.tokenizer import byte_tokenizer
 from firstwords.training import evaluate
 from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import Notice, Told, Trained
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>\u2028--><!-- &amp; ]]> ${x} "
 MEMORISATION = {
@@ -517,7 +516,7 @@ def test_the_temperature_plot_shows_the_softmax_of_the_likeliest_tokens(a_run: P
 
 def test_a_report_is_written_by_the_command_line_and_named(command: Command, here: Path) -> None:
     write(here / "text.txt", STORY)
-    done = command("train", "text.txt", "--out", "run", *FLAGS, "--report=true")
+    done = command("train", "text.txt", "--out", "run", *TINY_FLAGS, "--report=true")
     assert f"report    {Path('run/report.html')}" in done.out
     assert Path("run/report.html").exists()
 

@@ -22,6 +22,7 @@ from conftest import STORY, TINY, journal, outcome
 from firstwords import api, asking, exchange, preparing, pretraining, recorder, resolve, store, verifying
 from firstwords.config import RunConfig, from_toml, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
+from firstwords.events import Listener, Notice, Preparing, Started, Told, ignore_event
 from firstwords.insight import memorisation, record
 from firstwords.planning import budget, machine, measure, system
 from firstwords.recorder import TrainResult
@@ -31,18 +32,7 @@ from firstwords.text import corpus, tokenizer
 from firstwords.text.tokenizer import train_bpe
 from firstwords.training import loop
 from firstwords.training import state as states
-from firstwords.training.events import (
-    Evaluated,
-    Listener,
-    Notice,
-    Preparing,
-    Sampled,
-    SaveDue,
-    Started,
-    StepDone,
-    Told,
-    ignore,
-)
+from firstwords.training.events import Evaluated, Sampled, SaveDue, StepDone
 
 STEPS = 24
 
@@ -78,8 +68,8 @@ def train(
     tmp_path: Path,
     name: str,
     *,
-    stop_at: tuple[type, int] | None = None,
-    stop_by: tuple[type, int] | None = None,
+    kill_at: tuple[type, int] | None = None,
+    sigterm_at: tuple[type, int] | None = None,
     **options: Any,
 ) -> TrainResult:
     text = tmp_path / "story.txt"
@@ -87,7 +77,7 @@ def train(
     other = tmp_path / "other.txt"
     other.write_text(STORY[::-1][:900])  # first its letters are learnt, then that it is unlike the story
 
-    listener = killing(stop_at) if stop_at else stopping(stop_by) if stop_by else ignore
+    listener = killing(kill_at) if kill_at else stopping(sigterm_at) if sigterm_at else ignore_event
     options = {
         "listener": listener,
         **TINY,
@@ -126,16 +116,16 @@ def whole(tmp_path: Path, original: tuple[Path, TrainResult]) -> TrainResult:
 
 
 @pytest.mark.parametrize(
-    "stop_at", [(StepDone, 1), (SaveDue, 5), (StepDone, 13), (Sampled, 10), (StepDone, 23), (SaveDue, 24)]
+    "kill_at", [(StepDone, 1), (SaveDue, 5), (StepDone, 13), (Sampled, 10), (StepDone, 23), (SaveDue, 24)]
 )
 def test_a_run_killed_anywhere_goes_on_to_the_same_end(
-    tmp_path: Path, whole: TrainResult, stop_at: tuple[type, int]
+    tmp_path: Path, whole: TrainResult, kill_at: tuple[type, int]
 ) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=stop_at)
+        train(tmp_path, "killed", kill_at=kill_at)
     told: list[Told] = []
     resumed = train(tmp_path, "killed", resume=True, listener=told.append)
-    nothing_left = stop_at == (SaveDue, STEPS)  # it was saved before the kill
+    nothing_left = kill_at == (SaveDue, STEPS)  # it was saved before the kill
     assert (Notice("bit-exact resume") in told) is not nothing_left
     assert same(whole, resumed)
 
@@ -150,7 +140,7 @@ def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
 ) -> None:
     def settled(**given: Any) -> RunConfig:
         asked = asking.resumed(tmp_path / "run", None, given)
-        return resolve.settled(asked, preparing.prepare(asked, lambda _: None), difficulty=1.0)[0]
+        return resolve.settle(asked, preparing.prepare(asked, lambda _: None), difficulty=1.0)[0]
 
     train(tmp_path, "run", steps=1, micro_batch_size=1)
     assert settled().micro_batch_size == 1  # the negative control: it stays on its processor
@@ -163,7 +153,7 @@ def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
     tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13))
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
     monkeypatch.setattr(RunConfig, "on_cpu", False)  # as if there were one
     told: list[Told] = []
     train(tmp_path, "killed", resume=True, listener=told.append)
@@ -218,7 +208,7 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, whole: TrainResult) -
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(tmp_path: Path, whole: TrainResult) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13))
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
     newest = checkpoint.existing(tmp_path / "killed" / "checkpoints")[-1] / "model.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -244,7 +234,7 @@ def test_resuming_where_there_is_no_run_begins_none(tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_begins_at_step_0_and_says_so(tmp_path: Path, whole: TrainResult) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(Started, 0))
+        train(tmp_path, "killed", kill_at=(Started, 0))
     told: list[Told] = []
     resumed = train(tmp_path, "killed", resume=True, listener=told.append)
     assert any(isinstance(t, Notice) and "step 0" in t.text for t in told)
@@ -299,12 +289,12 @@ def test_a_best_that_came_between_two_saves_is_kept_with_the_next(
     assert api.verify(tmp_path / "seldom", replay=STEPS).ok  # not begun at the best, which has no optimizer
 
 
-@pytest.mark.parametrize("stop_at", [(StepDone, 7), (StepDone, STEPS - 1), (SaveDue, STEPS)])
+@pytest.mark.parametrize("kill_at", [(StepDone, 7), (StepDone, STEPS - 1), (SaveDue, STEPS)])
 def test_a_run_killed_with_its_best_in_memory_only_finds_it_again(
-    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[type, int]
+    tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, kill_at: tuple[type, int]
 ) -> None:
     with pytest.raises(KilledError):
-        seldom_saved(tmp_path, "killed", monkeypatch, stop_at=stop_at)
+        seldom_saved(tmp_path, "killed", monkeypatch, kill_at=kill_at)
     assert same(whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
 
 
@@ -318,7 +308,7 @@ def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again
 
 def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13))
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
     told: list[Told] = []
     train(tmp_path, "killed", resume=True, threads=2, listener=told.append)
     assert Notice("not bit-exact because: threads 1 -> 2") in told
@@ -329,7 +319,7 @@ def test_on_another_processor_it_is_not_exact_and_says_what_may_not_suit_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, elsewhere: bool
 ) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13))
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
     if elsewhere:
         monkeypatch.setattr(system, "processor", lambda *_: "another")
     told: list[Told] = []
@@ -386,7 +376,7 @@ def test_another_length_brings_its_own_evaluations_and_what_was_named_stays(tmp_
 
 def test_a_run_that_was_killed_before_its_first_save_is_foretold_as_any_other(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "run", stop_at=(SaveDue, 0), steps=6)
+        train(tmp_path, "run", kill_at=(SaveDue, 0), steps=6)
     shutil.rmtree(tmp_path / "run/checkpoints", ignore_errors=True)
     (tmp_path / "run/metrics.jsonl").unlink(missing_ok=True)
     resumed = api.train(out=tmp_path / "run", resume=True)
@@ -399,7 +389,7 @@ def test_more_time_has_room_for_what_it_has_room_for_by_itself(
 ) -> None:
     """A long look at its end is made where it is a small share of the time that is left, not of what the run had before."""
     look_s = budget.END_SHARE * (2 + whole.elapsed_s / 2)
-    monkeypatch.setattr(memorisation, "last_look_s", lambda n_bytes: look_s)
+    monkeypatch.setattr(memorisation, "memorisation_s", lambda n_bytes: look_s)
     told: list[Told] = []
     api.train(out=tmp_path / "whole", resume=True, for_s=2, listener=told.append)
     assert any(isinstance(line, Notice) and "no time is left to look up" in line.text for line in told)
@@ -419,25 +409,25 @@ def test_a_run_that_is_given_a_little_more_time_does_not_learn_at_the_full_rate_
 
 def test_more_steps_in_place_of_a_time_budget_bring_their_own_evaluations(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 3), steps=None, for_s=60, eval_every=None)
+        train(tmp_path, "killed", kill_at=(StepDone, 3), steps=None, for_s=60, eval_every=None)
     api.train(out=tmp_path / "killed", resume=True, steps=40)
     assert [line["step"] for line in journal(tmp_path / "killed", "evaluation")] == [0, *range(4, 41, 2)]
 
 
 def test_evaluations_of_a_time_budget_become_as_often_as_a_resume_says(tmp_path: Path) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 12), steps=None, for_s=3600, eval_every=None)  # its first plan is behind
+    train(tmp_path, "run", sigterm_at=(StepDone, 12), steps=None, for_s=3600, eval_every=None)  # its first plan is behind
     api.train(out=tmp_path / "run", resume=True, eval_every=7, listener=stopping((StepDone, 40)))
     assert [line["step"] for line in journal(tmp_path / "run", "evaluation")] == [0, 14, 21, 28, 35]
 
 
 def test_a_run_that_was_not_judged_since_it_began_speaks_with_what_it_learnt(tmp_path: Path) -> None:
-    stopped = train(tmp_path, "stopped", eval_every=20, stop_by=(StepDone, 12))
+    stopped = train(tmp_path, "stopped", eval_every=20, sigterm_at=(StepDone, 12))
     assert (stopped.stopped, stopped.best_step, stopped.bits_per_byte) == ("SIGTERM", 12, None)
     told: list[str] = []
     assert api.load(tmp_path / "stopped", notice=told.append).step == 12
     assert "was not judged since it began" in told[0]
     assert record.read(RunFolder(tmp_path / "stopped"), None).best is None
-    judged = train(tmp_path, "judged", eval_every=10, stop_by=(StepDone, 12))  # the negative control
+    judged = train(tmp_path, "judged", eval_every=10, sigterm_at=(StepDone, 12))  # the negative control
     assert judged.best_step == 10
     assert api.load(tmp_path / "judged").step == 10
     assert record.read(RunFolder(tmp_path / "judged"), None).best["step"] == 10
@@ -445,7 +435,7 @@ def test_a_run_that_was_not_judged_since_it_began_speaks_with_what_it_learnt(tmp
 
 def test_an_evaluation_that_a_resume_wants_sooner_was_not_made_by_that(tmp_path: Path) -> None:
     """Its beginning was judged alone, and would count as the best of it: it would speak with weights that learnt nothing."""
-    train(tmp_path, "run", eval_every=20, stop_by=(StepDone, 12))
+    train(tmp_path, "run", eval_every=20, sigterm_at=(StepDone, 12))
     again = api.train(out=tmp_path / "run", resume=True, eval_every=10, listener=stopping((StepDone, 13)))
     assert again.best_step == api.load(tmp_path / "run").step == 13
 
@@ -456,7 +446,7 @@ def test_a_replay_goes_on_where_a_run_beside_it_removes_a_checkpoint(
     run = RunFolder(Path(train(tmp_path, "run", keep=100, save_every_s=0.0).run))
     first, judged = checkpoint.existing(run.checkpoints)[1], verifying._corpus
 
-    def removing(run: RunFolder) -> verifying.Finding:
+    def removing(run: RunFolder) -> verifying.FolderCheck:
         store.remove_folder(first)
         return judged(run)
 
@@ -485,7 +475,7 @@ def test_a_text_that_cannot_be_looked_up_does_not_end_the_run(
 def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(train_bpe([STORY], 280).json)
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13), tokenizer=str(tmp_path / "tokenizer.json"))
+        train(tmp_path, "killed", kill_at=(StepDone, 13), tokenizer=str(tmp_path / "tokenizer.json"))
     if changed == "killed/tokenizer.json":
         (tmp_path / changed).write_bytes(train_bpe([STORY[::-1]], 280).json)
     else:
@@ -498,7 +488,7 @@ def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed
 def test_a_run_whose_files_are_gone_goes_on_with_the_prepared_text(tmp_path: Path, gone: str) -> None:
     whole = train(tmp_path, "whole")
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13))
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
     (tmp_path / gone).unlink()
     assert same(whole, api.train(out=tmp_path / "killed", resume=True))
 
@@ -509,7 +499,7 @@ def test_a_run_keeps_the_tokenizer_that_it_was_given(tmp_path: Path, then: str) 
     file.write_bytes(train_bpe([STORY], 280).json)
     whole = train(tmp_path, "whole", tokenizer=str(file))
     with pytest.raises(KilledError):
-        train(tmp_path, "killed", stop_at=(StepDone, 13), tokenizer=str(file))
+        train(tmp_path, "killed", kill_at=(StepDone, 13), tokenizer=str(file))
     match then:
         case "changed":
             file.write_bytes(train_bpe([STORY[::-1]], 280).json)
@@ -523,14 +513,14 @@ def test_a_run_keeps_the_tokenizer_that_it_was_given(tmp_path: Path, then: str) 
 def test_another_tokenizer_than_a_run_keeps_is_refused_when_it_goes_on(tmp_path: Path) -> None:
     (tmp_path / "words.json").write_bytes(train_bpe([STORY], 280).json)
     (tmp_path / "other.json").write_bytes(train_bpe([STORY[::-1]], 280).json)
-    train(tmp_path, "run", stop_by=(StepDone, 3), tokenizer=str(tmp_path / "words.json"))
+    train(tmp_path, "run", sigterm_at=(StepDone, 3), tokenizer=str(tmp_path / "words.json"))
     with pytest.raises(ConfigError, match="goes on with what it recorded"):
         api.train(out=tmp_path / "run", resume=True, tokenizer=str(tmp_path / "other.json"))
 
 
 @pytest.mark.parametrize("changed", ["story.txt", "other.txt"])
 def test_a_changed_text_is_refused_before_it_is_prepared(tmp_path: Path, changed: str) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 3))
+    train(tmp_path, "run", sigterm_at=(StepDone, 3))
     prepared, told = sorted((tmp_path / "cache/corpora").iterdir()), list[Told]()
     (tmp_path / changed).write_text(STORY + "and one more line\n")
     with pytest.raises(DataError, match="changed since the run began"):
@@ -668,14 +658,14 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_another_micro_batch_is_not_said_to_be_bit_exact(tmp_path: Path) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 3))
+    train(tmp_path, "run", sigterm_at=(StepDone, 3))
     told: list[Told] = []
     api.train(out=tmp_path / "run", resume=True, micro_batch_size=2, listener=told.append)
     assert Notice("not bit-exact because: micro_batch_size 4 -> 2") in told
 
 
 def test_a_run_that_was_stopped_before_it_was_judged_is_not_said_to_be_as_good_as_it_began(tmp_path: Path) -> None:
-    stopped = train(tmp_path, "run", stop_by=(StepDone, 3))
+    stopped = train(tmp_path, "run", sigterm_at=(StepDone, 3))
     assert (stopped.best_step, stopped.bits_per_byte) == (3, None)
     assert api.info(tmp_path / "run")["best_step"] == 3
     figures = exchange._figures(tmp_path / "run", 3)
@@ -710,17 +700,17 @@ def test_a_run_whose_checkpoints_are_gone_is_not_whole(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_as_many_words_as_it_began_with_whatever_rule_there_is_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began = train(tmp_path, "run", tokenizer="bpe", special_tokens="<|a|>,<|b|>", stop_by=(StepDone, 3))
+    began = train(tmp_path, "run", tokenizer="bpe", special_tokens="<|a|>,<|b|>", sigterm_at=(StepDone, 3))
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(corpus, "fitting_vocab_size", lambda n_chars: 300)
     assert train(tmp_path, "run", resume=True).tokens > began.tokens
-    other = train(tmp_path, "other", tokenizer="bpe", stop_by=(StepDone, 1))  # the negative control
+    other = train(tmp_path, "other", tokenizer="bpe", sigterm_at=(StepDone, 1))  # the negative control
     assert api.info(other.run)["config"]["vocab_size"] == 300
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
 def test_a_run_goes_on_with_its_text_at_another_place_and_with_no_other_text(tmp_path: Path, is_prepared: bool) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 3), steps=5)
+    train(tmp_path, "run", sigterm_at=(StepDone, 3), steps=5)
     (tmp_path / "story.txt").rename(tmp_path / "moved.txt")
     (tmp_path / "story-2.txt").write_text("another text, by its name the nearest " * 99)
     if not is_prepared:
@@ -742,7 +732,7 @@ def test_a_run_goes_on_with_its_text_at_another_place_and_with_no_other_text(tmp
 
 
 def test_a_run_goes_on_with_its_held_out_text_at_another_place(tmp_path: Path) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 3), val=tmp_path / "other.txt")
+    train(tmp_path, "run", sigterm_at=(StepDone, 3), val=tmp_path / "other.txt")
     (tmp_path / "other.txt").rename(tmp_path / "moved.txt")
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(NoInputError, match=r"train --resume --out \S+ --val FILE"):
@@ -770,21 +760,21 @@ def test_a_run_with_rows_to_spare_goes_on_without_its_prepared_text(tmp_path: Pa
 def test_a_run_that_was_stopped_between_evaluations_tells_no_figure_of_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(tmp_path, "whole", eval_every=5, stop_by=(StepDone, 8))
+    whole = train(tmp_path, "whole", eval_every=5, sigterm_at=(StepDone, 8))
     assert whole.nats_per_token is not None  # the negative control
 
     def refuse(parent: Path, step: int) -> str:
         raise DataError("cannot be read", where=f"step {step}")
 
     monkeypatch.setattr(checkpoint, "weights_sha256", refuse)
-    made = train(tmp_path, "run", eval_every=5, stop_by=(StepDone, 8))
+    made = train(tmp_path, "run", eval_every=5, sigterm_at=(StepDone, 8))
     assert (made.best_step, made.nats_per_token) == (8, None)
     assert (made.last["step"], made.last["nats_per_token"] is None) == (5, False)
-    assert train(tmp_path, "judged", eval_every=5, stop_by=(Evaluated, 5)).nats_per_token is not None  # at this very step
+    assert train(tmp_path, "judged", eval_every=5, sigterm_at=(Evaluated, 5)).nats_per_token is not None  # at this very step
 
 
 def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tmp_path, "run", stop_by=(StepDone, 3)).run
+    run = train(tmp_path, "run", sigterm_at=(StepDone, 3)).run
     gone = RunFolder(Path(run)).checkpoints / "step-00000099"
     listed = checkpoint.existing
     monkeypatch.setattr(checkpoint, "existing", lambda parent: [*listed(parent), gone])
@@ -796,7 +786,7 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(tmp_path: Path
 def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_named_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tmp_path, "run", stop_by=(StepDone, 3))
+    train(tmp_path, "run", sigterm_at=(StepDone, 3))
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {"text": "story.txt", "out": "run", "resume": True}
     assert api.train(val=Path("other.txt"), **given).steps == STEPS
@@ -829,7 +819,7 @@ def test_a_time_budget_that_goes_on_measures_no_speed(tmp_path: Path, monkeypatc
 
 
 def test_the_file_of_a_run_serves_for_another_text(tmp_path: Path) -> None:
-    options = {"tokenizer": "bpe", "stop_by": (StepDone, 1)}
+    options = {"tokenizer": "bpe", "sigterm_at": (StepDone, 1)}
     small = train(tmp_path, "small", **options)
     letters = np.random.default_rng(0).integers(97, 123, (80_000, 5))
     (tmp_path / "large.txt").write_text(" ".join("".join(map(chr, word)) for word in letters))
@@ -842,7 +832,7 @@ def test_the_file_of_a_run_serves_for_another_text(tmp_path: Path) -> None:
 
 def test_rotation_counts_only_whole_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
-        train(tmp_path, "run", stop_at=(SaveDue, 13))
+        train(tmp_path, "run", kill_at=(SaveDue, 13))
     before, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")[-2:]
     (newest / "state.json").write_text("{}")
     run, tokenizer = store.read_manifest(newest)["run"], (newest / "tokenizer.json").read_bytes()

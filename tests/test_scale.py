@@ -23,7 +23,7 @@ from firstwords.insight import baselines as base
 from firstwords.insight import scale as scales
 from firstwords.insight.baselines import Baseline, Given, baselines
 from firstwords.insight.explain import explain
-from firstwords.insight.scale import Blocks, Interval, Mark, byte_nats, interval
+from firstwords.insight.scale import Blocks, Interval, ScaleEntry, byte_nats, interval
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.text import corpus as corpora
@@ -262,11 +262,11 @@ def test_the_interval_is_the_same_each_time_and_follows_the_unit() -> None:
 def test_words_follow_from_the_differences() -> None:
     said = scales.words(
         [
-            Mark("gpt2", "other", -0.3, Interval(-0.35, -0.25)),
-            Mark("uniform", "uniform", 6.0, Interval(5.9, 6.1)),
-            Mark("xz alone", "compressor", 1.0, None),
-            Mark("bzip2 alone", "compressor", 0.8, None),
-            Mark("n-gram of the training text", "n-gram", 0.21, Interval(0.19, 0.23)),
+            ScaleEntry("gpt2", "other", -0.3, Interval(-0.35, -0.25)),
+            ScaleEntry("uniform", "uniform", 6.0, Interval(5.9, 6.1)),
+            ScaleEntry("xz alone", "compressor", 1.0, None),
+            ScaleEntry("bzip2 alone", "compressor", 0.8, None),
+            ScaleEntry("n-gram of the training text", "n-gram", 0.21, Interval(0.19, 0.23)),
         ]
     )
     assert said == [
@@ -274,7 +274,7 @@ def test_words_follow_from_the_differences() -> None:
         "better than bzip2 alone, by 0.80 bits per byte",
         "worse than gpt2, by 0.30 ± 0.05 bits per byte; for such a text that one is the better",
     ]
-    (doubt,) = scales.words([Mark("b", "other", 0.01, Interval(-0.02, 0.04))])
+    (doubt,) = scales.words([ScaleEntry("b", "other", 0.01, Interval(-0.02, 0.04))])
     assert doubt == "not to be told from b: +0.01 ± 0.03 bits per byte"
 
 

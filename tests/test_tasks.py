@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from command import TINY as FLAGS
-from command import Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, write
 from firstwords import api
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError, DataError, NoInputError
@@ -296,6 +295,6 @@ def test_where_lm_eval_is_missing_the_error_says_what_to_install() -> None:
 
 
 def test_a_run_without_held_out_text_is_told_to_have_none(command: Command, refused: Refused, text: Path) -> None:
-    assert command("train", text, "--out", "run", *FLAGS, "--val-fraction", "0").code == 0
+    assert command("train", text, "--out", "run", *TINY_FLAGS, "--val-fraction", "0").code == 0
     for asked in ([], ["--tasks"]):
         assert refused(65, "eval", "run", *asked)["what"] == "there is no held-out text to evaluate on"

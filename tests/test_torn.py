@@ -19,9 +19,9 @@ import pytest
 from faults import End, end, train
 from firstwords import store
 from firstwords.errors import DataError
+from firstwords.events import Notice, Told
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint
-from firstwords.training.events import Notice, Told
 
 PAGE = 4096
 EVERY = 29  # places of a file are looked at one in so many where not all are: each byte of the 4 of a number in its turn

@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from command import TINY as TINY_FLAGS
-from command import Command
+from command import TINY_FLAGS, Command
 from conftest import STORY, TINY, journal, seeded
 from firstwords import api
 from firstwords.config import ModelConfig, presets, run_config
+from firstwords.events import Notice, Told
 from firstwords.model import loss
 from firstwords.model.gpt import GPTModel
 from firstwords.planning import machine, trust
 from firstwords.planning.trust import Way
 from firstwords.runs.folder import RunFolder
 from firstwords.text.batches import Batch
-from firstwords.training.events import Notice, Told
-from firstwords.training.state import TrainState, initial
+from firstwords.training.state import TrainState, new_state
 
 BFLOAT16 = Way("cpu", "bfloat16", "off")
 FLOAT32 = Way("cpu", "float32", "off")
@@ -154,8 +153,8 @@ def test_what_differs_is_noticed_however_small_its_place(
     forms = trust._gradients
     calls = []
 
-    def faulty(*arguments: Any) -> tuple[float, dict[str, Tensor]]:
-        loss, gradients = forms(*arguments)
+    def faulty(*arguments: Any, **named: bool) -> tuple[float, dict[str, Tensor]]:
+        loss, gradients = forms(*arguments, **named)
         calls.append(None)
         if len(calls) == 1:  # the reference
             return loss, gradients
@@ -175,10 +174,10 @@ def begun(config: ModelConfig, way: Way, insist: bool = False) -> tuple[Way, lis
     notices: list[str] = []
 
     def start(way: Way) -> TrainState:
-        return initial(config, run_config().optim, 1, "cpu", torch.float32)
+        return new_state(config, run_config().optim, 1, "cpu", torch.float32)
 
     arguments: tuple[Callable[[Way], TrainState], Batch, Way] = (start, a_batch(config), way)
-    taken, _, _ = trust.begun(*arguments, lambda: "bfloat16", insist=insist, notice=notices.append)
+    taken, _, _ = trust.first_trusted_state(*arguments, lambda: "bfloat16", insist=insist, notice=notices.append)
     return taken, notices
 
 
@@ -305,7 +304,7 @@ def test_a_run_that_leaves_a_gpu_learns_from_as_much_at_once_as_a_processor_shou
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "gpu_bytes", lambda where: 80 << 30)  # as if there were one
-    options, begun = {**TINY, "steps": 1, "batch_size": 512}, trust.begun
+    options, begun = {**TINY, "steps": 1, "batch_size": 512}, trust.first_trusted_state
 
     def left(*given: Any, **named: Any) -> tuple[Way, TrainState, list[trust.Check]]:
         way, state, _ = begun(*given, **named)
@@ -318,6 +317,6 @@ def test_a_run_that_leaves_a_gpu_learns_from_as_much_at_once_as_a_processor_shou
         return next(line for line in lines if line.startswith("micro_batch_size"))
 
     assert micro_batch_size("stays") == "micro_batch_size = 512"
-    monkeypatch.setattr(trust, "begun", left)
+    monkeypatch.setattr(trust, "first_trusted_state", left)
     assert micro_batch_size("leaves") == "micro_batch_size = 256"
     assert micro_batch_size("named", micro_batch_size=512) == "micro_batch_size = 512"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from command import TINY, Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, write
 from firstwords import api
 from firstwords.config import ModelConfig
 from firstwords.errors import CannotCreateError, ConfigError, DataError, DivergedError
@@ -337,7 +337,7 @@ def test_a_config_that_asks_for_more_than_the_weights_is_refused_before_a_model_
     config = json.loads(path.read_text())
     config.pop(shapes.OWN)
     path.write_text(json.dumps({**config, key: 1024 * config[key]}))
-    monkeypatch.setattr(reader, "unfilled", lambda config: pytest.fail("a model was built"))
+    monkeypatch.setattr(reader, "uninitialised", lambda config: pytest.fail("a model was built"))
     with pytest.raises(DataError, match="its configuration needs"):
         reader.read(tmp_path / "hf", tokenizer="bytes")
 
@@ -526,7 +526,7 @@ def test_the_notes_gelu_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, text: Path) -> None:
-    assert command("train", text, "--out", "run", *TINY).code == 0
+    assert command("train", text, "--out", "run", *TINY_FLAGS).code == 0
     out = command("export", "run", "--to", "hf", "--out", "hf", "--json")
     assert out.json["max_logit_difference"] <= TOLERANCE
     assert out.json["read_back_by"] == ("transformers" if importlib.util.find_spec("transformers") else "firstwords")
@@ -546,7 +546,7 @@ def test_a_run_goes_out_and_comes_back_with_the_same_weights(command: Command, t
 
 
 def test_the_verbs_refuse_what_cannot_be(refused: Refused, command: Command, text: Path) -> None:
-    assert command("train", text, "--out", "run", *TINY).code == 0
+    assert command("train", text, "--out", "run", *TINY_FLAGS).code == 0
     refused(78, "export", "run", "--to", "onnx", "--out", "x")
     refused(78, "export", "run", "--to", "pth", "--out", "x")  # a modern block
     refused(73, "export", "run", "--to", "hf", "--out", "run")

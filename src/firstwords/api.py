@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from firstwords import store
 from firstwords.config import DEFAULT_FOR_S, SHORTEST_CONTEXT, model_config, run_config
 from firstwords.errors import ConfigError, DataError
+from firstwords.events import Listener, Preparing, ignore_event, notices_to
 from firstwords.exchange import Exported as Exported
 from firstwords.exchange import Imported as Imported
 from firstwords.exchange import export as export
@@ -28,7 +29,7 @@ from firstwords.judging import lm_eval_model as lm_eval_model
 from firstwords.judging import memorisation as memorisation
 from firstwords.judging import report as report
 from firstwords.judging import scale as scale
-from firstwords.loading import checkpoint_of, is_foreign, located, named_texts
+from firstwords.loading import checkpoint_of, is_foreign, locate, named_texts
 from firstwords.loading import load as load
 from firstwords.model import cost
 from firstwords.planning import facts
@@ -36,11 +37,10 @@ from firstwords.pretraining import train as train
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
-from firstwords.training.events import Listener, Preparing, ignore, noticed
 
 if TYPE_CHECKING:
     from firstwords.planning.doctor import Diagnosis
-    from firstwords.planning.measure import Mark
+    from firstwords.planning.measure import BenchResult
     from firstwords.planning.plan import Plan
     from firstwords.verifying import Verdict
 
@@ -53,7 +53,7 @@ def plan(
     for_s: float | str | None = None,
     target_bits_per_byte: float | None = None,
     encoding: str | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> Plan:
     """Return what could be trained on a text in a time, how good it would be, and what to take; some ten seconds.
 
@@ -74,7 +74,7 @@ def plan(
         raise ConfigError(what, where="--target-bits-per-byte", do="give a number above 0, such as 2.1")
     config = run_config({} if for_s is None else {"for_s": for_s})
     named = () if text is None else named_texts(text)
-    texts = sources.read(named, encoding=encoding, notice=noticed(listener))
+    texts = sources.read(named, encoding=encoding, notice=notices_to(listener))
     found = facts.read(
         texts, val_fraction=config.val_fraction, progress=lambda what, share: listener(Preparing(what, share))
     )
@@ -83,32 +83,32 @@ def plan(
         raise DataError(what, where=texts.name, why="no candidate could learn from them", do="give more text")
     listener(Preparing("starting PyTorch", None))
 
-    from firstwords.planning import known, machine, measure, process, products
+    from firstwords.planning import known, machine, matmul, measure, process
     from firstwords.planning import plan as plans
 
-    where = machine.device("auto")
+    device = machine.device("auto")
     with process.threads(None):
-        key, cache = machine.key(where), store.cache_folder()
-        precision = products.precision("auto", where, cache)
+        key, cache = machine.key(device), store.cache_folder()
+        precision = matmul.precision("auto", device, cache)
         listener(Preparing("measuring this machine", None))
-        measured = measure.learning_speed(where, precision)
-        fingerprint, before = machine.fingerprint(where, precision, "off"), known.read(cache, key)
+        measured = measure.learning_speed(device, precision)
+        fingerprint, before = machine.fingerprint(device, precision, "off"), known.read(cache, key)
     now = known.Learning(time.time(), measured)
     known.remember(cache, key, dataclasses.replace(before, learning={**before.learning, precision: now}))
-    here = plans.Machine(measured, precision, machine.free_bytes(), on_gpu=where.type != "cpu")
+    here = plans.Machine(measured, precision, machine.free_bytes(), on_gpu=device.type != "cpu")
     listener(Preparing("planning", None))
     made = plans.plan(found, here, config.for_s or DEFAULT_FOR_S, target_bits_per_byte)
     return dataclasses.replace(made, machine=made.machine | fingerprint)
 
 
-def info(source: str | Path, *, listener: Listener = ignore) -> dict[str, Any]:
+def info(source: str | Path, *, listener: Listener = ignore_event) -> dict[str, Any]:
     """Return what is in a run, a checkpoint or a model from elsewhere, which has no steps.
 
     Raises:
         NoInputError: None of them is there.
     """
-    notice = noticed(listener)
-    place = located(source, notice)
+    notice = notices_to(listener)
+    place = locate(source, notice)
     if is_foreign(place):
         model = load(place, notice=notice).model.config
         shape = dataclasses.asdict(model)
@@ -152,7 +152,7 @@ def verify(source: str | Path, *, replay: int | None = None) -> Verdict:
     return verify_run(run, replay)
 
 
-def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> Iterator[Mark]:
+def bench(presets: Sequence[str] = BENCH_PRESETS, *, compiled: bool = False) -> Iterator[BenchResult]:
     """Yield how fast this machine is and where firstwords stands on it, as it is measured: about a minute in all.
 
     Args:

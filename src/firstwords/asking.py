@@ -14,7 +14,7 @@ from firstwords.config import (
     NONES,
     Role,
     RunConfig,
-    converted,
+    convert,
     flag,
     flatten,
     key_types,
@@ -24,13 +24,13 @@ from firstwords.config import (
     run_config,
 )
 from firstwords.errors import ConfigError, DataError
+from firstwords.events import Listener, Notice, notices_to
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Texts
-from firstwords.training.events import Listener, Notice, noticed
 
 MOST_THREADS_A_CORE = 8
 # How a model that has learnt already is trained, where no preset is named: in smaller steps than one that begins.
@@ -65,7 +65,7 @@ class Asked:
 
 def new(
     out: Path | None,
-    config: str | Path | None,
+    config_file: str | Path | None,
     given: dict[str, Any],
     describe: Callable[[str], tuple[dict[str, Any], bytes]],
     listener: Listener,
@@ -74,7 +74,7 @@ def new(
 
     Args:
         out: The run folder, or None for one by the text's name.
-        config: A TOML file of keys.
+        config_file: A TOML file of keys.
         given: Keys that override it.
         describe: Returns the shape and the tokenizer's file of a model to go on from.
         listener: Told what is worth knowing.
@@ -82,27 +82,29 @@ def new(
     Raises:
         FirstwordsError: An impossible configuration, no such text, a taken folder.
     """
-    file = {} if config is None else _with_its_tokenizer(read_toml(Path(config)), RunFolder(Path(config).parent))
-    asked = run_config(file, given)
+    file = (
+        {} if config_file is None else _with_its_tokenizer(read_toml(Path(config_file)), RunFolder(Path(config_file).parent))
+    )
+    config = run_config(file, given)
     if "text_sha256" in file and keys_of(Role.TEXT) & given.keys():  # a run's own, which counted other words
         file.pop("model.vocab_size", None)
-        asked = run_config(file, given)
-    _require_sense(asked, given, out)
-    tokenizer_json = b"" if asked.from_ is not None else _tokenizer_file(asked.tokenizer)
-    texts = sources.read(asked.text, encoding=asked.encoding, notice=noticed(listener))
+        config = run_config(file, given)
+    _require_sense(config, given, out)
+    tokenizer_json = b"" if config.from_ is not None else _tokenizer_file(config.tokenizer)
+    texts = sources.read(config.text, encoding=config.encoding, notice=notices_to(listener))
     run = run_folder.new(out, texts.name)
-    if asked.from_ is not None:  # last, for it may be fetched
-        shape, tokenizer_json = describe(asked.from_)
-        given = _of_model(asked, file, given, shape, tokenizer_json)
+    if config.from_ is not None:  # last, for it may be fetched
+        shape, tokenizer_json = describe(config.from_)
+        given = _of_model(config, file, given, shape, tokenizer_json)
         if "preset" in given:
-            listener(Notice(f"the model is that of {asked.from_}: --preset {asked.preset} says only how it is trained"))
+            listener(Notice(f"the model is that of {config.from_}: --preset {config.preset} says only how it is trained"))
         elif "preset" not in file:
             file = {**FINE_TUNING, **file}
-        asked = run_config(file, given)
+        config = run_config(file, given)
         run = run if out is not None else run_folder.new(None, texts.name)  # another process may have taken it meanwhile
     elif "preset" in given:
-        _tell_of_a_preset(str(config), file, given, asked, listener)
-    return _in_its_folder(Asked(run, asked, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json))
+        _tell_of_a_preset(str(config_file), file, given, config, listener)
+    return _in_its_folder(Asked(run, config, texts, frozenset(file.keys() | given.keys()), tokenizer_json=tokenizer_json))
 
 
 def elsewhere(asked: Asked) -> Asked:
@@ -122,14 +124,14 @@ def _in_its_folder(asked: Asked) -> Asked:
 
 
 def _of_model(
-    asked: RunConfig, file: dict[str, Any], given: dict[str, Any], shape: dict[str, Any], tokenizer_json: bytes
+    config: RunConfig, file: dict[str, Any], given: dict[str, Any], shape: dict[str, Any], tokenizer_json: bytes
 ) -> dict[str, Any]:
     """Return the given keys with the shape of the model to go on from, where `file` or they do not adapt it."""
-    assert asked.from_ is not None
-    enlarged = tokenizers.from_json(tokenizer_json, asked.from_).with_special(asked.special)
+    assert config.from_ is not None
+    enlarged = tokenizers.from_json(tokenizer_json, config.from_).with_special(config.special)
     shape = {**shape, "model.vocab_size": max(shape["model.vocab_size"], enlarged.vocab_size)}
     shape = {key: value for key, value in shape.items() if key not in keys_of(Role.ADAPTABLE) & file.keys()}
-    place = str(Path(asked.from_).absolute()) if Path(asked.from_).exists() else asked.from_
+    place = str(Path(config.from_).absolute()) if Path(config.from_).exists() else config.from_
     given = {**shape, **given, "from_": place}
     _require_shape(shape, given)
     return given
@@ -144,29 +146,31 @@ def _tokenizer_file(name: str) -> bytes:
     return content
 
 
-def _tell_of_a_preset(file: str, layer: dict[str, Any], given: dict[str, Any], asked: RunConfig, listener: Listener) -> None:
+def _tell_of_a_preset(
+    file: str, layer: dict[str, Any], given: dict[str, Any], config: RunConfig, listener: Listener
+) -> None:
     """Say which keys of a preset that was named do not count, because the configuration file has others."""
-    its_own = flatten(dataclasses.asdict(run_config({"preset": asked.preset})))
-    chosen = flatten(dataclasses.asdict(asked))
-    kept = [key for key in presets()[asked.preset] if key in layer and key not in given and chosen[key] != its_own[key]]
+    its_own = flatten(dataclasses.asdict(run_config({"preset": config.preset})))
+    chosen = flatten(dataclasses.asdict(config))
+    kept = [key for key in presets()[config.preset] if key in layer and key not in given and chosen[key] != its_own[key]]
     if kept:
         names = ", ".join(map(flag, kept))
-        told = f"{file} comes before --preset {asked.preset}: as the file has them, unless you name them too, are {names}"
+        told = f"{file} comes before --preset {config.preset}: as the file has them, unless you name them too, are {names}"
         listener(Notice(told))
 
 
-def _require_sense(asked: RunConfig, given: dict[str, Any], out: Path | None) -> None:
+def _require_sense(config: RunConfig, given: dict[str, Any], out: Path | None) -> None:
     """Raise for what can be seen to be wrong with a new run before its text is read."""
-    _require_utf8(asked, *(() if out is None else (str(out),)))
-    if [*asked.text, asked.val].count("-") > 1:
+    _require_utf8(config, *(() if out is None else (str(out),)))
+    if [*config.text, config.val].count("-") > 1:
         raise ConfigError("standard input can be read only once", where="-", do="name a file")
-    if asked.val is not None and given.get("val_fraction") is not None and asked.val_fraction > 0:
+    if config.val is not None and given.get("val_fraction") is not None and config.val_fraction > 0:
         what, do = "a held-out text is named as well", "give one of them; --val none leaves out a file's"
-        raise ConfigError(what, where="--val-fraction", why=f"it is --val {asked.val}", do=do)
-    if asked.until == "best" and asked.val is None and asked.val_fraction == 0:
+        raise ConfigError(what, where="--val-fraction", why=f"it is --val {config.val}", do=do)
+    if config.until == "best" and config.val is None and config.val_fraction == 0:
         raise no_best()
-    _require_cores(asked.threads)
-    tokenizers.byte_tokenizer().with_special(asked.special)  # what is wrong with them in any tokenizer
+    _require_cores(config.threads)
+    tokenizers.byte_tokenizer().with_special(config.special)  # what is wrong with them in any tokenizer
 
 
 def no_best() -> ConfigError:
@@ -195,7 +199,7 @@ def _require_shape(shape: dict[str, Any], given: dict[str, Any]) -> None:
             )
 
 
-def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) -> Asked:
+def resumed(out: Path | None, config_file: str | Path | None, given: dict[str, Any]) -> Asked:
     """Return the recorded run with what may change on the way.
 
     Raises:
@@ -205,7 +209,7 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
     """
     if out is None:
         raise ConfigError("--resume needs --out", where="--resume", do="name the run's folder with --out")
-    if config is not None:
+    if config_file is not None:
         raise ConfigError("a resumed run has its own configuration", where="--config", do="leave --config out")
     run = run_folder.existing(out)
     recorded = _with_its_tokenizer(run.recorded_config(), run)
@@ -220,20 +224,20 @@ def resumed(out: Path | None, config: str | Path | None, given: dict[str, Any]) 
                 where=flag(key),
                 do="leave it out, or begin a new run with another --out",
             )
-    more_time, asked = given.get("for_s") is not None, run_config(recorded, given, moved)
-    _require_utf8(asked)
+    more_time, config = given.get("for_s") is not None, run_config(recorded, given, moved)
+    _require_utf8(config)
     if "threads" in given:
-        _require_cores(asked.threads)
+        _require_cores(config.threads)
     named = frozenset(key_types())
     if "micro_batch_size" not in given:
         named -= {"micro_batch_size"}
     was_on_gpu = not run_config(recorded).on_cpu
-    return Asked(run, asked, None, named, more_time=more_time, moved=frozenset(moved), was_on_gpu=was_on_gpu)
+    return Asked(run, config, None, named, more_time=more_time, moved=frozenset(moved), was_on_gpu=was_on_gpu)
 
 
 def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:
     """Whether a value is not the one that a run recorded."""
-    return bool(converted(key, value, key_types()[key]) != flatten(dataclasses.asdict(run_config(recorded)))[key])
+    return bool(convert(key, value, key_types()[key]) != flatten(dataclasses.asdict(run_config(recorded)))[key])
 
 
 def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from firstwords.errors import ConfigError, DataError, NoInputError
 Overrides = Mapping[str, Any]
 
 Block = Literal["gpt2", "qwen3"]
-Optimizer = Literal["adamw", "muon"]
+OptimizerKind = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
@@ -42,6 +42,7 @@ NONE = "none"
 NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have no None
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 MOST_ANGLES = 2**26  # of rotary positions, of which a model keeps cosine and sine: half a gigabyte
+NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
 SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
 
 GPT_CONFIG_124M: dict[str, int | float | bool] = {
@@ -53,6 +54,7 @@ GPT_CONFIG_124M: dict[str, int | float | bool] = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
+CHAPTER_PROMPT = "Every effort moves you"
 
 
 class Role(Flag):
@@ -80,7 +82,7 @@ class ModelConfig:
     """The shape of a GPT. The defaults are the chapter's."""
 
     vocab_size: int = option(
-        50257, "entries of the token table; by default the tokenizer's", least=2, most=2**31, role=Role.TIMELESS
+        50257, "size of the vocabulary; by default the tokenizer's", least=2, most=2**31, role=Role.TIMELESS
     )
     context_length: int = option(1024, "tokens that the model sees at once", least=1, most=2**20, role=Role.ADAPTABLE)
     emb_dim: int = option(768, "channels", least=1, most=2**20)
@@ -89,7 +91,7 @@ class ModelConfig:
     drop_rate: float = option(0.1, "dropout", least=0.0, most=0.999, role=Role.ADAPTABLE | Role.TIMELESS)
     qkv_bias: bool = option(False, "bias in the query, key and value layers")
     block: Block = option("gpt2", "gpt2: LayerNorm, learned positions, GELU; qwen3: RMSNorm, rotary, QK-norm, SwiGLU")
-    tied_head: bool = option(False, "the output head is the token table itself")
+    tied_head: bool = option(False, "the output head shares the weights of the token embedding")
     ff_dim: int | None = option(None, "width of the feed-forward layer; none: 4 x emb_dim", least=1, most=2**22)
     gelu_cubic: float = option(0.044715, "coefficient in GELU's tanh form (arXiv:1606.08415)", least=0.0, most=10.0)
     gelu_exact: bool = option(False, "GELU by the normal distribution itself, as nanoGPT has it, not in tanh form")
@@ -99,10 +101,16 @@ class ModelConfig:
         None, "std of GPT-2's initialisation; none: PyTorch's own", least=0.0, most=10.0, role=Role.ADAPTABLE | Role.TIMELESS
     )
     table_std: float | None = option(
-        None, "std that the token table begins with; none: as init_std says", least=0.0, most=10.0, role=Role.FIRST_WEIGHTS
+        None,
+        "std of the token embedding's initialisation; none: as init_std says",
+        least=0.0,
+        most=10.0,
+        role=Role.FIRST_WEIGHTS,
     )
     table_from_text: bool = option(
-        False, "half of the token table begins as the text has it: tokens in like places alike", role=Role.FIRST_WEIGHTS
+        False,
+        "initialise half of the token embedding from what stands beside each token in the text",
+        role=Role.FIRST_WEIGHTS,
     )
     induction_heads: bool = option(
         False, "begin with two heads that copy, in a qwen3 that has room for them", role=Role.FIRST_WEIGHTS
@@ -142,12 +150,12 @@ class ModelConfig:
 class OptimConfig:
     """How gradients become updates, and the learning rate over the run."""
 
-    kind: Optimizer = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
+    kind: OptimizerKind = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
     peak_lr: float = option(6e-4, "highest learning rate", least=1e-12, most=1e12)
     floor_lr: float = option(0.0, "learning rate that the run falls to", least=0.0, most=1e12)
     warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
     decay: Decay = option("cosine", "shape of the way from peak_lr to floor_lr")
-    weight_decay: float = option(0.1, "of matrices; norms and biases are not decayed", least=0.0, most=100.0)
+    weight_decay: float = option(0.1, "weight decay of matrices; norms and biases are not decayed", least=0.0, most=100.0)
     beta1: float = option(0.9, "AdamW's mean of gradients", least=0.0, most=0.9999)
     beta2: float = option(0.95, "AdamW's mean of squared gradients", least=0.0, most=0.99999)
     eps: float = option(1e-8, "AdamW's epsilon", least=0.0, most=1.0)
@@ -168,7 +176,7 @@ class RunConfig:
     val: str | None = option(None, "a held-out text; by default a share of the text itself", role=Role.TEXT | Role.PLACE)
     val_fraction: float = option(
         0.1,
-        "share that is held out: the end of each document, or some of many short ones",
+        "share that is held out: the end of each document, or of many short documents some whole ones",
         least=0.0,
         most=0.9,
         role=Role.TEXT,
@@ -204,12 +212,14 @@ class RunConfig:
         "end", "end, or best: stop when the held-out loss has turned, a few evaluations after its best", role=Role.RESUMABLE
     )
     meter: bool = option(
-        True, "measure where evaluation and sample meet how much of what the model says is copied", role=Role.RESUMABLE
+        True,
+        "measure with the evaluations how much of what the model says is copied from the training text",
+        role=Role.RESUMABLE,
     )
     shift_windows: bool = option(True, "cut the text into sequences at another place in each epoch")
-    batch_size: int | None = option(None, "sequences an update; by default from the run's length", least=1, most=2**20)
+    batch_size: int | None = option(None, "sequences per update; by default from the run's length", least=1, most=2**20)
     micro_batch_size: int | None = option(
-        None, "sequences a forward pass; by default from the model's size", least=1, most=2**20, role=Role.RESUMABLE
+        None, "sequences per forward pass; by default from the model's size", least=1, most=2**20, role=Role.RESUMABLE
     )
     eval_every: int | None = option(
         None,
@@ -243,10 +253,10 @@ class RunConfig:
     )
     keep: int = option(2, "newest checkpoints that are kept beside the best", least=2, most=10**6, role=Role.RESUMABLE)
     report: bool = option(True, "write report.html at the end of the run", role=Role.RESUMABLE)
-    seed: int = option(123, "of the weights, the order of the text and dropout", least=0, most=2**63 - 1)
+    seed: int = option(123, "seed of the first weights, the order of the text and dropout", least=0, most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps", role=Role.RESUMABLE)
     precision: Precision = option(
-        "auto", "of the matrix products; auto: what is faster on this machine", role=Role.RESUMABLE
+        "auto", "precision of the matrix products; auto: what is faster on this machine", role=Role.RESUMABLE
     )
     threads: int | None = option(
         None, "CPU threads; by default as many as there are cores to use", least=1, most=4096, role=Role.RESUMABLE
@@ -277,7 +287,7 @@ class RunConfig:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether a processor learns, once the device is decided."""
+        """Whether a CPU learns, once the device is decided."""
         return self.device.startswith("cpu")
 
     @property
@@ -386,7 +396,7 @@ def run_config(*layers: Overrides) -> RunConfig:
     for key, value in given.items():
         _require_known(key, types_of)
         part, _, name = key.rpartition(".")
-        parts[part][name] = converted(key, value, types_of[key])
+        parts[part][name] = convert(key, value, types_of[key])
     return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
 
 
@@ -402,7 +412,7 @@ def model_config(saved: Any, where: str) -> ModelConfig:
     if unknown := sorted(saved.keys() - kinds.keys()):
         raise ConfigError(f"unknown key {unknown[0][:80]!r}", where=where, do=did_you_mean(unknown[0][:80], kinds))
     try:
-        return ModelConfig(**{name: converted(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
+        return ModelConfig(**{name: convert(f"model.{name}", value, kinds[name]) for name, value in saved.items()})
     except ConfigError as error:  # told of the file, not of a flag that nobody gave
         key = error.where.removeprefix("--model.").replace("-", "_")
         raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
@@ -518,7 +528,7 @@ def from_toml(text: str, where: str) -> dict[str, Any]:
             raise ConfigError("must be a table", where=f"{where}, {key}", do=f"write [{key}] in a line, its keys below it")
         try:
             _require_known(key, types_of)
-            converted(key, value, types_of[key])
+            convert(key, value, types_of[key])
         except ConfigError as error:
             raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
         except ValueError as error:  # Python writes no whole number of over 4,300 digits, which TOML can have in base 16
@@ -540,7 +550,7 @@ def _without_none(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: NONE if value is None else value for key, value in items}
 
 
-def converted(key: str, value: Any, wanted: Any) -> Any:
+def convert(key: str, value: Any, wanted: Any) -> Any:
     """Return `value` (text from a flag, or a TOML value) as the type that `key` has.
 
     Raises:

@@ -92,7 +92,7 @@ class ConfigError(FirstwordsError):
     exit_code = 78
 
 
-def unheard(line: str) -> None:
+def ignore_line(line: str) -> None:
     """Do nothing with a line."""
 
 

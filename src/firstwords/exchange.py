@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import store
-from firstwords.config import did_you_mean, run_config
+from firstwords.config import CHAPTER_PROMPT, did_you_mean, run_config
 from firstwords.errors import CannotCreateError, ConfigError, DataError
-from firstwords.loading import is_foreign, load, located, require_finite, run_of
+from firstwords.events import Listener, Preparing, ignore_event, notices_to
+from firstwords.loading import is_foreign, load, locate, require_finite, run_of
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Listener, Preparing, ignore, noticed
 
 EXPORTS = ("hf", "gguf", "pth")
-KNOWN_PROMPT = "Every effort moves you"  # the chapter's
-KNOWN_SENTENCE = f"{KNOWN_PROMPT} forward, and what you learn on the way stays with you."
+KNOWN_SENTENCE = f"{CHAPTER_PROMPT} forward, and what you learn on the way stays with you."
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def import_model(
     *,
     tokenizer: str | None = None,
     n_heads: int | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> Imported:
     """Make a model from elsewhere ours: a checkpoint folder, with which every verb can go on.
 
@@ -78,8 +77,8 @@ def import_model(
     from firstwords.runs import checkpoint
     from firstwords.weights import reader
 
-    notice = noticed(listener)
-    place = located(source, notice)
+    notice = notices_to(listener)
+    place = locate(source, notice)
     if (place / store.MANIFEST).is_file() and not is_foreign(place):
         raise DataError("is a checkpoint of firstwords already", where=str(source), do="it is used as it is, as a run is")
     lm = reader.read(place, tokenizer=tokenizer, n_heads=n_heads, notice=notice)
@@ -91,8 +90,8 @@ def import_model(
         weights_sha256=saved.weights_sha256,
         parameters=cost.parameters(lm.model.config),
         nats_per_token=explain_text(lm, KNOWN_SENTENCE).evaluation.nats_per_token,
-        prompt=KNOWN_PROMPT,
-        greedy=lm.generate(KNOWN_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
+        prompt=CHAPTER_PROMPT,
+        greedy=lm.generate(CHAPTER_PROMPT, max_new_tokens=8, sampling=Sampling(temperature=0)),
         published=_published(str(source)) if place != Path(source) else "",  # not of a folder that is only called so
     )
 
@@ -104,12 +103,12 @@ def _published(name: str) -> str:
     if name not in PUBLISHED:
         return ""
     training, held_out, greedy = PUBLISHED[name]
-    says = f"{KNOWN_PROMPT!r} goes on with {greedy!r}; " if greedy else ""
+    says = f"{CHAPTER_PROMPT!r} goes on with {greedy!r}; " if greedy else ""
     return f"{says}the-verdict.txt: {training} nats per token on its first nine tenths, {held_out} on the rest"
 
 
 def export(
-    source: str | Path, to: str, out: str | Path, *, kind: str | None = None, listener: Listener = ignore
+    source: str | Path, to: str, out: str | Path, *, kind: str | None = None, listener: Listener = ignore_event
 ) -> Exported:
     """Write a model for another tool, read it back, and compare its logits with ours.
 
@@ -131,7 +130,7 @@ def export(
         raise ConfigError("only a GGUF file has kinds", where="--type", do="leave it out")
     if store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --out")
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=notices_to(listener))
     require_finite(lm, source)
 
     import torch
@@ -150,7 +149,7 @@ def export(
         shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
         figures = {**shape, **_figures(Path(source), lm.step)}
         card = exporting.model_card(str(source), figures, trained_here=run_of(Path(source)).exists)
-        difference, read_by = exporting.to_hf(lm, Path(out), card, noticed(listener))
+        difference, read_by = exporting.to_hf(lm, Path(out), card, notices_to(listener))
     return Exported(str(out), read_by, difference)
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from firstwords import reading, store
+from firstwords.config import CHAPTER_PROMPT
 from firstwords.errors import CannotCreateError, ConfigError, FirstwordsError, NoInputError
-from firstwords.exchange import KNOWN_PROMPT
+from firstwords.events import Listener, Notice, Preparing, ignore_event, notices_to
+from firstwords.insight import quick
 from firstwords.loading import (
     kept_corpus,
     load,
-    located,
+    locate,
     model_and_text,
     named_texts,
     prepared_text,
@@ -29,8 +31,6 @@ from firstwords.loading import (
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
-from firstwords.text.corpus import Corpus
-from firstwords.training.events import Listener, Notice, Preparing, ignore, noticed
 
 if TYPE_CHECKING:
     from firstwords.insight.baselines import Given
@@ -41,13 +41,11 @@ if TYPE_CHECKING:
     from firstwords.insight.scale import Scale
     from firstwords.insight.tasks import TaskScore
     from firstwords.model.language_model import LanguageModel
-    from firstwords.training.evaluate import Evaluation, TokenFigures
+    from firstwords.training.evaluate import Evaluation
 
 Found = TypeVar("Found")
-QUICK_IDS, QUICK_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
 LONG_TEXT_TOKENS = 20_000  # from here on a person waits for a model to read them, and is told so
 REPORT_MARK = b'name="generator" content="firstwords"', 2000  # how one of ours is known: this in so many first bytes
-PROMPT_TOKENS = 4  # that a model is given to go on from
 EVALUATED_SAMPLES, EVALUATED_TOKENS = 8, 200  # of a model that nobody trains
 
 
@@ -65,7 +63,7 @@ def evaluate(
     text: str | Path | Sequence[str | Path] | None = None,
     *,
     encoding: str | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> Evaluation:
     """Return how good a model is on a text; by default on the held-out part of its run.
 
@@ -91,7 +89,7 @@ def scale(
     against: Sequence[str | Path] = (),
     with_baselines: bool = True,
     encoding: str | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> Scale:
     """Return how good a model is on a text, beside chance, compressors, an n-gram model and other models.
 
@@ -109,14 +107,14 @@ def scale(
         DivergedError: The numbers of a model are not finite.
     """
     for other in against:
-        require_there(located(other, noticed(listener)))
+        require_there(locate(other, notices_to(listener)))
     lm, part = model_and_text(source, text, encoding, listener, look_up=True)
 
     from firstwords.insight import scale as scales
     from firstwords.insight.baselines import LONGEST_HELD_OUT, baselines
     from firstwords.training.evaluate import evaluate_tokens
 
-    tell = listener if part.n_tokens >= LONG_TEXT_TOKENS else ignore
+    tell = listener if part.n_tokens >= LONG_TEXT_TOKENS else ignore_event
     tell(Preparing("reading the held-out text", None))
     tokens = evaluate_tokens(lm.model, part, lm.dtype)
     assert tokens is not None
@@ -125,7 +123,7 @@ def scale(
     others = []
     for other in against:
         tell(Preparing(f"reading it with {other}", None))
-        peer = load(other, notice=noticed(listener))
+        peer = load(other, notice=notices_to(listener))
         found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
         assert found is not None
         found.evaluation.require_finite(str(other))
@@ -147,7 +145,7 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     run = run_of(Path(source))
     try:
         if run.exists:
-            return Given(*_bytes_of(prepared_text(run, listener)))
+            return Given.of(prepared_text(run, listener))
         why = "it belongs to no run"
     except FirstwordsError as error:
         why = str(error)
@@ -155,51 +153,7 @@ def _given(source: str | Path, listener: Listener) -> Given | None:
     return None
 
 
-def quick_scale(
-    lm: LanguageModel, corpus: Corpus, run: RunFolder, tokens: TokenFigures | None = None
-) -> dict[str, Any] | None:
-    """Return the scale of a run's model on its own held-out text, where that takes a moment; else None.
-
-    Args:
-        lm: The model.
-        corpus: Its text.
-        run: Its run.
-        tokens: What `evaluate_tokens` returns for them; by default found anew.
-    """
-    from firstwords.insight import scale as scales
-    from firstwords.insight.baselines import Given, baselines
-    from firstwords.training.evaluate import evaluate_tokens
-
-    if not quick_tokens(corpus, None):
-        return None
-    tokens = tokens or evaluate_tokens(lm.model, corpus.val, lm.dtype)
-    if tokens is None:
-        return None
-    held_out = corpora.documents(corpus.val, lm.tokenizer)
-    given = Given(*_bytes_of(corpus))
-    blocks = scales.Blocks.of([len(document) for document in held_out])
-    rows = list(baselines(held_out, given, blocks.starts, quick=True))
-    return scales.scale(run.path.name, tokens, (), rows, blocks).as_dict()
-
-
-def quick_tokens(corpus: Corpus, eval_tokens: int | None) -> int:
-    """Return how many held-out tokens the scale in a run's report is made from; 0: it has none.
-
-    Args:
-        corpus: The text.
-        eval_tokens: By how many the run judges itself, at most: where it has no time for more, its report has none either.
-    """
-    n_held_out = corpus.val.n_tokens
-    most = min(QUICK_HELD_OUT, eval_tokens or QUICK_HELD_OUT)
-    return n_held_out if len(corpus.train.ids) <= QUICK_IDS and n_held_out <= most else 0
-
-
-def _bytes_of(corpus: Corpus) -> tuple[int, Callable[[int], list[bytes]]]:
-    """Return how many bytes a training text has, and what gives its last ones."""
-    return corpus.train.n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer)
-
-
-def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisation | None:
+def memorisation(source: str | Path, *, listener: Listener = ignore_event) -> Memorisation | None:
     """Return how much of what a run's best model says is learnt by heart; None where its text is not known or not kept.
 
     Raises:
@@ -209,13 +163,13 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     corpus = kept_corpus(Path(source))
     if corpus is None:
         return None
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=notices_to(listener))
     if corpus.tokenizer.sha256 != lm.tokenizer.sha256:
         return None
 
     from firstwords.insight.memorisation import Meter
 
-    prompts = sample_prompts(corpus, "", EVALUATED_SAMPLES)
+    prompts = quick.prompts(corpus, "", EVALUATED_SAMPLES)
     meter = Meter(corpus.train, corpus.val, corpus.tokenizer, EVALUATED_TOKENS)
     if not meter.text.is_kept:
         listener(Preparing("looking for what it says in what it learnt from", None))
@@ -227,17 +181,6 @@ def memorisation(source: str | Path, *, listener: Listener = ignore) -> Memorisa
     return meter.measure(samples, gap)
 
 
-def sample_prompts(corpus: Corpus, first: str, count: int) -> list[str]:
-    """Return prompts for samples that are measured: `first`, then the beginnings of held-out text from places evenly spread.
-
-    All samples from `<|endoftext|>` would begin as the documents do, which a model learns by heart before all else.
-    """
-    from firstwords.insight.memorisation import held_out_pieces
-
-    held_out = held_out_pieces(corpus.val, corpus.tokenizer, PROMPT_TOKENS, count - 1)
-    return [first, *held_out, *[first] * (count - 1 - len(held_out))]
-
-
 def evaluate_tasks(
     source: str | Path,
     text: str | Path | Sequence[str | Path] | None = None,
@@ -245,7 +188,7 @@ def evaluate_tasks(
     folder: str | Path | None = None,
     out: str | Path | None = None,
     encoding: str | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> tuple[TaskScore, ...]:
     """Return how many questions about a text a model answers: last words of passages, sentences beside a spoilt twin.
 
@@ -271,7 +214,7 @@ def evaluate_tasks(
     if out is not None and store.exists(Path(out)):
         raise CannotCreateError("is there already", where=str(out), do="give another --tasks-out")
     if folder is not None:
-        tasks, lm = making.read(Path(folder)), load(source, notice=noticed(listener))
+        tasks, lm = making.read(Path(folder)), load(source, notice=notices_to(listener))
     else:
         lm, part = model_and_text(source, text, encoding, listener)
         texts = making.documents(part, lm.tokenizer)
@@ -301,7 +244,9 @@ def lm_eval_model(source: str | Path) -> HarnessModel:
     return HarnessModel(lm)
 
 
-def explain(source: str | Path, text: str, *, html: str | Path | None = None, listener: Listener = ignore) -> Explanation:
+def explain(
+    source: str | Path, text: str, *, html: str | Path | None = None, listener: Listener = ignore_event
+) -> Explanation:
     """Return the chapter's six steps on `text`, token by token.
 
     Args:
@@ -316,7 +261,7 @@ def explain(source: str | Path, text: str, *, html: str | Path | None = None, li
         CannotCreateError: Another file than a report of ours stands where the page is to be.
     """
     _require_free(html, "--html")
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=notices_to(listener))
 
     from firstwords.insight import report
     from firstwords.insight.explain import explain as explain_text
@@ -335,7 +280,7 @@ def report(
     pictures: Mapping[str, str | Path] | None = None,
     scale: Mapping[str, Any] | None = None,
     predicted: Mapping[str, Any] | None = None,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
 ) -> Reported:
     """Write one HTML file that shows what a run learnt, or several runs beside each other.
 
@@ -372,7 +317,7 @@ def report(
     texts = [_or_notice(functools.partial(prepared_text, run, listener), listener) for run in folders]
     lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
     if scale is None and lm is not None and texts[0] is not None:
-        scale = quick_scale(lm, texts[0], folders[0])
+        scale = quick.scale(lm, texts[0], folders[0].path.name)
     names = [run.path.name for run in folders]
     if len(set(names)) < len(names):  # exp1/notes and exp2/notes
         names = [str(run.path) for run in folders]
@@ -380,7 +325,7 @@ def report(
         record.read(run, text, name=name, scale=scale, predicted=predicted or _predicted(run))
         for run, text, name in zip(folders, texts, names, strict=True)
     ]
-    explanation = passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
+    explanation = quick.passage_explained(lm, texts[0]) if lm is not None and texts[0] is not None else None
     store.make_folder(place.absolute().parent)
     store.write(place, reporting.report(records, explanation))
     drawn = _drawn(records[0], lm, pictures)
@@ -402,7 +347,7 @@ def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str 
     if pictures:
         figures[drawing.LOSS_PLOT] = drawing.loss_plot(record)
     if pictures and lm is not None:
-        prompt = str(record.config.get("sample_prompt") or KNOWN_PROMPT)
+        prompt = str(record.config.get("sample_prompt") or CHAPTER_PROMPT)
         figures[drawing.TEMPERATURE_PLOT] = drawing.temperature_plot(lm, prompt)
     for kind, folder in pictures.items():
         store.make_folder(Path(folder))
@@ -422,15 +367,6 @@ def _require_free(place: str | Path | None, where: str, mark: tuple[bytes, int] 
                 return
     kind = "report" if mark == REPORT_MARK else "picture of a run"
     raise CannotCreateError(f"is there already, and is no {kind}", where=str(place), do=f"give another {where}")
-
-
-def passage_explained(lm: LanguageModel, corpus: Corpus) -> Explanation | None:
-    """Return a held-out passage as a model sees it; None where there is none."""
-    from firstwords.insight import surprise
-    from firstwords.insight.explain import explain as explain_text
-
-    passage = surprise.passage(corpus.val, lm.tokenizer) if corpus.val.n_tokens else None
-    return None if passage is None else explain_text(lm, passage)
 
 
 def _or_notice(get: Callable[[], Found], listener: Listener) -> Found | None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from firstwords import asking, preparing, reading, store
 from firstwords.config import model_config
-from firstwords.errors import DataError, NoInputError, Notify, quoted, unheard
+from firstwords.errors import DataError, NoInputError, Notify, ignore_line, quoted
+from firstwords.events import Listener, Notice, Preparing, notices_to
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources
 from firstwords.text.corpus import Corpus, Part
-from firstwords.training.events import Listener, Notice, Preparing, noticed
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ LEARNT_SHARE = 0.1  # of a text that is found there, from which on that is told:
 MODEL_SUFFIXES = (*archive.SUFFIXES, ".safetensors")  # of files that are a model by themselves
 
 
-def load(source: str | Path, *, notice: Notify = unheard) -> LanguageModel:
+def load(source: str | Path, *, notice: Notify = ignore_line) -> LanguageModel:
     """Return the model of a run folder (its best checkpoint), of a checkpoint folder, or from elsewhere, with its tokenizer.
 
     From then on this process computes with no more threads than a container has the time of, which PyTorch does not know,
     and numbers below 1e-38 count as 0 (`planning.process.flush_denormals`). A model that learnt in bfloat16 is computed in
-    float32 on a processor without instructions for it.
+    float32 on a CPU without instructions for it.
 
     Raises:
         NoInputError: None of them is there.
@@ -45,19 +45,19 @@ def load(source: str | Path, *, notice: Notify = unheard) -> LanguageModel:
 
     import torch
 
-    from firstwords.planning import process, products
+    from firstwords.planning import matmul, process
 
     torch.set_num_threads(process.usable_threads())
-    dtype = products.computable(lm.dtype, store.cache_folder())
+    dtype = matmul.computable(lm.dtype, store.cache_folder())
     if dtype == lm.dtype:
         return lm
     notice("it learnt in bfloat16, which is slow on this processor: it is computed in float32 here")
     return dataclasses.replace(lm, dtype=dtype)
 
 
-def read_model(source: str | Path, notice: Notify = unheard) -> LanguageModel:
+def read_model(source: str | Path, notice: Notify = ignore_line) -> LanguageModel:
     """Return what `load` does, and leave the threads and the precision to the run that goes on."""
-    source = located(source, notice)
+    source = locate(source, notice)
     found = None if is_foreign(source) else checkpoint_of(source, notice)
 
     from firstwords.planning import machine, process
@@ -88,14 +88,14 @@ def _restored(described: Any, tensors: Mapping[str, Tensor], where: str) -> GPTM
         ConfigError: An impossible shape.
         DataError: Weights of another shape.
     """
-    from firstwords.model.gpt import fill, unfilled
+    from firstwords.model.gpt import load_weights, uninitialised
 
     config = model_config(described, where)
     wanted, there = cost.parameters(config), sum(tensor.numel() for tensor in tensors.values())
     if wanted != there:
         raise DataError(f"has {there} parameters, its configuration needs {wanted}", where=where)
-    model = unfilled(config)
-    fill(model, tensors.items(), where)
+    model = uninitialised(config)
+    load_weights(model, tensors.items(), where)
     return model
 
 
@@ -135,10 +135,10 @@ def model_and_text(
         listener: Told where the text is what the model learnt from.
         look_up: Look whether parts of it are, which takes a pass over all that it learnt from.
     """
-    lm = load(source, notice=noticed(listener))
+    lm = load(source, notice=notices_to(listener))
     if text is None:
         return lm, _held_out(Path(source), listener)
-    texts = sources.read(named_texts(text), encoding=encoding, notice=noticed(listener))
+    texts = sources.read(named_texts(text), encoding=encoding, notice=notices_to(listener))
     prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
@@ -171,7 +171,7 @@ def _learnt_sha256(run: RunFolder) -> str | None:
         return None
 
 
-def located(source: str | Path, notice: Notify) -> Path:
+def locate(source: str | Path, notice: Notify) -> Path:
     """Return where a model is; one of GPT-2's names is fetched, unless something of that name is here."""
     from firstwords.weights import hub
 

@@ -13,6 +13,7 @@ from firstwords import store
 from firstwords.asking import Asked
 from firstwords.config import SHORTEST_CONTEXT, RunConfig, flag
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
+from firstwords.events import Listener, Notice, Preparing, Told, notices_to
 from firstwords.planning import budget
 from firstwords.runs import folder as run_folder
 from firstwords.text import corpus as corpora
@@ -21,7 +22,6 @@ from firstwords.text import tokenizer as tokenizers
 from firstwords.text.corpus import READING, Corpus
 from firstwords.text.sources import Texts
 from firstwords.text.tokenizer import Tokenizer
-from firstwords.training.events import Listener, Notice, Preparing, Told, noticed
 
 
 def prepare(asked: Asked, listener: Listener, started_s: float | None = None) -> Corpus:
@@ -64,7 +64,7 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     try:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
-        texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=noticed(listener))
+        texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=notices_to(listener))
         check = functools.partial(_require_unchanged, asked.config, recorded, may_go=not asked.moved)
         return _prepare_anew(asked.config, texts, listener, check, _became(asked))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
@@ -161,7 +161,7 @@ def _prepare_anew(
     check: Callable[[str, Path], None],
     became: Tokenizer | int | None = None,
 ) -> Corpus:
-    notice = noticed(listener)
+    notice = notices_to(listener)
     val = None if config.val is None else sources.read([config.val], encoding=config.encoding, notice=notice)
     return corpora.prepare(
         texts,

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from firstwords import asking, preparing, resolve, store
 from firstwords.config import RunConfig, flatten, to_toml
 from firstwords.errors import CannotCreateError, DivergedError
-from firstwords.judging import passage_explained, quick_scale, quick_tokens
+from firstwords.events import Listener, Notice, Preparing, Trained, ignore_event, notices_to
+from firstwords.insight import quick
 from firstwords.loading import load, named_texts, read_model, require_finite
 from firstwords.model import cost
 from firstwords.planning import budget, facts
 from firstwords.runs import signals
 from firstwords.runs.folder import RunFolder
 from firstwords.text.corpus import Corpus
-from firstwords.training.events import Listener, Notice, Preparing, Trained, ignore, noticed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def train(
     out: str | Path | None = None,
     config: str | Path | None = None,
     resume: bool = False,
-    listener: Listener = ignore,
+    listener: Listener = ignore_event,
     started_s: float | None = None,
     **overrides: Any,
 ) -> TrainResult:
@@ -70,21 +70,21 @@ def train(
         given |= {"text": named_texts(text), "text_sha256": None}
     folder = Path(out) if out is not None else None
     with ExitStack() as locked:
-        asked = _begun(locked, folder, config, given, resume=resume, listener=listener)
+        asked = _lock_run_folder(locked, folder, config, given, resume=resume, listener=listener)
         prepared = preparing.prepare(asked, listener, started_s)
         listener(Preparing("starting PyTorch", None))
-        with ThreadPoolExecutor(1) as beside:  # PyTorch's start leaves a core free
-            looked_at = beside.submit(_looked_at, prepared)
+        with ThreadPoolExecutor(1) as pool:  # PyTorch's start leaves a core free
+            about_text = pool.submit(_difficulty_and_repetition, prepared)
 
             from firstwords.planning import process
             from firstwords.training import loop
-            from firstwords.training.state import taken
+            from firstwords.training.state import without_skipped
             from firstwords.watching import Watcher
 
-        settled, expected = resolve.settled(asked, prepared, *looked_at.result(), started_s)
+        settled, expected = resolve.settle(asked, prepared, *about_text.result(), started_s)
         with process.threads(settled.threads), signals.stop_requests() as stop:
-            recorder = _begin(asked, settled, prepared, listener, started_s, expected)
-            batches = taken(resolve.batches(settled, prepared), recorder.state)
+            recorder = _new_recorder(asked, settled, prepared, listener, started_s, expected)
+            batches = without_skipped(resolve.batches(settled, prepared), recorder.state)
             watcher = Watcher(recorder, batches)
             recorder.measure = watcher.measure if settled.meter else None
 
@@ -99,23 +99,23 @@ def train(
                             recorder.take(event)
                     except DivergedError as error:
                         recorder.roll_back(error)
-            return _finished(recorder)
+            return _finished(recorder, watcher.last_tokens)
 
 
-def _begun(
+def _lock_run_folder(
     locked: ExitStack,
     out: Path | None,
-    config: str | Path | None,
+    config_file: str | Path | None,
     given: dict[str, Any],
     *,
     resume: bool,
     listener: Listener,
 ) -> Asked:
     """Return what is asked of a run, whose lock is held from now on; of the runs that begin at once, each has a folder."""
-    asked = asking.resumed(out, config, given) if resume else asking.new(out, config, given, _described, listener)
+    asked = asking.resumed(out, config_file, given) if resume else asking.new(out, config_file, given, _described, listener)
     while True:
         try:
-            locked.enter_context(asked.run.writing(noticed(listener)))
+            locked.enter_context(asked.run.writing(notices_to(listener)))
         except CannotCreateError:
             if out is not None or not store.is_locked(asked.run.lock):
                 raise
@@ -124,7 +124,7 @@ def _begun(
             return asked
 
 
-def _begin(
+def _new_recorder(
     asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener, started_s: float, expected: Candidate
 ) -> Recorder:
     """Return the record of a run that begins or goes on now; the caller holds the run's lock."""
@@ -133,7 +133,6 @@ def _begin(
     from firstwords.model import induction
     from firstwords.planning import machine, recipe
     from firstwords.recorder import Recorder
-    from firstwords.training.evaluate import cost_in_tokens, held_out_tokens
 
     run, resume = asked.run, not asked.begins
     preparing.tell_of_few(prepared, config.model.context_length, listener)
@@ -146,9 +145,9 @@ def _begin(
         if asked.config.device == "auto" and (why := machine.unusable_gpu()):
             listener(Notice(f"the GPU cannot compute ({why}): training on the CPU"))
         wants_heads = config.model.induction_heads and "model.induction_heads" in asked.given
-        if wants_heads and config.from_ is None and not induction.begins(config.model):
+        if wants_heads and config.from_ is None and not induction.applies(config.model):
             listener(Notice("this model has no room for two heads that copy: it begins without them"))
-    config, state, checks = _trusted(asked, config, prepared, listener)
+    config, state, checks = _first_state(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
     fingerprint["micro_batch_size"] = config.micro_batch_size  # sums of other parts differ in their last bits
@@ -161,17 +160,8 @@ def _begin(
     now_s = time.perf_counter()
     if config.for_s is not None:
         left_s = max(config.for_s - state.elapsed_s, LEAST_LEFT_S)
-        step_tokens = (config.batch_size or 1) * config.model.context_length
-        as_first = config.from_ is not None and not resume  # then the first look, which is timed, judges as much
-        judged = 0 if as_first else min(prepared.val.n_tokens, held_out_tokens(1, config))
-        recorder.budget = budget.Budget(
-            started_s + left_s,
-            left_s,
-            now_s,
-            evaluation_steps=cost_in_tokens(judged) / step_tokens,
-            end_s=_end_s(config, prepared, left_s),
-            scale_steps=quick_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
-        )
+        as_first = config.from_ is not None and not resume  # then the first evaluation, which is timed, judges as much
+        recorder.budget = _time_budget(config, prepared, started_s, now_s, left_s, as_first=as_first)
     if not recorder.is_over:
         state.elapsed_s += now_s - started_s
     recorder.checks = checks
@@ -181,25 +171,53 @@ def _begin(
     return recorder
 
 
-def _trusted(
+def _time_budget(
+    config: RunConfig, prepared: Corpus, started_s: float, now_s: float, left_s: float, *, as_first: bool
+) -> budget.Budget:
+    """Return the budget of a run that began at `started_s`, has `left_s` from there, and trains from `now_s` on.
+
+    Args:
+        config: Of the run.
+        prepared: Its text.
+        started_s: When this process began, on `time.perf_counter()`.
+        now_s: When training begins.
+        left_s: What is left of the run's time at `started_s`.
+        as_first: Whether all evaluations judge as much as the first one.
+    """
+    from firstwords.planning import recipe
+    from firstwords.training.evaluate import cost_in_tokens
+
+    step_tokens = (config.batch_size or 1) * config.model.context_length
+    judged = 0 if as_first else min(prepared.val.n_tokens, recipe.held_out_tokens(1, config))
+    return budget.Budget(
+        started_s + left_s,
+        left_s,
+        now_s,
+        evaluation_steps=cost_in_tokens(judged) / step_tokens,
+        end_s=_end_s(config, prepared, left_s),
+        scale_steps=quick.scale_tokens(prepared, config.eval_tokens) / step_tokens if config.report else 0.0,
+    )
+
+
+def _first_state(
     asked: Asked, config: RunConfig, prepared: Corpus, listener: Listener
 ) -> tuple[RunConfig, TrainState, list[dict[str, Any]]]:
     """Return the configuration with a way of computing that was checked, the state at step 0, and what the checks found."""
     import torch
 
-    from firstwords.planning import machine, products, trust
-    from firstwords.training.state import initial
+    from firstwords.planning import machine, matmul, trust
+    from firstwords.training.state import new_state
 
-    start, directions = _start(config, asked.run, listener), _directions(config, asked.run, prepared)
-    way, state, checks = trust.begun(
-        lambda way: initial(
+    start, directions = _initial_weights(config, asked.run, listener), _directions(config, asked.run, prepared)
+    way, state, checks = trust.first_trusted_state(
+        lambda way: new_state(
             config.model, config.optim, config.seed, way.device, machine.DTYPES[way.precision], start, directions
         ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
-        lambda: products.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
+        lambda: matmul.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
         insist=config.trust_device,
-        notice=noticed(listener),
+        notice=notices_to(listener),
     )
     if way.device != config.device and "micro_batch_size" not in asked.given:  # it was for the memory of a GPU
         config = dataclasses.replace(config, micro_batch_size=cost.micro_batch_size(config.model, config.batch_size or 1))
@@ -213,7 +231,7 @@ def _described(source: str) -> tuple[dict[str, Any], bytes]:
     return {f"model.{key}": value for key, value in dataclasses.asdict(lm.model.config).items()}, lm.tokenizer.json
 
 
-def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:
+def _initial_weights(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, Tensor] | None:
     """Return the weights that a run begins with instead of random ones; None where it has begun already.
 
     Learned positions are cut to a shorter context, and stretched between their neighbours to a longer one. New ids begin as
@@ -227,7 +245,7 @@ def _start(config: RunConfig, run: RunFolder, listener: Listener) -> dict[str, T
     import torch
     import torch.nn.functional as F
 
-    lm = read_model(config.from_, noticed(listener))
+    lm = read_model(config.from_, notices_to(listener))
     tensors = lm.model.tensors()
     positions, wanted = tensors.get("pos_emb.weight"), config.model.context_length
     if positions is not None and len(positions) < wanted:
@@ -252,7 +270,7 @@ def _directions(config: RunConfig, run: RunFolder, prepared: Corpus) -> Tensor |
     return neighbours.directions(prepared.train.ids, config.model, config.seed)
 
 
-def _looked_at(prepared: Corpus) -> tuple[float, float]:
+def _difficulty_and_repetition(prepared: Corpus) -> tuple[float, float]:
     """Return how hard a prepared text is, and how much of it repeats itself."""
     sample = facts.sample_of(prepared)
     return sample.difficulty(prepared.tokenizer), sample.repeated
@@ -266,19 +284,24 @@ def _tell_of_a_late_start(for_s: float | None, started_s: float, listener: Liste
 
 def _end_s(config: RunConfig, prepared: Corpus, for_s: float) -> float:
     """Return how long what follows the last evaluation of a time budget takes, about."""
-    from firstwords.insight.memorisation import last_look_s
+    from firstwords.insight.memorisation import memorisation_s
 
-    look_s = last_look_s(prepared.train.n_bytes) if config.meter else 0.0
+    meter_s = memorisation_s(prepared.train.n_bytes) if config.meter else 0.0
     end_s = budget.end_s(for_s, cost.checkpoint_bytes(config.model))
-    return end_s + (look_s if budget.has_room_for(look_s, for_s) else 0.0)
+    return end_s + (meter_s if budget.has_room_for(meter_s, for_s) else 0.0)
 
 
-def _finished(recorder: Recorder) -> TrainResult:
-    """Return what came of a run after writing its report. A report that fails is told, and costs no run."""
+def _finished(recorder: Recorder, last_tokens: TokenFigures | None) -> TrainResult:
+    """Return what came of a run after writing its report. A report that fails is told, and costs no run.
+
+    Args:
+        recorder: Of the run.
+        last_tokens: What the evaluation at the last step found of each token, where it did.
+    """
     result = recorder.result()
     if recorder.config.report:
         try:
-            _report_of(recorder, result.best_step)
+            _report_of(recorder, result.best_step, last_tokens)
         except Exception as error:
             recorder.listener(
                 Notice(f"the report could not be written: {error}; firstwords report {result.run} tries again")
@@ -286,7 +309,7 @@ def _finished(recorder: Recorder) -> TrainResult:
     return result
 
 
-def _report_of(recorder: Recorder, best_step: int) -> None:
+def _report_of(recorder: Recorder, best_step: int, last_tokens: TokenFigures | None) -> None:
     """Write the report of a run that ends, from what is in memory already."""
     from firstwords.insight import record, report
     from firstwords.model.language_model import LanguageModel
@@ -299,14 +322,14 @@ def _report_of(recorder: Recorder, best_step: int) -> None:
     lm = LanguageModel(recorder.state.model, corpus.tokenizer, best_step, dtype) if is_best else read_model(run.path)
     lm.model.to(recorder.config.device)  # where the time that judging it takes was planned
     recorder.listener(Trained(lm))
-    scale = _scale_of(recorder, lm, recorder.last_tokens if is_best else None)
+    scale = _scale_of(recorder, lm, last_tokens if is_best else None)
     found = record.read(run, corpus, scale=scale, predicted=recorder.predicted)
-    store.write(run.report, report.report([found], passage_explained(lm, corpus)))
+    store.write(run.report, report.report([found], quick.passage_explained(lm, corpus)))
 
 
 def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: TokenFigures | None) -> dict[str, Any] | None:
     """Return the scale of a run that ends; None where its text is too long for one, or no time is left to judge `lm`."""
-    if not quick_tokens(recorder.corpus, recorder.config.eval_tokens):
+    if not quick.scale_tokens(recorder.corpus, recorder.config.eval_tokens):
         return None
     plans = recorder.budget
     late = plans is not None and not plans.has_time_for_scale(time.perf_counter())
@@ -314,4 +337,4 @@ def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: TokenFigures | None
         line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
         recorder.listener(Notice(line))
         return None
-    return quick_scale(lm, recorder.corpus, recorder.run, tokens)
+    return quick.scale(lm, recorder.corpus, recorder.run.path.name, tokens)

@@ -149,6 +149,12 @@ def require_plain_names(names: Iterable[str], where: str) -> None:
         seen[name.casefold()] = name
 
 
+def number(value: Any) -> float | int | None:
+    """Return a value of a file where it is a finite number, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | NO_WAITING)
 

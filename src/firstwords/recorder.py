@@ -23,9 +23,10 @@ from firstwords.errors import (
     PermissionDeniedError,
     StorageError,
 )
+from firstwords.events import Listener, Measured, Notice, Planned, RolledBack, Saved, Started
 from firstwords.insight import overfitting
 from firstwords.insight.memorisation import Memorisation
-from firstwords.model.gpt import fill
+from firstwords.model.gpt import load_weights
 from firstwords.planning import machine, recipe
 from firstwords.planning.budget import PROBE_STEPS, Budget
 from firstwords.runs import checkpoint
@@ -34,24 +35,8 @@ from firstwords.runs.folder import RunFolder
 from firstwords.runs.journal import Journal
 from firstwords.text.corpus import Corpus
 from firstwords.training import state as states
-from firstwords.training.evaluate import Evaluation, TokenFigures, held_out_tokens, of_mean
-from firstwords.training.events import (
-    CopyDue,
-    Evaluated,
-    Event,
-    Listener,
-    Measured,
-    MicroBatchCut,
-    Notice,
-    Planned,
-    RolledBack,
-    Sampled,
-    Saved,
-    SaveDue,
-    Started,
-    StepDone,
-    Stopped,
-)
+from firstwords.training.evaluate import Evaluation, of_mean
+from firstwords.training.events import CopyDue, Evaluated, Event, MicroBatchCut, Sampled, SaveDue, StepDone, Stopped
 from firstwords.training.state import TrainState
 
 MOST_FAILED_SAVES = 3  # in a row, before a run gives up
@@ -118,7 +103,6 @@ class Recorder:
     copy: BestCopy | None = None  # newer than `newest`
     whole: set[Path] = dataclasses.field(default_factory=set)  # checkpoints that were read back here
     evaluations: list[Judged] = dataclasses.field(default_factory=list)  # all so far
-    last_tokens: TokenFigures | None = None  # of the evaluation at the last step, where the report will have a scale
     measure: Measure | None = None  # of what the model says; None: nobody asks
     failed_saves: int = 0  # in a row
     rollbacks: int = 0  # since the newest save
@@ -185,14 +169,14 @@ class Recorder:
 
     def _look_closer(self, event: Evaluated) -> None:
         """Measure how much is learnt by heart, and say so where the run has turned."""
-        turns = overfitting.turns(self._held_out())
-        at_last = turns is not None or event.step == self.state.total_steps
+        turning_point = overfitting.just_turned(self._held_out())
+        at_last = turning_point is not None or event.step == self.state.total_steps
         figures = self._measured(event, at_last=at_last)
         if figures is not None:
             self.note("memorisation", {"step": event.step, **figures.as_dict()})
             self.listener(Measured(event.step, figures))
-        if turns is not None:
-            self._notice(overfitting.sentence(turns, None if figures is None else figures.copied_share))
+        if turning_point is not None:
+            self._notice(overfitting.sentence(turning_point, None if figures is None else figures.copied_share))
 
     def _measured(self, event: Evaluated, *, at_last: bool) -> Memorisation | None:
         """Return what was measured; a text that cannot be read meanwhile costs the figures, not the run."""
@@ -206,7 +190,7 @@ class Recorder:
 
     def best_is_behind(self) -> str | None:
         """Return `best`, the reason to stop, where the run is to stop when its held-out loss has turned, and it has."""
-        return "best" if self.config.until == "best" and overfitting.turned(self._held_out()) else None
+        return "best" if self.config.until == "best" and overfitting.turning_point(self._held_out()) else None
 
     @property
     def is_over(self) -> bool:
@@ -305,7 +289,7 @@ class Recorder:
         """Let the time budget hear of the event, and take over its plan when one is due."""
         state = self.state
         if isinstance(event, Evaluated):
-            budget.look(is_best=event.best)
+            budget.count_evaluation(is_best=event.best)
         due = isinstance(event, StepDone) and budget.step(time.perf_counter(), event.took_s)
         if not due or state.step == state.total_steps:
             return
@@ -343,7 +327,7 @@ class Recorder:
         last = self.evaluations[-1] if self.evaluations else None
         best_step, nats, weights_sha256 = self._best()
         if nats is not None:
-            best = of_mean(nats, self.corpus.val, context_length, held_out_tokens(best_step, self.config))
+            best = of_mean(nats, self.corpus.val, context_length, recipe.held_out_tokens(best_step, self.config))
         return TrainResult(
             run=str(self.run.path),
             steps=state.step,
@@ -452,7 +436,7 @@ class Recorder:
         for journal, size_bytes in ((self.run.metrics, metrics), (self.run.samples, samples)):
             if not journal.cut(size_bytes):
                 self._notice(f"{journal.path}: its last lines before step {found.step} are lost; the run itself is whole")
-        fill(self.state.model, found.tensors(checkpoint.MODEL).items(), str(found.folder))
+        load_weights(self.state.model, found.tensors(checkpoint.MODEL).items(), str(found.folder))
         states.load_optimizer_tensors(self.state, found.tensors(checkpoint.OPTIMIZER))
         states.load_scalars(self.state, saved)
         for line in self.run.metrics.lines():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from firstwords.planning.known import Compiling
-    from firstwords.planning.plan import Candidate, Machine, Tokens
+    from firstwords.planning.plan import Candidate, Machine, TokenizedText
     from firstwords.planning.speed import Speed
     from firstwords.text.batches import Batches
     from firstwords.training.loop import FitConfig
@@ -31,7 +31,7 @@ MOST_SAVED_SHARE = 0.9  # of a step's time by compiling: what is measured on one
 PACE_SHARE, PACE_S = 0.02, 2.0  # of a time budget, and at most, to learn how fast the machine is now
 
 
-def settled(
+def settle(
     asked: Asked, prepared: Corpus, difficulty: float, repeated: float = 0.0, started_s: float | None = None
 ) -> tuple[RunConfig, Candidate]:
     """Return the configuration with everything decided that was left open, which the run records, and what to expect of it.
@@ -44,10 +44,10 @@ def settled(
         started_s: When the process began, on `time.perf_counter()`; by default now.
 
     Raises:
-        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a processor's memory, or
+        ConfigError: A vocabulary smaller than the tokenizer's, a missing device, a model beyond a CPU's memory, or
             beyond the time budget of a new run.
     """
-    from firstwords.planning import machine, plan, process, products, recipe
+    from firstwords.planning import machine, matmul, plan, process, recipe
 
     started_s = time.perf_counter() if started_s is None else started_s
     config = _of_text(asked, prepared)
@@ -56,8 +56,8 @@ def settled(
         config = dataclasses.replace(config, micro_batch_size=None)
     with process.threads(config.threads):
         cache = store.cache_folder()
-        precision = products.precision(config.precision, device, cache)
-        found = products.known_of(device, cache)
+        precision = matmul.precision(config.precision, device, cache)
+        found = matmul.known_of(device, cache)
         config = dataclasses.replace(config, precision=precision, device=str(device))
         tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
         here = plan.Machine(speed(device, precision, config, found), precision, on_gpu=device.type != "cpu")
@@ -113,7 +113,7 @@ def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
 
 
 def _require_memory(config: RunConfig) -> None:
-    """Raise a ConfigError for what a processor's memory does not hold; that of a GPU is found out on the way."""
+    """Raise a ConfigError for what a CPU's memory does not hold; that of a GPU is found out on the way."""
     from firstwords.planning import machine
 
     micro = config.micro_batch_size or cost.micro_batch_size(config.model, config.batch_size or 1)
@@ -126,7 +126,7 @@ def _require_memory(config: RunConfig) -> None:
         )
 
 
-def _expected(config: RunConfig, tokens: Tokens, here: Machine, found: known.Known) -> tuple[RunConfig, Candidate]:
+def _expected(config: RunConfig, tokens: TokenizedText, here: Machine, found: known.Known) -> tuple[RunConfig, Candidate]:
     """Return the configuration with `compile` on or off, and what to expect of it.
 
     For `auto` it is on where what compiling saves is known or believed, and is worth it in so long a run.
@@ -167,11 +167,11 @@ def _compiling(config: RunConfig, found: known.Known, speed: Speed) -> Compiling
 
 def speed(device: torch.device, precision: Precision, config: RunConfig, found: known.Known) -> Speed:
     """Return how fast this machine learns: as `firstwords plan` measured it within a day, else guessed in milliseconds."""
-    from firstwords.planning import machine, products
+    from firstwords.planning import machine, matmul
     from firstwords.planning import speed as speeds
 
     before = None if config.compile == "on" else found.speed(precision)
-    return before or speeds.guessed(products.flops_per_s(device, machine.DTYPES[precision]))
+    return before or speeds.guessed(matmul.flops_per_s(device, machine.DTYPES[precision]))
 
 
 def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Machine:
@@ -194,18 +194,18 @@ def _at_this_moment(here: Machine, fitted: Callable[[Machine], RunConfig]) -> Ma
     return here
 
 
-def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: float) -> Tokens:
+def plan_tokens(prepared: Corpus, tokenizer: str, difficulty: float, repeated: float) -> TokenizedText:
     """Return a prepared text as a plan sees it."""
-    from firstwords.planning.plan import Tokens
+    from firstwords.planning.plan import TokenizedText
 
     train = prepared.train
     name = "bpe" if tokenizer == "bpe" else prepared.tokenizer.name
-    return Tokens(
+    return TokenizedText(
         name, prepared.tokenizer.vocab_size, len(train.ids), train.n_bytes, prepared.val.n_tokens, difficulty, repeated
     )
 
 
-def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine, n_tokens: int) -> RunConfig:
+def _chosen(config: RunConfig, asked: Asked, tokens: TokenizedText, here: Machine, n_tokens: int) -> RunConfig:
     """Return the configuration with the preset that is recommended, where the size is to be chosen."""
     from firstwords.planning import plan
 
@@ -221,13 +221,13 @@ def _chosen(config: RunConfig, asked: Asked, tokens: Tokens, here: Machine, n_to
     return dataclasses.replace(config, preset=best.preset, model=other.model, optim=other.optim)
 
 
-def _fitted_to(asked: Asked, config: RunConfig, prepared: Corpus, tokens: Tokens, here: Machine) -> RunConfig:
+def _fitted_to(asked: Asked, config: RunConfig, prepared: Corpus, tokens: TokenizedText, here: Machine) -> RunConfig:
     """Return the configuration with all that follows from the text, the time and the machine's speed."""
     chosen = _chosen(config, asked, tokens, here, prepared.train.n_tokens)
     return _fitted(chosen, asked.given, tokens, here, prepared)
 
 
-def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Machine, prepared: Corpus) -> RunConfig:
+def _fitted(config: RunConfig, given: frozenset[str], tokens: TokenizedText, here: Machine, prepared: Corpus) -> RunConfig:
     """Return the configuration with what the run's length decides: batch, steps or time, dropout, and learning rate."""
     from firstwords.planning import recipe
 
@@ -236,7 +236,7 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: Tokens, here: Mach
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
         rate = here.speed.of_run(config)
-        learnt = recipe.expected_tokens(for_s, rate, tokens.beside)
+        learnt = recipe.expected_tokens(for_s, rate, tokens.overhead)
         if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
             config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))
     micro = config.micro_batch_size or 1  # which fits into a batch whose size nobody named

@@ -36,7 +36,7 @@ from firstwords.errors import (
     Notify,
     PermissionDeniedError,
     StorageError,
-    unheard,
+    ignore_line,
 )
 
 Json = dict[str, Any]
@@ -252,9 +252,9 @@ def verify(folder: Path, *, from_disk: bool = False) -> Json:
         PermissionDeniedError, StorageError: The system refuses to read; that says nothing about the files.
     """
     manifest = read_manifest(folder)
-    with ThreadPoolExecutor(HASHING_THREADS) as beside:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
         checks = [
-            _begun(beside, functools.partial(_verify_file, folder / name, record, from_disk), record["bytes"])
+            _deferred(pool, functools.partial(_verify_file, folder / name, record, from_disk), record["bytes"])
             for name, record in manifest["files"].items()
         ]
         for check in checks:
@@ -353,7 +353,7 @@ def require_space(folder: Path, size_bytes: int) -> None:
 
 
 @contextmanager
-def lock(path: Path, notice: Notify = unheard) -> Iterator[None]:
+def lock(path: Path, notice: Notify = ignore_line) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends.
 
     Args:
@@ -399,7 +399,7 @@ def is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, path: Path, notice: Notify = unheard) -> bool:
+def _try_lock(descriptor: int, path: Path, notice: Notify = ignore_line) -> bool:
     """Return whether the lock is ours now; where there are no locks it is a courtesy only, and always ours."""
     try:
         import fcntl
@@ -432,9 +432,9 @@ def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
     digest, size, uncached = hashlib.sha256(), 0, 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o644)
     try:
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as pool:
             for part in _parts(pieces):
-                hash_part = _begun(beside, functools.partial(digest.update, part), len(part))  # as long as writing takes
+                hash_part = _deferred(pool, functools.partial(digest.update, part), len(part))  # as long as writing takes
                 _write_all(descriptor, part)
                 size += len(part)
                 if size - uncached >= PART_BYTES and CAN_UNCACHE:
@@ -447,9 +447,9 @@ def _write_durably(path: Path, pieces: Iterable[Bytes]) -> Json:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _begun(beside: Executor, work: Callable[[], None], n_bytes: int) -> Callable[[], None]:
+def _deferred(pool: Executor, work: Callable[[], None], n_bytes: int) -> Callable[[], None]:
     """Begin work on so many bytes on another core, or leave it where beginning it there takes longer; the call ends it."""
-    return beside.submit(work).result if n_bytes >= BESIDE_BYTES else work
+    return pool.submit(work).result if n_bytes >= BESIDE_BYTES else work
 
 
 def _parts(pieces: Iterable[Bytes]) -> Iterator[memoryview[int]]:

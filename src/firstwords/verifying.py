@@ -13,7 +13,7 @@ import torch
 from firstwords import resolve
 from firstwords.config import RunConfig, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError
-from firstwords.model.gpt import fill
+from firstwords.model.gpt import load_weights
 from firstwords.planning import machine, process
 from firstwords.runs import checkpoint, tensor_file
 from firstwords.runs.folder import RunFolder
@@ -25,7 +25,7 @@ from firstwords.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Finding:
+class FolderCheck:
     """One folder on disk, and what is wrong with it."""
 
     name: str
@@ -48,8 +48,8 @@ class Replay:
 class Verdict:
     """Everything that was looked at."""
 
-    checkpoints: tuple[Finding, ...]
-    corpus: Finding
+    checkpoints: tuple[FolderCheck, ...]
+    corpus: FolderCheck
     replay: Replay | None = None
 
     @property
@@ -79,31 +79,31 @@ def verify(run: RunFolder, replay_steps: int | None = None) -> Verdict:
     checkpoints = tuple(one for folder, one in found if one.ok or folder.is_dir())  # a run that goes on removes old ones
     if not checkpoints and run.was_saved:
         problem = f"{run.checkpoints}: the run was saved, and none of its checkpoints is there"
-        checkpoints = (Finding(run.checkpoints.name, None, ok=False, problem=problem),)
+        checkpoints = (FolderCheck(run.checkpoints.name, None, ok=False, problem=problem),)
     whole = [folder for folder, one in found if one.ok]
     return Verdict(checkpoints, _corpus(run), None if replay_steps is None else _replay(run, replay_steps, whole))
 
 
-def _checkpoint(folder: Path) -> Finding:
+def _checkpoint(folder: Path) -> FolderCheck:
     step = checkpoint.step_of(folder)
     try:
         tensors = checkpoint.verified(folder).tensors(checkpoint.MODEL)
     except DataError as error:
-        return Finding(folder.name, step, ok=False, problem=str(error))
+        return FolderCheck(folder.name, step, ok=False, problem=str(error))
     if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        return Finding(folder.name, step, ok=False, problem=f"{folder}: {wrong[0]!r} holds numbers that are not finite")
-    return Finding(folder.name, step, ok=True)
+        return FolderCheck(folder.name, step, ok=False, problem=f"{folder}: {wrong[0]!r} holds numbers that are not finite")
+    return FolderCheck(folder.name, step, ok=True)
 
 
-def _corpus(run: RunFolder) -> Finding:
+def _corpus(run: RunFolder) -> FolderCheck:
     try:
         folder = run.recorded_corpus()
         if folder is None:
             raise DataError("no prepared text is recorded", where=str(run.corpus))
         corpora.load(folder)
     except FirstwordsError as error:
-        return Finding(run.corpus.name, None, ok=False, problem=str(error))
-    return Finding(folder.name, None, ok=True)
+        return FolderCheck(run.corpus.name, None, ok=False, problem=str(error))
+    return FolderCheck(folder.name, None, ok=True)
 
 
 def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
@@ -160,8 +160,8 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
 
 def _state_at(folder: Path, config: RunConfig) -> TrainState:
     found = checkpoint.unverified(folder)
-    state = states.initial(config.model, config.optim, config.seed, config.device, machine.DTYPES[config.precision])
-    fill(state.model, found.tensors(checkpoint.MODEL).items(), str(folder))
+    state = states.new_state(config.model, config.optim, config.seed, config.device, machine.DTYPES[config.precision])
+    load_weights(state.model, found.tensors(checkpoint.MODEL).items(), str(folder))
     states.load_optimizer_tensors(state, found.tensors(checkpoint.OPTIMIZER))
     states.load_scalars(state, found.json(checkpoint.STATE))
     return state
@@ -178,7 +178,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> 
     if folder is None:
         raise DataError("no prepared text is recorded", where=str(run.corpus))
     batches, fit_config = (
-        states.taken(resolve.batches(config, corpora.load(folder)), state),
+        states.without_skipped(resolve.batches(config, corpora.load(folder)), state),
         resolve.fit_config(config),
     )
     start, forward = state.step, forward_of(state.model, compiled=fit_config.compiled)

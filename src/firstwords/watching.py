@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from firstwords.errors import DivergedError
-from firstwords.insight import memorisation
+from firstwords.events import Notice, Preparing
+from firstwords.insight import memorisation, quick
 from firstwords.insight.memorisation import Memorisation, Meter
-from firstwords.judging import quick_tokens, sample_prompts
 from firstwords.model.language_model import LanguageModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import budget, machine
+from firstwords.planning import budget, machine, recipe
 from firstwords.recorder import Recorder
 from firstwords.text.batches import Batch
 from firstwords.training import evaluate
-from firstwords.training.evaluate import Evaluation
-from firstwords.training.events import Evaluated, Notice, Preparing
+from firstwords.training.evaluate import Evaluation, TokenFigures
+from firstwords.training.events import Evaluated
 from firstwords.training.loop import diverged
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 60, 0.8  # of what the model says
@@ -29,7 +29,7 @@ class Watcher:
     """What the loop asks at a step, and what the recorder has measured.
 
     Args:
-        recorder: Of the run; it is told where no time is left for a look.
+        recorder: Of the run; it is told where no time is left to measure what is copied.
         batches: That the model learns from at each step.
     """
 
@@ -39,6 +39,7 @@ class Watcher:
         self._lm = LanguageModel(state.model, corpus.tokenizer, dtype=machine.DTYPES[config.precision])
         self._sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
         self._meter = Meter(corpus.train, corpus.val, corpus.tokenizer, SAMPLE_TOKENS)
+        self.last_tokens: TokenFigures | None = None  # of the evaluation at the last step, where the report has a scale
         self._has_told_of_overlap = False
         self._drawn: dict[int, str] = {}  # what was said when it was measured, at that step
 
@@ -47,10 +48,10 @@ class Watcher:
         model, dtype, held_out = self._lm.model, self._lm.dtype, self._corpus.val
         trained = evaluate.evaluate_training(model, self._batches, step, dtype)
         is_last = step == self._recorder.state.total_steps
-        if is_last and self._config.report and quick_tokens(self._corpus, self._config.eval_tokens):
-            tokens = self._recorder.last_tokens = evaluate.evaluate_tokens(model, held_out, dtype)
+        if is_last and self._config.report and quick.scale_tokens(self._corpus, self._config.eval_tokens):
+            tokens = self.last_tokens = evaluate.evaluate_tokens(model, held_out, dtype)
             return trained, None if tokens is None else tokens.evaluation
-        most = evaluate.held_out_tokens(step, self._config)
+        most = recipe.held_out_tokens(step, self._config)
         return trained, evaluate.evaluate(model, held_out, dtype, most_tokens=most)
 
     def sample(self, step: int) -> str:
@@ -92,7 +93,7 @@ class Watcher:
 
     def _has_time(self) -> bool:
         left = self._recorder.budget  # of the time that this process has
-        if left is None or budget.has_room_for(memorisation.last_look_s(self._corpus.train.n_bytes), left.total_s):
+        if left is None or budget.has_room_for(memorisation.memorisation_s(self._corpus.train.n_bytes), left.total_s):
             return True
         run = self._recorder.run.path
         self._recorder.listener(
@@ -101,7 +102,7 @@ class Watcher:
         return False
 
     def _said(self, step: int) -> list[str]:
-        prompts = sample_prompts(self._corpus, self._config.sample_prompt, METER_SAMPLES)
+        prompts = quick.prompts(self._corpus, self._config.sample_prompt, METER_SAMPLES)
         seeds = [self._config.seed + step + row for row in range(METER_SAMPLES)]
         try:
             said = self._lm.generate_batch(prompts, max_new_tokens=SAMPLE_TOKENS, sampling=self._sampling, seeds=seeds)

@@ -61,9 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         options = parser().parse_args(arguments)
         from firstwords.app.console import Console
 
-        run: Callable[[argparse.Namespace, Console, float], int] = options.run
-        console = Console(as_json=as_json)
-        return run(options, console, started_s)
+        run: Callable[[argparse.Namespace, Console], int] = options.run
+        console, options.started_s = Console(as_json=as_json), started_s
+        return run(options, console)
     except KeyboardInterrupt:
         begun = None if console is None else console.begun
         do = f"to go on: {quoted('firstwords', 'train', '--resume', '--out', str(begun))}" if begun else ""
@@ -95,11 +95,8 @@ def _refused_by_the_system(error: OSError) -> FirstwordsError:
     from firstwords import store
 
     where = os.fsdecode(error.filename) if error.filename else "this machine"
-    no_name = error.errno in (
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.ELOOP,
-    )  # what is made is made by `store`, which says so
+    # What is made is made by `store`, which says so itself: this is what was to be read.
+    no_name = error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
     kind = NoInputError if no_name else type(store.as_firstwords_error(error, Path(where)))
     return kind(
         "the system refused", where=where, why=error.strerror or str(error), do="check the name, the disk and the rights"
@@ -326,7 +323,7 @@ def _metavar(key: str) -> str:
     return "TIME" if key.endswith("_s") else "N" if "int" in kind else "X" if "float" in kind else "TEXT"
 
 
-def train(options: argparse.Namespace, console: Console, started_s: float) -> int:
+def train(options: argparse.Namespace, console: Console) -> int:
     """Pretrain, and say what came of it."""
     from firstwords import api
     from firstwords.runs import signals
@@ -339,17 +336,16 @@ def train(options: argparse.Namespace, console: Console, started_s: float) -> in
             config=options.config,
             resume=options.resume,
             listener=listener,
-            started_s=started_s,
+            started_s=options.started_s,
             **overrides,
         )
     console.trained(result)
     return 0 if result.stopped in ("done", "best") else signals.exit_code(result.stopped)
 
 
-def plan(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def plan(options: argparse.Namespace, console: Console) -> int:
     """Say what could be trained."""
-    wish = options.target_bits_per_byte
-    target = None if wish is None else _number(wish, float, "--target-bits-per-byte")
+    target = _number(options.target_bits_per_byte, float, "--target-bits-per-byte")
 
     from firstwords import api
 
@@ -365,7 +361,7 @@ def plan(options: argparse.Namespace, console: Console, started_s: float) -> int
     return 0
 
 
-def evaluate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def evaluate(options: argparse.Namespace, console: Console) -> int:
     """Say how good a model is."""
     kept, out, text = options.tasks, options.tasks_out, options.text or None
     if kept and (options.against or options.no_baselines):
@@ -398,7 +394,7 @@ def evaluate(options: argparse.Namespace, console: Console, started_s: float) ->
     return 0
 
 
-def generate(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def generate(options: argparse.Namespace, console: Console) -> int:
     """Let a model speak."""
     prompts = options.prompt or [""]
     for prompt in prompts:
@@ -406,27 +402,21 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     count, seed = _number(options.samples, int, "--samples"), _number(options.seed, int, "--seed")
     max_new_tokens = _number(options.max_new_tokens, int, "--max-new-tokens")
     temperature = _number(options.temperature, float, "--temperature")
-    top_k = None if options.top_k is None else _number(options.top_k, int, "--top-k")
-    top_p, min_p, penalty = (
-        None if text is None else _number(text, float, name)
-        for name, text in (
-            ("--top-p", options.top_p),
-            ("--min-p", options.min_p),
-            ("--repetition-penalty", options.repetition_penalty),
-        )
-    )
+    top_k = _number(options.top_k, int, "--top-k")
+    top_p, min_p = _number(options.top_p, float, "--top-p"), _number(options.min_p, float, "--min-p")
+    penalty = _number(options.repetition_penalty, float, "--repetition-penalty")
     _require_within(count, 1, MOST_SAMPLES, "--samples")
     _require_within(seed, 0, LARGEST_SEED, "--seed")
     _require_within(max_new_tokens, 1, LARGEST_COUNT, "--max-new-tokens")
     from firstwords import api
+    from firstwords.events import notices_to
     from firstwords.model.sampling import Sampling, stop_texts
-    from firstwords.training.events import noticed
 
     for word in stop_texts(options.stop):
         _require_text(word, "--stop")
     sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
     with console.progress() as listener:
-        lm = api.load(options.model, notice=noticed(listener))
+        lm = api.load(options.model, notice=notices_to(listener))
     if top_k is not None:
         _require_within(top_k, 1, lm.tokenizer.vocab_size, "--top-k")
     if count * len(prompts) == 1 and not console.as_json:
@@ -455,7 +445,7 @@ def generate(options: argparse.Namespace, console: Console, started_s: float) ->
     return 0
 
 
-def explain(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def explain(options: argparse.Namespace, console: Console) -> int:
     """Show the six steps on a text."""
     _require_text(options.text, "TEXT")
     from firstwords import api
@@ -466,7 +456,7 @@ def explain(options: argparse.Namespace, console: Console, started_s: float) -> 
     return 0
 
 
-def report(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def report(options: argparse.Namespace, console: Console) -> int:
     """Write a page that shows what runs learnt."""
     from firstwords import api
 
@@ -477,7 +467,7 @@ def report(options: argparse.Namespace, console: Console, started_s: float) -> i
     return 0
 
 
-def info(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def info(options: argparse.Namespace, console: Console) -> int:
     """Say what is in a run."""
     from firstwords import api
 
@@ -492,9 +482,9 @@ def _require_text(text: str, name: str) -> None:
         raise DataError("is not UTF-8", where=name, why="its bytes make no text", do="check the terminal's encoding")
 
 
-def verify(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def verify(options: argparse.Namespace, console: Console) -> int:
     """Say whether a run is whole."""
-    replay = None if options.replay is None else _number(options.replay, int, "--replay")
+    replay = _number(options.replay, int, "--replay")
 
     from firstwords import api
 
@@ -503,9 +493,9 @@ def verify(options: argparse.Namespace, console: Console, started_s: float) -> i
     return 0 if found.ok else DataError.exit_code
 
 
-def import_model(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def import_model(options: argparse.Namespace, console: Console) -> int:
     """Make a model from elsewhere ours."""
-    n_heads = None if options.n_heads is None else _number(options.n_heads, int, "--n-heads")
+    n_heads = _number(options.n_heads, int, "--n-heads")
     if n_heads is not None:
         _require_within(n_heads, 1, LARGEST_COUNT, "--n-heads")
 
@@ -519,7 +509,7 @@ def import_model(options: argparse.Namespace, console: Console, started_s: float
     return 0
 
 
-def export(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def export(options: argparse.Namespace, console: Console) -> int:
     """Write a model for another tool."""
     from firstwords import api
 
@@ -529,7 +519,7 @@ def export(options: argparse.Namespace, console: Console, started_s: float) -> i
     return 0
 
 
-def bench(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def bench(options: argparse.Namespace, console: Console) -> int:
     """Say how fast this machine is."""
     from firstwords import api
 
@@ -537,7 +527,7 @@ def bench(options: argparse.Namespace, console: Console, started_s: float) -> in
     return 0
 
 
-def doctor(options: argparse.Namespace, console: Console, started_s: float) -> int:  # noqa: ARG001
+def doctor(_: argparse.Namespace, console: Console) -> int:
     """Say what this machine is, and what is wrong with it."""
     from firstwords import api
 
@@ -550,7 +540,10 @@ def _require_within(value: int, least: int, most: int, name: str) -> None:
         raise ConfigError(f"cannot be {value}", where=name, do=f"allowed: from {least} to {most}")
 
 
-def _number(text: str, kind: type, name: str) -> Any:
+def _number(text: str | None, kind: type, name: str) -> Any:
+    """Return what a flag says as a number; None where it was not given."""
+    if text is None:
+        return None
     try:
         return kind(text)
     except (ValueError, OverflowError) as error:

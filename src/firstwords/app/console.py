@@ -24,9 +24,9 @@ from firstwords.app import plans
 from firstwords.app.progress import LiveDisplay, PlainDisplay
 from firstwords.app.words import count, duration, one_line, visible
 from firstwords.errors import FirstwordsError, quoted
+from firstwords.events import Listener, Started, Told, Trained
 from firstwords.model.sampling import Sampling
 from firstwords.runs.folder import RunFolder
-from firstwords.training.events import Listener, Started, Told, Trained
 
 if TYPE_CHECKING:
     from firstwords.api import Exported, Imported, Reported
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from firstwords.model.generate import Drawn
     from firstwords.model.language_model import LanguageModel, Said
     from firstwords.planning.doctor import Diagnosis
-    from firstwords.planning.measure import Mark
+    from firstwords.planning.measure import BenchResult
     from firstwords.planning.plan import Plan
     from firstwords.recorder import TrainResult
     from firstwords.text.tokenizer import Tokenizer
@@ -319,7 +319,7 @@ class Console:
             f"compared  read back by {found.read_back_by}: its logits differ by at most {found.max_logit_difference:.1e}"
         )
 
-    def benched(self, marks: Iterator[Mark]) -> None:
+    def benched(self, marks: Iterator[BenchResult]) -> None:
         """Show what this machine does, as it is measured."""
         found = []
         with self._waiting("measuring") as status:

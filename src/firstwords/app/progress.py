@@ -17,18 +17,9 @@ from rich.text import Text
 
 from firstwords.app import plans
 from firstwords.app.words import count, duration, one_line, sparkline, visible
+from firstwords.events import Notice, Planned, Preparing, RolledBack, Started, Told
 from firstwords.model import cost
-from firstwords.training.events import (
-    Evaluated,
-    Notice,
-    Planned,
-    Preparing,
-    RolledBack,
-    Sampled,
-    Started,
-    StepDone,
-    Told,
-)
+from firstwords.training.events import Evaluated, Sampled, StepDone
 
 PLAIN_LINE_EVERY_S = 10.0
 SHOWN_STEPS = 20  # the loss and speed that are shown are means over so many

@@ -7,6 +7,7 @@ size(training). Sizes are those of the programs: `xz -9e`, `bzip2 -9`; PPMd is 7
 from __future__ import annotations
 
 import bz2
+import functools
 import importlib
 import lzma
 import math
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from firstwords.insight import ngram
+from firstwords.text import corpus as corpora
+from firstwords.text.corpus import Corpus
 
 UNIFORM, NGRAM = "uniform", "n-gram"
 PPMD_ORDER, PPMD_MEMORY = 6, 256 << 20
@@ -47,6 +50,11 @@ class Given:
 
     n_bytes: int
     last: Callable[[int], list[bytes]]  # at most so many bytes from its end, as documents
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> Given:
+        """Return that of a prepared text."""
+        return cls(corpus.train.n_bytes, functools.partial(corpora.documents, corpus.train, corpus.tokenizer))
 
     def named(self, most: int) -> str:
         """Return how to speak of what is taken of it."""

@@ -293,7 +293,7 @@ class Meter:
         return _mean(map(repeated, self._held_out)), _mean(map(distinct, self._held_out))
 
 
-def last_look_s(n_bytes: float) -> float:
+def memorisation_s(n_bytes: float) -> float:
     """Return how long measuring takes at the end of a run on so much text; 0 where it is so short that it takes a moment."""
     return PASSES * n_bytes / PASSED_BYTES_PER_S if n_bytes > KEPT_BYTES else 0.0
 

@@ -64,8 +64,8 @@ class NGram:
         p = np.full(len(keys), 1 / BYTE_VALUES)
         for k, table in enumerate(self.tables, start=1):
             wanted = keys & _mask(k)
-            p *= _looked_up(table.contexts, table.left, wanted >> np.uint64(BITS), missing=1)
-            p += _looked_up(table.keys, table.shares, wanted, missing=0)
+            p *= lookup(table.contexts, table.left, wanted >> np.uint64(BITS), missing=1)
+            p += lookup(table.keys, table.shares, wanted, missing=0)
         return p[places]
 
 
@@ -173,7 +173,7 @@ def discounts(counts: Array) -> Array:
     return found if (found >= 0).all() else np.array(FALLBACK)
 
 
-def _looked_up(keys: Array, values: Array, wanted: Array, *, missing: float) -> Array:
+def lookup(keys: Array, values: Array, wanted: Array, *, missing: float) -> Array:
     """Return the value of each wanted key, or `missing`."""
     if not len(keys):
         return np.full(len(wanted), float(missing))

@@ -23,7 +23,7 @@ class Turned:
     last_nats: float
 
 
-def turned(history: Sequence[tuple[int, float]]) -> Turned | None:
+def turning_point(history: Sequence[tuple[int, float]]) -> Turned | None:
     """Return what to say of a run whose held-out loss has turned, by its evaluations (step, nats per token) so far.
 
     It has where the last PATIENCE evaluations all come after the best and at least a tenth of the steps do, where their mean
@@ -36,8 +36,8 @@ def turned(history: Sequence[tuple[int, float]]) -> Turned | None:
     return found
 
 
-def turns(history: Sequence[tuple[int, float]]) -> Turned | None:
-    """Return what `turned` does where the last evaluation is the first of which it says so."""
+def just_turned(history: Sequence[tuple[int, float]]) -> Turned | None:
+    """Return what `turning_point` does where the last evaluation is the first of which it says so."""
     *earlier, found = [None, *_verdicts(history)]
     return None if any(earlier) else found
 

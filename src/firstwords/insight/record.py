@@ -17,6 +17,7 @@ from firstwords.errors import FirstwordsError
 from firstwords.insight.memorisation import Place
 from firstwords.model import cost
 from firstwords.model.loss import bits_per_byte
+from firstwords.reading import number
 from firstwords.runs import checkpoint
 from firstwords.runs.folder import RunFolder
 from firstwords.text.corpus import Corpus
@@ -150,8 +151,8 @@ def read(
             events.append(line)
             ended = line if line["event"] == "stop" else ended
     evaluations = [line for line in events if line["event"] == "evaluation"]
-    looks = [line for line in events if line["event"] == "memorisation"]
-    places = steps.places({number(line.get("step")) for line in (*evaluations, *looks)}, text)
+    measured = [line for line in events if line["event"] == "memorisation"]
+    places = steps.places({number(line.get("step")) for line in (*evaluations, *measured)}, text)
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
     config = run.recorded_config()
     environment, checksums, tokenizer_sha256 = _checkpoints(run)
@@ -159,10 +160,10 @@ def read(
         name=name or run.path.name or str(run.path),
         steps=steps.table(every, text),
         evaluations=_with_training_bits(_table(evaluations, EVALUATION, places), text),
-        memorisation=_table(looks, MEMORISATION, places),
+        memorisation=_table(measured, MEMORISATION, places),
         every=every,
         best=_best(evaluations, began=len(steps) > 0),
-        longest_copy=_longest_copy(looks[-1]) if looks else ("", ""),
+        longest_copy=_longest_copy(measured[-1]) if measured else ("", ""),
         samples=tuple(
             (line["step"], line["text"])
             for line in run.samples.lines()
@@ -181,12 +182,6 @@ def read(
     )
 
 
-def number(value: Any) -> float | int | None:
-    """Return a value where it is a finite number, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
-
-
 def _best(evaluations: Sequence[Line], *, began: bool) -> Line | None:
     """Return the line of the best evaluation; None where only the untrained model was judged, and the run has gone on."""
     if began and not any(line.get("step") for line in evaluations):
@@ -194,8 +189,8 @@ def _best(evaluations: Sequence[Line], *, began: bool) -> Line | None:
     return next((line for line in reversed(evaluations) if line.get("best") is True), None)
 
 
-def _longest_copy(look: Line) -> tuple[str, str]:
-    match look:
+def _longest_copy(measured: Line) -> tuple[str, str]:
+    match measured:
         case {"longest_copy": str() as copied, "place": {"document": int() as document, "character": int() as character}}:
             return copied, Place(document, character).words
         case _:

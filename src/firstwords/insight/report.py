@@ -18,8 +18,9 @@ from typing import Any
 from firstwords import __version__
 from firstwords.config import NONE
 from firstwords.insight.explain import Explanation
-from firstwords.insight.record import Record, Table, number
+from firstwords.insight.record import Record, Table
 from firstwords.insight.surprise import PART, heat
+from firstwords.reading import number
 
 Line = dict[str, Any]
 Cell = tuple[str, str]  # what it is, and its value

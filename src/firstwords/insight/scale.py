@@ -16,17 +16,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from firstwords.insight.baselines import Baseline
-from firstwords.training.evaluate import Evaluation, TokenFigures
+
+if TYPE_CHECKING:
+    from firstwords.training.evaluate import Evaluation, TokenFigures
 
 BLOCKS, FEWEST_BLOCKS = 30, 5
 SHORTEST_BLOCK = 256  # bytes
 LONG_DOCUMENT = 0.1  # of the text: one that is longer is cut
-NORMAL = 1.959964  # the normal distribution's quantile at 0.975
+Z_95 = 1.959964  # the standard normal distribution's quantile at 0.975
 TOP = 5
 TOO_SHORT = "the held-out text is too short for intervals"
 ONE_STRETCH = "the intervals speak of texts like these few stretches: other parts of a long text may lie outside them"
@@ -48,7 +50,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Mark:
+class ScaleEntry:
     """One place on the scale, or how far the model is from it."""
 
     name: str
@@ -82,8 +84,10 @@ class Scale:
     top1: float  # the share of tokens that were the model's first choice
     top5: float
     by_position: tuple[Position, ...]
-    marks: tuple[Mark, ...]  # the best first
-    differences: tuple[Mark, ...]  # by how many bits per byte each other mark needs more than the model, on the same blocks
+    marks: tuple[ScaleEntry, ...]  # the best first
+    differences: tuple[
+        ScaleEntry, ...
+    ]  # by how many bits per byte each other mark needs more than the model, on the same blocks
     n_blocks: int  # that the intervals stand on
     words: tuple[str, ...]
     caveat: str | None  # what the intervals do not say
@@ -162,7 +166,7 @@ def students_quantile(degrees: int) -> float:
 
     Source: Abramowitz & Stegun 1964, Handbook of Mathematical Functions, 26.7.5.
     """
-    z = NORMAL
+    z = Z_95
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
@@ -198,12 +202,12 @@ def scale(
         (other, "other", found.evaluation.bits_per_byte, blocks.sums(byte_nats(found))) for other, found in others
     ]
     rows += [(base.name, base.kind, base.bits_per_byte, base.block_nats) for base in baselines]
-    marks, differences = [Mark(name, "model", own_bits, _above_nothing(interval(own, blocks.n_bytes)))], []
+    marks, differences = [ScaleEntry(name, "model", own_bits, _above_nothing(interval(own, blocks.n_bytes)))], []
     for other, kind, bits, sums in rows:
         around = None if sums is None else _above_nothing(interval(sums, blocks.n_bytes))
-        marks.append(Mark(other, kind, bits, Interval(bits, bits) if kind == "uniform" else around))
+        marks.append(ScaleEntry(other, kind, bits, Interval(bits, bits) if kind == "uniform" else around))
         between = None if sums is None else interval(sums - own, blocks.n_bytes)
-        differences.append(Mark(other, kind, bits - own_bits, between))
+        differences.append(ScaleEntry(other, kind, bits - own_bits, between))
     return Scale(
         name,
         tokens.evaluation,
@@ -236,14 +240,14 @@ def by_position(tokens: TokenFigures) -> tuple[Position, ...]:
     return tuple(found)
 
 
-def words(differences: Sequence[Mark]) -> list[str]:
+def words(differences: Sequence[ScaleEntry]) -> list[str]:
     """Return what the scale says, in plain lines: the n-gram model, the best compressor, each other model."""
     kinds = {kind: [d for d in differences if d.kind == kind] for kind in ("n-gram", "compressor", "other")}
     best = sorted(kinds["compressor"], key=lambda difference: difference.bits_per_byte)[:1]
     return [_in_words(difference) for difference in (*kinds["n-gram"], *best, *kinds["other"])]
 
 
-def _in_words(difference: Mark) -> str:
+def _in_words(difference: ScaleEntry) -> str:
     """Return one line on one difference, with what to do where the model is worse."""
     bits, found = difference.bits_per_byte, difference.interval
     around = "" if found is None else f" ± {found.half:.2f}"

@@ -23,6 +23,8 @@ import regex
 
 from firstwords import reading
 from firstwords.errors import DataError, NoInputError
+from firstwords.insight.scale import Z_95
+from firstwords.text import corpus as corpora
 from firstwords.text.corpus import Part
 from firstwords.text.tokenizer import Tokenizer
 
@@ -34,7 +36,6 @@ CHOICES = 4
 PASSAGE_CHARS = (100, 400)  # before the last word: at least, at most
 SENTENCE_BYTES = (20, 240)  # with `<|endoftext|>` before it, it fits a context of 256 in any tokenizer
 READ_IDS, SLICES = 1 << 18, 64  # of a long text, in so many slices at even distances
-Z95 = 1.959964  # the standard normal's 97.5 % point
 SUFFIX = ".jsonl"
 ROLLING, ROLLING_CHARS = "text.json", 100_000  # what lm-eval takes bits per byte of
 
@@ -107,21 +108,16 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    share, z2 = n_right / n, Z95**2 / n
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    share, z2 = n_right / n, Z_95**2 / n
+    half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
     return max(0.0, (share + z2 / 2 - half) / (1 + z2)), min(1.0, (share + z2 / 2 + half) / (1 + z2))
 
 
 def documents(part: Part, tokenizer: Tokenizer) -> list[str]:
     """Return the documents of a part; of a long one, slices of them at even distances."""
-    ids, n = part.ids, len(part.ids)
-    if n <= READ_IDS:
-        slices = [ids]
-    else:
-        length = READ_IDS // SLICES
-        slices = [ids[start : start + length] for start in np.linspace(0, n - length, SLICES).astype(int).tolist()]
     found = []
-    for piece in slices:
+    for start, end in corpora.evenly(len(part.ids), SLICES, READ_IDS // SLICES):
+        piece = part.ids[start:end]
         ends = np.flatnonzero(piece == tokenizer.end_of_text)
         found += [
             tokenizer.decode(document[document != tokenizer.end_of_text].tolist()) for document in np.split(piece, ends)

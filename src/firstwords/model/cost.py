@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from firstwords.config import ModelConfig, Precision
+from firstwords.config import NEWTON_SCHULZ_STEPS, ModelConfig, Precision
 
 PROCESS_BYTES = {2: 350 << 20, 4: 300 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
 MAPPED_BYTES = 64 << 10  # that Linux maps at once around what is read of a file
-KEPT_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}  # of each of `kept_numbers`
+# Of each activation that is kept for backward, by block and the bytes of a number.
+ACTIVATION_BYTES = {("qwen3", 2): 2.2, ("qwen3", 4): 3.0, ("gpt2", 2): 1.8, ("gpt2", 4): 4.0}
 EVALUATED_AT_ONCE = 2048  # tokens; fixed, so that no figure depends on a run's batch. 8,192: a twentieth faster, 150 MB more
-NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
-FEWEST_CHUNK_BYTES, MOST_CHUNK_BYTES = 16 << 20, 128 << 20  # of logits
-CHUNK_TABLES = 8  # times the table's bytes: each chunk adds once to the gradient of the whole table, so few are better
-# Learnt from at once by a processor: as good as more; of each of `kept_numbers`; for what is kept.
-MOST_CPU_TOKENS, CPU_KEPT_BYTES, CPU_ROOM_BYTES = 8192, 8.0, 4 << 30
-# Learnt from at once by a GPU; of each of `kept_numbers` in bfloat16, measured as 1.7 to 2.6 with the logits; of the memory
-# that weights and optimizers leave, for what is kept.
-MOST_GPU_TOKENS, GPU_KEPT_BYTES, GPU_SHARE = 65536, 3.0, 0.7
+FEWEST_CHUNK_BYTES = 16 << 20  # of logits
+MOST_CHUNK_BYTES = 128 << 20
+CHUNK_HEADS = 8  # times the head's bytes: each chunk adds once to the gradient of the whole head, so few are better
+MOST_CPU_TOKENS = 8192  # in a micro-batch: more are no faster
+CPU_ACTIVATION_BYTES = 8.0  # by which its size is chosen: more than is needed
+CPU_ROOM_BYTES = 4 << 30  # for all that is kept
+MOST_GPU_TOKENS = 65536  # in a micro-batch
+GPU_ACTIVATION_BYTES = 3.0  # in bfloat16; measured as 1.7 to 2.6 with the logits
+GPU_ROOM_SHARE = 0.7  # of the memory that weights and optimizers leave, for all that is kept
 LOGITS_SHARE = 2.0  # of a chunk of logits, with what is formed of it
 
 
@@ -59,20 +61,20 @@ def update_flops(config: ModelConfig) -> int:
     return NEWTON_SCHULZ_STEPS * config.n_layers * layer
 
 
-def kept_numbers(config: ModelConfig) -> int:
+def activations_per_token(config: ModelConfig) -> int:
     """Return the numbers that a token leaves for backward: about 20 C + 6 hidden channels a layer, by the modules."""
     return config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
 
 
 def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precision = "float32") -> int:
-    """Return about the peak memory of a process that trains on a processor, in bytes.
+    """Return about the peak memory of a process that trains on a CPU, in bytes.
 
     Python with PyTorch; weights, gradients, AdamW's two means (or Muon's one, and its work) and a copy of the best weights,
     20 bytes a parameter; what a micro-batch leaves for backward; the logits of it, or of an evaluation. The factors are
     measured: less is kept than the modules compute, as much of it is formed a second time.
     """
     item = 2 if precision == "bfloat16" else 4
-    kept = KEPT_BYTES[config.block, item] * micro_batch_size * config.context_length * kept_numbers(config)
+    kept = ACTIVATION_BYTES[config.block, item] * micro_batch_size * config.context_length * activations_per_token(config)
     at_once = max(EVALUATED_AT_ONCE, micro_batch_size * config.context_length)
     chunk = chunk_bytes(config.vocab_size * config.emb_dim * item)
     logits = LOGITS_SHARE * min(chunk, at_once * config.vocab_size * item)
@@ -89,12 +91,12 @@ def mapped_bytes(vocab_size: int, text_tokens: float, windows: float) -> int:
     return int(min(id_bytes * text_tokens, MAPPED_BYTES * windows))
 
 
-def chunk_bytes(table_bytes: int) -> int:
-    """Return the bytes of logits that are formed at once, at most, for a table of words of so many bytes.
+def chunk_bytes(head_bytes: int) -> int:
+    """Return the bytes of logits that are formed at once, at most, for a head of so many bytes.
 
     What a chunk leaves free between other things, the next one may not fit into: small ones need less memory in the end.
     """
-    return min(MOST_CHUNK_BYTES, max(FEWEST_CHUNK_BYTES, CHUNK_TABLES * table_bytes))
+    return min(MOST_CHUNK_BYTES, max(FEWEST_CHUNK_BYTES, CHUNK_HEADS * head_bytes))
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
@@ -110,16 +112,16 @@ def micro_batch_size(
     Args:
         config: The shape.
         batch_size: Sequences of an update.
-        gpu_bytes: What a GPU has left; None: a processor learns.
+        gpu_bytes: What a GPU has left; None: a CPU learns.
         precision: Of a GPU's products.
     """
-    most_tokens, kept_bytes, room_bytes = MOST_CPU_TOKENS, CPU_KEPT_BYTES, float(CPU_ROOM_BYTES)
+    most_tokens, activation_bytes, room_bytes = MOST_CPU_TOKENS, CPU_ACTIVATION_BYTES, float(CPU_ROOM_BYTES)
     if gpu_bytes is not None:
-        most_tokens, kept_bytes = MOST_GPU_TOKENS, GPU_KEPT_BYTES * (1 if precision == "bfloat16" else 2)
-        room_bytes = GPU_SHARE * (gpu_bytes - 20 * parameters(config))
+        most_tokens, activation_bytes = MOST_GPU_TOKENS, GPU_ACTIVATION_BYTES * (1 if precision == "bfloat16" else 2)
+        room_bytes = GPU_ROOM_SHARE * (gpu_bytes - 20 * parameters(config))
 
     def fits(rows: int) -> bool:
         tokens = rows * config.context_length
-        return tokens <= most_tokens and kept_bytes * tokens * kept_numbers(config) <= room_bytes
+        return tokens <= most_tokens and activation_bytes * tokens * activations_per_token(config) <= room_bytes
 
     return max((rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and fits(rows)), default=1)

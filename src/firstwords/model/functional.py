@@ -1,4 +1,4 @@
-"""Operations of a block, in a form that is fast on a processor too; on a GPU they are PyTorch's own fused ones.
+"""Operations of a block, in a form that is fast on a CPU too; on a GPU they are PyTorch's own fused ones.
 
 Shapes: B batch, T tokens, H heads, D channels of a head.
 """
@@ -22,7 +22,7 @@ FEW_TOKENS = 256  # up to which probabilities kept for the gradient are a tenth 
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 64  # below, joining the weights of several layers costs more than it saves
 PART_NUMBERS = 1 << 17  # of a large layer's weights, that a core reads at once where few rows are multiplied
-PIECE_NUMBERS = 1 << 19  # that several passes follow each other over while they are in the processor's cache
+PIECE_NUMBERS = 1 << 19  # that several passes follow each other over while they are in the CPU's cache
 GELU_CUBIC = 0.044715  # Hendrycks & Gimpel 2016, arXiv:1606.08415
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 
@@ -30,7 +30,7 @@ GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """Return softmax(QKᵀ/√D) V (Vaswani et al. 2017, eq. 1), (B, H, T, D), where each token sees itself and those before.
 
-    On a processor the plain products are used where they are faster: in bfloat16 they take half the time of PyTorch's fused
+    On a CPU the plain products are used where they are faster: in bfloat16 they take half the time of PyTorch's fused
     kernel, in float32 with their gradient nine tenths; and that kernel drops nothing, what PyTorch has in its place takes
     half as long again. But it keeps no probabilities, so in float32 it is used where there are many, or nothing is learnt.
 
@@ -88,27 +88,27 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         T, D = q.shape[1:]
         ctx.parts = [(start, min(T, start + QUERIES_AT_ONCE)) for start in range(0, T, QUERIES_AT_ONCE)]
-        outputs, kept = [], list[Tensor]()
+        outputs, saved = [], list[Tensor]()
         for start, end in ctx.parts:
             future = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
             scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
-            shares = torch.softmax(scores, dim=-1)
-            left = drop(shares, dropout)
-            outputs.append(left @ v[:, :end])
-            kept += [shares, left] if any(ctx.needs_input_grad) else []  # of all, these alone grow with T²
-        ctx.save_for_backward(q, k, v, *kept)
+            probs = torch.softmax(scores, dim=-1)
+            dropped = drop(probs, dropout)
+            outputs.append(dropped @ v[:, :end])
+            saved += [probs, dropped] if any(ctx.needs_input_grad) else []  # of all, these alone grow with T²
+        ctx.save_for_backward(q, k, v, *saved)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for (start, end), shares, left in reversed(list(zip(ctx.parts, kept[::2], kept[1::2], strict=True))):
+        for (start, end), probs, dropped in reversed(list(zip(ctx.parts, saved[::2], saved[1::2], strict=True))):
             d_y, seen = upstream[0][:, start:end], slice(0, end)
-            d_scores = _softmax_again(shares, left, d_y @ v[:, seen].mT)
+            d_scores = _softmax_backward(probs, dropped, d_y @ v[:, seen].mT)
             d_q[:, start:end] = d_scores @ k[:, seen]
-            of_k, of_v = d_scores.mT @ q[:, start:end], left.mT @ d_y
+            of_k, of_v = d_scores.mT @ q[:, start:end], dropped.mT @ d_y
             if end == k.shape[1]:  # the last part sees all, and is the first one here
                 d_k, d_v = of_k, of_v
             else:
@@ -118,19 +118,19 @@ class _Attention(torch.autograd.Function):
         return d_q.mul_(scale), d_k.mul_(scale), d_v, None
 
 
-def _softmax_again(shares: Tensor, left: Tensor, d_left: Tensor) -> Tensor:
-    """Return the gradient of what a softmax was taken of, where `left` of its `shares` was not dropped."""
-    if left is shares:
-        d_scores: Tensor = torch.ops.aten._softmax_backward_data(d_left, shares, -1, shares.dtype)
+def _softmax_backward(probs: Tensor, dropped: Tensor, d_dropped: Tensor) -> Tensor:
+    """Return the gradient of the scores whose softmax are `probs`, where `drop` made `dropped` of them."""
+    if dropped is probs:
+        d_scores: Tensor = torch.ops.aten._softmax_backward_data(d_dropped, probs, -1, probs.dtype)
         return d_scores
-    d_scores = d_left.mul_(left)
-    return d_scores.sub_(shares * d_scores.sum(-1, keepdim=True))
+    d_scores = d_dropped.mul_(dropped)
+    return d_scores.sub_(probs * d_scores.sum(-1, keepdim=True))
 
 
 def drop(x: Tensor, rate: float) -> Tensor:
     """Return x with each number set to 0 with probability `rate` and the others divided by 1 - rate.
 
-    Source: Srivastava et al. 2014. On a processor 16 random bits decide on a number, so the rate is a multiple of 2^-16;
+    Source: Srivastava et al. 2014. On a CPU 16 random bits decide on a number, so the rate is a multiple of 2^-16;
     PyTorch's own dropout draws a number for each and takes four times as long.
     """
     if rate == 0:
@@ -170,7 +170,7 @@ class _RMSNorm(torch.autograd.Function):
     """With r = 1 / sqrt(mean(x²) + eps) and h = scale * d y: d x = r (h - x r² mean(h x)); d scale = Σ d y x r.
 
     LayerNorm's own backward, given a mean of 0, computes all of it and subtracts r mean(h) besides, which is added again:
-    a third of the time of PyTorch's RMSNorm, which is composed of single operations on a processor.
+    a third of the time of PyTorch's RMSNorm, which is composed of single operations on a CPU.
     """
 
     @staticmethod
@@ -238,23 +238,26 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def linear(x: Tensor, layers: Sequence[nn.Module | None], activation: Activation = "none") -> Tensor:
+class Absorbed(nn.Module):
+    """A layer whose weights are in the one before it, which answers for both; see `generate.in_precision`."""
+
+
+def linear(x: Tensor, layers: Sequence[nn.Module], activation: Activation = "none") -> Tensor:
     """Return what the layers give for the activation of x, side by side in (..., Σ C'): one matrix product for all of them.
 
-    On a processor it keeps for the gradient neither what the activation gives nor, in low precision, the weights as
+    On a CPU it keeps for the gradient neither what the activation gives nor, in low precision, the weights as
     converted to it, and forms both again: a twenty-fifth more time for a step, a third less memory for what is kept.
 
     Args:
         x: (..., C), for swiglu (..., 2 C).
-        layers: At least one; all read the same channels. Layers of another kind are asked one by one; None is one that the
-            layer before it answers for.
+        layers: At least one; all read the same channels. Layers of another kind are asked one by one.
         activation: none; gelu, in its tanh form; or swiglu, silu(first half) * second half.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if x.numel() // x.shape[-1] < FEW_ROWS or len(plain) < len(layers):
         activated = _activated(activation, x)
-        return _joined([_applied(layer, activated) for layer in layers if layer is not None], dim=-1)
+        return _joined([_applied(layer, activated) for layer in layers if not isinstance(layer, Absorbed)], dim=-1)
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
     by_autograd = dtype == torch.float32 and activation == "none"
@@ -311,7 +314,7 @@ class _Linear(torch.autograd.Function):
         d_y, heights = upstream[0].flatten(0, -2), [len(w) for w in weights]
         if ctx.needs_x:
             d_a = (d_y @ stacked(weights, ctx.dtype)).view(*upstream[0].shape[:-1], -1)
-            activated, d_x = _activated_again(ctx.activation, x, d_a)
+            activated, d_x = _activation_and_gradient(ctx.activation, x, d_a)
             del d_a
         else:
             activated, d_x = _activated(ctx.activation, x), None
@@ -344,13 +347,13 @@ def _activated(activation: Activation, x: Tensor) -> Tensor:
             assert_never(never)
 
 
-def _activated_again(activation: Activation, x: Tensor, d_a: Tensor) -> tuple[Tensor, Tensor]:
+def _activation_and_gradient(activation: Activation, x: Tensor, d_a: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `_activated` does, and the gradient of x, where its own is `d_a`, which may be written over."""
     match activation:
         case "none":
             return x, d_a
         case "gelu":
-            return _gelu_again(x, d_a)
+            return _gelu_and_gradient(x, d_a)
         case "swiglu":
             d_x = torch.empty_like(x)
             (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), d_x.chunk(2, dim=-1)
@@ -366,7 +369,7 @@ def gelu(x: Tensor) -> Tensor:
     """Return x σ(z), z = 2 sqrt(2/π) (x + 0.044715 x³): GELU in its tanh form, as σ(z) = (1 + tanh(z/2)) / 2.
 
     PyTorch asks for the tanh itself, which takes three times as long as σ, but does it in one call: better for few numbers.
-    What autograd is to follow cannot be written piece by piece; a layer asks for `_gelu_again` instead.
+    What autograd is to follow cannot be written piece by piece; a layer asks for `_gelu_and_gradient` instead.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < PIECE_NUMBERS:
         return F.gelu(x, approximate="tanh")
@@ -377,7 +380,7 @@ def gelu(x: Tensor) -> Tensor:
     return y
 
 
-def _gelu_again(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_and_gradient(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     """Return y = `gelu`(x), and d x = d y (σ + (3 z - 2 a x) σ (1 - σ)), a = 2 sqrt(2/π), which takes the place of `d_y`."""
     if x.numel() < PIECE_NUMBERS:
         d_x: Tensor = torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")

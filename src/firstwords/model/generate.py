@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from firstwords.errors import DivergedError
 from firstwords.model import cost
-from firstwords.model.functional import linear, stacked
+from firstwords.model.functional import Absorbed, linear, stacked
 from firstwords.model.gpt import GPTModel, KVCache, MultiHeadAttention, SwiGLU
 from firstwords.model.sampling import Sampling
 
@@ -97,7 +97,7 @@ class RoundedLinear(nn.Module):
 
 
 def _can_pack() -> bool:
-    """Whether this PyTorch and this processor have oneDNN's products of bfloat16, as its own compiler uses them."""
+    """Whether this PyTorch and this CPU have oneDNN's products of bfloat16, as its own compiler uses them."""
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     there = there and all(hasattr(torch.ops.mkldnn, name) for name in names)
@@ -106,7 +106,7 @@ def _can_pack() -> bool:
 
 @functools.cache
 def _has_amx() -> bool:
-    """Whether the processor has units for products of small matrices (Intel's AMX), which oneDNN then uses."""
+    """Whether the CPU has units for products of small matrices (Intel's AMX), which oneDNN then uses."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return asked is not None and bool(asked())
 
@@ -126,7 +126,7 @@ def in_precision(model: GPTModel, dtype: torch.dtype, *, several: bool) -> GPTMo
         return model
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for layers in _read_together(model):
-        memo |= {id(layer): None for layer in layers}
+        memo |= {id(layer): Absorbed() for layer in layers}
         memo[id(layers[0])] = RoundedLinear(layers, dtype, packed=several)  # speaks for all of them
     return copy.deepcopy(model, memo)
 

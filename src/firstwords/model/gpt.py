@@ -51,7 +51,7 @@ class KVCache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the (B, H, T, D) of new tokens and return those of all tokens so far, (B, H, length + T, D).
 
-        Those of a single sequence on a processor become float32: PyTorch's attention of one query is five times as fast with
+        Those of a single sequence on a CPU become float32: PyTorch's attention of one query is five times as fast with
         them as in bfloat16. Of many sequences they would take too much memory.
         """
         end = self.length + key.shape[2]
@@ -255,9 +255,9 @@ class GPTModel(nn.Module):
             initialise(self, config.init_std)
         if config.table_std is not None:
             nn.init.normal_(self.tok_emb.weight, std=config.table_std)
-        if not self.tok_emb.weight.is_meta and induction.begins(config):
+        if not self.tok_emb.weight.is_meta and induction.applies(config):
             first, second = (block.att for block in [*self.trf_blocks][:2] if isinstance(block, TransformerBlock))
-            induction.begin_copying(config, self.tok_emb.weight, self.out_head.weight, first, second)
+            induction.write_heads(config, self.tok_emb.weight, self.out_head.weight, first, second)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name; a tied head is there once, as `tok_emb.weight`."""
@@ -278,9 +278,9 @@ class GPTModel(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens, but the model sees at most {self.config.context_length}")
-        x = F.embedding(tokens, self.tok_emb.weight, sparse=self.config.tied_head and self.training).to(
-            self.final_norm.scale.dtype
-        )
+        # Beside the head's, a dense gradient of the lookup would be mostly zeros, as large as the table; see `train_step`.
+        x = F.embedding(tokens, self.tok_emb.weight, sparse=self.config.tied_head and self.training)
+        x = x.to(self.final_norm.scale.dtype)  # the residual stream is float32 where the weights are not; see `in_precision`
         angles = mask = None
         if padding is None:
             positions = torch.arange(start, end, device=tokens.device)
@@ -326,7 +326,7 @@ class _Undrawn(TorchFunctionMode):
         return [*args, *kwargs.values()][0] if func in DRAWING else func(*args, **kwargs)
 
 
-def unfilled(config: ModelConfig) -> GPTModel:
+def uninitialised(config: ModelConfig) -> GPTModel:
     """Return a model whose weights are what stood in memory: drawing random ones takes GPT-2 a second, in vain."""
     with _Undrawn():
         model = GPTModel(dataclasses.replace(config, induction_heads=False))
@@ -334,7 +334,7 @@ def unfilled(config: ModelConfig) -> GPTModel:
     return model
 
 
-def fill(model: GPTModel, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+def load_weights(model: GPTModel, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Copy weights into a model, one after another.
 
     Raises:

@@ -28,15 +28,15 @@ FEWEST_SLOW_PAIRS = 7  # by which a token is told from others wherever it stood
 SHARP_BEFORE, SHARP_SAME = 1.75, 1.75  # of the queries, which norms would else keep from choosing one token of many
 
 
-def begins(config: ModelConfig) -> bool:
+def applies(config: ModelConfig) -> bool:
     """Whether a new model begins with the two heads: they are wanted, and it has what they take."""
     has_room = config.n_layers >= 2 and config.head_dim >= 2 * FAST_PAIRS and len(_slow(config)) >= FEWEST_SLOW_PAIRS
     return config.induction_heads and config.block == "qwen3" and bool(config.init_std and _table_std(config)) and has_room
 
 
 def copies_table(config: ModelConfig) -> bool:
-    """Whether the output head of a new model that `begins` so is another matrix than the table, but begins as a copy."""
-    return begins(config) and not config.tied_head
+    """Whether the output head of a new model begins as a copy of the table: of one with the two heads that is not tied."""
+    return applies(config) and not config.tied_head
 
 
 def _table_std(config: ModelConfig) -> float:
@@ -44,10 +44,10 @@ def _table_std(config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def begin_copying(
+def write_heads(
     config: ModelConfig, table: Tensor, out_head: Tensor, first: MultiHeadAttention, second: MultiHeadAttention
 ) -> None:
-    """Write the two heads into a new model that `begins` so.
+    """Write the two heads into a new model, where they apply.
 
     All tokens come to have something in common, and the other heads of the two blocks, which share the norm of the queries,
     look more sharply too; their weights stay as they were drawn.
@@ -79,16 +79,18 @@ def begin_copying(
     here, one_back = torch.zeros(2, 2, D // 2, device=table.device)  # two channels of each pair
     here[0, :FAST_PAIRS] = 1
     one_back[:, :FAST_PAIRS] = torch.stack((angles.cos(), angles.sin()))
-    _look(first, torch.outer(here.flatten(), common), torch.outer(one_back.flatten(), common), size, SHARP_BEFORE)
-    _tell(first, identity, before, WRITTEN * std)
+    _set_query_key(first, torch.outer(here.flatten(), common), torch.outer(one_back.flatten(), common), size, SHARP_BEFORE)
+    _set_value_output(first, identity, before, WRITTEN * std)
 
     slow = _slow(config)[: R // 2].to(table.device)
     channels = torch.cat((slow, slow + D // 2))
     mixed = nn.init.orthogonal_(torch.empty(len(channels), R, device=table.device))
     queries, keys = torch.zeros(2, D, C, device=table.device)
     queries[channels], keys[channels] = mixed @ identity, mixed @ before
-    _look(second, queries, keys, size, SHARP_SAME)
-    _tell(second, said, said, COPIED * std * math.sqrt(C / D))  # the fewer of the channels it knows of, the louder it speaks
+    _set_query_key(second, queries, keys, size, SHARP_SAME)
+    _set_value_output(
+        second, said, said, COPIED * std * math.sqrt(C / D)
+    )  # the fewer of the channels it knows of, the louder it speaks
 
 
 def _slow(config: ModelConfig) -> Tensor:
@@ -96,7 +98,7 @@ def _slow(config: ModelConfig) -> Tensor:
     return (rotary_rates(config.head_dim, config.rope_base) * config.context_length < 2).nonzero().flatten()
 
 
-def _look(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: float, sharp: float) -> None:
+def _set_query_key(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: float, sharp: float) -> None:
     """Give the first head the directions of its queries and keys, (D, C), brought to one size."""
     attention.W_query.weight[: len(queries)] = queries * (size / queries.norm())
     attention.W_key.weight[: len(keys)] = keys * (size / keys.norm())
@@ -104,7 +106,7 @@ def _look(attention: MultiHeadAttention, queries: Tensor, keys: Tensor, size: fl
     attention.query_norm.scale.mul_(sharp)
 
 
-def _tell(attention: MultiHeadAttention, read: Tensor, written: Tensor, size: float) -> None:
+def _set_value_output(attention: MultiHeadAttention, read: Tensor, written: Tensor, size: float) -> None:
     """Let the first head add, where it looks, what a token has in the directions `read`, (R, C), in those `written`."""
     D = attention.out_proj.in_features // attention.n_heads
     value, out = attention.W_value.weight[:D].zero_(), attention.out_proj.weight[:, :D].zero_()

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from firstwords.errors import ConfigError, Notify, unheard
+from firstwords.errors import ConfigError, Notify, ignore_line
 from firstwords.model.generate import Drawn, generate, generate_batch, in_precision
 from firstwords.model.gpt import GPTModel, evaluating
 from firstwords.model.sampling import Sampling, stop_texts
@@ -69,7 +69,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         seed: int = 123,
         stop: str | Sequence[str] = (),
-        notice: Notify = unheard,
+        notice: Notify = ignore_line,
     ) -> Iterator[str]:
         """Yield the same text as it is drawn, never splitting a character; ends at `<|endoftext|>` and before a stop text.
 
@@ -99,7 +99,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
-        notice: Notify = unheard,
+        notice: Notify = ignore_line,
     ) -> Iterator[Said]:
         """Yield what the model says after each prompt: in float32 what `generate` says after it, in a fraction of the time.
 

@@ -1,4 +1,4 @@
-"""Tokens that stand in like places of a text begin alike: what stands beside each, as a direction in the table.
+"""Half of a new token embedding is initialised from the text: tokens that stand beside the same ones begin alike.
 
 In minutes most words are met a few times each, and a table drawn at random has to learn from those alone what they are
 like. Counting who stands beside whom says much of it before the first step: the factors of neighbours' pointwise mutual
@@ -78,8 +78,8 @@ def _pmi(tokens: Ids, columns: Ids, vocab_size: int, K: int) -> Tensor:
 
 
 @torch.no_grad()
-def begin_alike(model: GPTModel, directions: Tensor) -> None:
-    """Let the tokens of a new model begin half as they were drawn and half as their neighbours in the text are.
+def mix_into_embedding(model: GPTModel, directions: Tensor) -> None:
+    """Mix what `directions` found into the token embedding of a new model: half of its variance, beside what was drawn.
 
     What all tokens have in common stays (`model.induction`), and so does a token of which nothing is known. An output head
     that began as a copy of the table goes with it.

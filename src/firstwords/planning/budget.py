@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 WARM_STEPS = 2  # the first steps allocate memory and are left out
 PROBE_STEPS, PROBE_SHARE = 10, 0.04  # the first plan comes after so many steps, or when they took this share of the budget
-LOOK_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
-MOST_LOOKS, FEWEST_LOOKS = 20, 1
+EVALUATIONS_SHARE = 0.08  # of the budget, at most, goes into evaluations with their samples and saves
+MOST_EVALUATIONS, FEWEST_EVALUATIONS = 20, 1
 GROWTH = 1.25  # a plan may grow so much before its evaluations become one more
 RECENT = 50  # steps that the speed is measured on
 DRIFT_SHARE = 0.015  # of the budget: a plan that is so far behind or ahead is made anew
@@ -27,9 +27,9 @@ PREPARING_SHARE = 0.75  # of the budget, at most, may pass until the text is pre
 SURE_S, SURE_SHARE = 3.0, 0.01  # of a pass over a text, from when on its speed tells when it ends
 
 
-def has_room_for(look_s: float, total_s: float) -> bool:
-    """Return whether a budget of `total_s` has room for one more look of so many seconds at its end."""
-    return look_s <= END_SHARE * total_s
+def has_room_for(took_s: float, total_s: float) -> bool:
+    """Return whether a budget of `total_s` has room for what takes so many seconds at its end."""
+    return took_s <= END_SHARE * total_s
 
 
 def end_s(total_s: float, checkpoint_bytes: int) -> float:
@@ -93,22 +93,22 @@ class Budget:
     scale_steps: float = 0.0
     _steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _n_steps: int = 0
-    _looking_s: float = 0.0  # spent on evaluations since the first plan; before it: on the first save and sample
-    _looks: int = 0  # since the first plan
-    _looked: bool = True  # since the last step
+    _evaluations_s: float = 0.0  # spent on evaluations since the first plan; before it: on the first save and sample
+    _n_evaluations: int = 0  # since the first plan
+    _evaluated: bool = True  # since the last step
     _rest_s: float = 0.0  # spent otherwise between steps: on saves, on samples of their own, by who listens
-    _look_s: float = 0.0
+    _evaluation_s: float = 0.0
     _is_best: bool = True  # the last evaluation
     _first_step_s: float = 0.0  # of the first plan
-    _planned_looks: int = -1
+    _planned_evaluations: int = -1
     _planned_step_s: float = 0.0
     _late_s: float = 0.0  # behind the plan
     _next_plan: int = 0
 
-    def look(self, *, is_best: bool = True) -> None:
+    def count_evaluation(self, *, is_best: bool = True) -> None:
         """Count an evaluation; its time, and that of what comes with it, is what passes between two steps."""
-        self._looks, self._looked, self._is_best = self._looks + 1, True, is_best
-        self._late_s -= self._look_s * self._slowed()
+        self._n_evaluations, self._evaluated, self._is_best = self._n_evaluations + 1, True, is_best
+        self._late_s -= self._evaluation_s * self._slowed()
 
     def step(self, now_s: float, took_s: float) -> bool:
         """Take note of a step and return whether a plan is due."""
@@ -118,17 +118,17 @@ class Budget:
         self._steps_s.append(took_s)
         passed_s, self.now_s = now_s - self.now_s, now_s
         between_s = max(0.0, passed_s - took_s) / self._slowed()
-        if self._looked:
-            self._looking_s += between_s
+        if self._evaluated:
+            self._evaluations_s += between_s
         else:
             self._rest_s += between_s
-        self._looked = False
-        if self._planned_looks < 0:
+        self._evaluated = False
+        if self._planned_evaluations < 0:
             long = sum(self._steps_s) > PROBE_SHARE * self.total_s
             return self._n_steps >= PROBE_STEPS or (self._n_steps > WARM_STEPS and long)
         self._late_s += passed_s - self._planned_step_s
         drifted = abs(self._late_s) > DRIFT_SHARE * self.total_s
-        return drifted or self._looks > self._planned_looks or self._n_steps >= self._next_plan
+        return drifted or self._n_evaluations > self._planned_evaluations or self._n_steps >= self._next_plan
 
     def plan(self, done: int, eval_every: int | None) -> tuple[int, int]:
         """Return (total steps, steps between evaluations) that end at the deadline.
@@ -138,20 +138,20 @@ class Budget:
             eval_every: Where it is fixed already.
         """
         step_s = statistics.fmean(self._steps_s)
-        if self._planned_looks < 0:
-            self._look_s, self._first_step_s = self._looking_s + self.evaluation_steps * step_s, step_s
-            self._looking_s, self._looks = 0.0, 0
-        if self._looks:
-            self._look_s = self._looking_s / self._looks
-        look_s = self._look_s * self._slowed()
+        if self._planned_evaluations < 0:
+            self._evaluation_s, self._first_step_s = self._evaluations_s + self.evaluation_steps * step_s, step_s
+            self._evaluations_s, self._n_evaluations = 0.0, 0
+        if self._n_evaluations:
+            self._evaluation_s = self._evaluations_s / self._n_evaluations
+        evaluation_s = self._evaluation_s * self._slowed()
         scale_s = 0.0 if self._is_best else self.scale_steps * step_s
         step_s += self._rest_s / self._n_steps * self._slowed()
-        self._planned_looks, self._planned_step_s, self._late_s = self._looks, step_s, 0.0
+        self._planned_evaluations, self._planned_step_s, self._late_s = self._n_evaluations, step_s, 0.0
         left_s = max(0.0, self.deadline_s - self.now_s - self.end_s * self._slowed() - scale_s)
         if eval_every is None:
-            planned = looks(self.total_s, look_s)
-            eval_every = max(self._n_steps + 1, int(GROWTH * max(0.0, left_s - planned * look_s) / step_s / planned))
-        steps = max(1, _steps_within(left_s, step_s, look_s, done, eval_every))
+            planned = evaluations_within(self.total_s, evaluation_s)
+            eval_every = max(self._n_steps + 1, int(GROWTH * max(0.0, left_s - planned * evaluation_s) / step_s / planned))
+        steps = max(1, _steps_within(left_s, step_s, evaluation_s, done, eval_every))
         self._next_plan = self._n_steps + max(PROBE_STEPS, steps // 2)
         return done + steps, eval_every
 
@@ -166,18 +166,18 @@ class Budget:
         return min(MOST_SLOWED, statistics.fmean(self._steps_s) / self._first_step_s) if self._first_step_s else 1.0
 
 
-def looks(total_s: float, look_s: float) -> int:
+def evaluations_within(total_s: float, evaluation_s: float) -> int:
     """Return how many evaluations of so many seconds a budget has room for."""
-    return min(MOST_LOOKS, max(FEWEST_LOOKS, int(LOOK_SHARE * total_s / max(look_s, 1e-3))))
+    return min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, int(EVALUATIONS_SHARE * total_s / max(evaluation_s, 1e-3))))
 
 
-def _steps_within(left_s: float, step_s: float, look_s: float, done: int, eval_every: int) -> int:
-    """Return how many steps fit, each `eval_every`-th and the last followed by a look."""
-    steps = int(left_s / (step_s + look_s / eval_every))
+def _steps_within(left_s: float, step_s: float, evaluation_s: float, done: int, eval_every: int) -> int:
+    """Return how many steps fit, each `eval_every`-th and the last followed by an evaluation."""
+    steps = int(left_s / (step_s + evaluation_s / eval_every))
 
     def needed_s(steps: int) -> float:
         end = done + steps
-        return steps * step_s + (end // eval_every - done // eval_every + (end % eval_every > 0)) * look_s
+        return steps * step_s + (end // eval_every - done // eval_every + (end % eval_every > 0)) * evaluation_s
 
     while steps > 0 and needed_s(steps) > left_s:
         steps -= 1

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from firstwords.insight.ngram import lookup
+
 DISCOUNT = 0.8  # taken from every count for what was never seen; 0.7 to 0.9 is usual
 FEWEST_BITS = 0.01  # of a copy; nothing takes none
 TRAINING_BYTES, HELD_OUT_BYTES = 1 << 22, 1 << 18  # that are looked at, at most
@@ -16,7 +18,7 @@ CHUNKS = 16  # that a sample is made of, evenly spread
 XZ: tuple[dict[str, Any], ...] = ({"id": lzma.FILTER_LZMA2, "preset": 1},)  # fast, and without the frame of a file
 
 Ids = np.ndarray[Any, Any]
-Words = np.ndarray[Any, np.dtype[np.uint64]]
+Grams = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def bits_per_byte(*codes: float) -> float:
@@ -57,36 +59,32 @@ def ngram_bits(training: Ids, held_out: Ids, vocab_size: int, most: int) -> list
     p, found = np.full(len(held_out), 1 / vocab_size), []
     for order in range(most):
         if min(len(training), len(held_out)) > order:
-            p[order:] = _one_order(_words(training, order, bits), _words(held_out, order, bits), np.uint64(bits), p[order:])
+            p[order:] = _one_order(
+                _packed(training, order, bits), _packed(held_out, order, bits), np.uint64(bits), p[order:]
+            )
         found.append(float(-np.log2(p).sum()))
     return found
 
 
-def _one_order(training: Words, wanted: Words, bits: np.uint64, shorter: Any) -> Any:
-    """Return the probabilities of the wanted words' last ids, given those of one order less."""
-    words, counts = np.unique(training, return_counts=True)
-    contexts, first, kinds = np.unique(words >> bits, return_index=True, return_counts=True)
+def _one_order(training: Grams, wanted: Grams, bits: np.uint64, shorter: Any) -> Any:
+    """Return the probabilities of the wanted grams' last ids, given those of one order less."""
+    grams, counts = np.unique(training, return_counts=True)
+    contexts, first, kinds = np.unique(grams >> bits, return_index=True, return_counts=True)
     totals, before = np.add.reduceat(counts, first), wanted >> bits
     count, total, kind = (
-        _looked_up(words, counts, wanted),
-        _looked_up(contexts, totals, before),
-        _looked_up(contexts, kinds, before),
+        lookup(grams, counts, wanted, missing=0),
+        lookup(contexts, totals, before, missing=0),
+        lookup(contexts, kinds, before, missing=0),
     )
     longer = (np.maximum(count - DISCOUNT, 0) + DISCOUNT * kind * shorter) / np.maximum(total, 1)
     return np.where(total > 0, longer, shorter)
 
 
-def _words(ids: Ids, order: int, bits: int) -> Words:
+def _packed(ids: Ids, order: int, bits: int) -> Grams:
     """Return each id with `order` ids before it as one number, the id itself lowest."""
-    words = np.zeros(len(ids) - order, np.uint64)
+    grams = np.zeros(len(ids) - order, np.uint64)
     for i in range(order + 1):
-        words <<= np.uint64(bits)
+        grams <<= np.uint64(bits)
         last = ids[i : len(ids) - order + i]
-        np.bitwise_or(words, last, out=words, dtype=np.uint64, casting="unsafe")  # in place: a sample's words are 32 MB
-    return words
-
-
-def _looked_up(keys: Words, values: Any, wanted: Words) -> Any:
-    """Return the value of each wanted key; 0 where it is none."""
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], 0)
+        np.bitwise_or(grams, last, out=grams, dtype=np.uint64, casting="unsafe")  # in place: a sample's grams are 32 MB
+    return grams

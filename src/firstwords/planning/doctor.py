@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import device as Device
     from torch import dtype as DType
 
-    from firstwords.planning.measure import Mark
+    from firstwords.planning.measure import BenchResult
 
 Level = Literal["ok", "warn", "bad"]
 PRESET, VOCAB_SIZE = "laptop", 2048  # that must fit, with a tokenizer made for a text of a megabyte
@@ -52,7 +52,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Place:
+class Disk:
     """A folder that firstwords writes to, or the nearest one above it that is there."""
 
     what: str
@@ -80,11 +80,11 @@ class Diagnosis:
     """All that was found."""
 
     machine: System
-    places: tuple[Place, ...]
+    places: tuple[Disk, ...]
     compiler: str  # why there is none for torch.compile; empty where there is
     compile_cache: tuple[str, int]  # its folder, and its bytes
     torch: Torch | None  # None: it does not work
-    rates: tuple[Mark, ...] = ()
+    rates: tuple[BenchResult, ...] = ()
     uses: dict[str, Any] = field(default_factory=dict)  # device, precision, threads, compile
     findings: tuple[Finding, ...] = ()
 
@@ -106,7 +106,7 @@ def examine(cache: Path, runs: Path, environment: Mapping[str, str] = os.environ
         runs: Where runs are made.
         environment: The process's variables.
     """
-    machine, places = system.look(), (_place("runs", runs), _place("cache", cache))
+    machine, places = system.read(), (_place("runs", runs), _place("cache", cache))
     compiler, compiled = no_compiler(environment), compile_cache(environment)
     findings = [*of_system(machine), *of_places(places)]
     if problem := torch_problem():
@@ -144,7 +144,7 @@ def of_system(machine: System) -> Iterator[Finding]:
         yield Finding("warn", what, "end them, then run firstwords doctor again")
 
 
-def of_places(places: tuple[Place, ...]) -> Iterator[Finding]:
+def of_places(places: tuple[Disk, ...]) -> Iterator[Finding]:
     """Yield what is wrong with the folders that are written to."""
     needed = 2 * cost.checkpoint_bytes(run_config({"preset": PRESET}).model)
     for place in places:
@@ -230,11 +230,11 @@ def compile_cache(environment: Mapping[str, str]) -> tuple[str, int]:
         return str(folder), 0
 
 
-def _place(what: str, path: Path) -> Place:
+def _place(what: str, path: Path) -> Disk:
     there = path.absolute()
     while not _is_folder(there) and there != there.parent:
         there = there.parent
-    return Place(what, str(there), shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK))
+    return Disk(what, str(there), shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK))
 
 
 def _is_folder(path: Path) -> bool:
@@ -272,27 +272,27 @@ def _torch() -> Torch:
 
 def _measured(
     cache: Path, machine: System, torch: Torch, compiler: str
-) -> tuple[tuple[Mark, ...], dict[str, Any], list[Finding]]:
+) -> tuple[tuple[BenchResult, ...], dict[str, Any], list[Finding]]:
     """Return rates, what firstwords will therefore use, and what that shows to be wrong."""
     from firstwords.planning import machine as machines
-    from firstwords.planning import measure, process, products
+    from firstwords.planning import matmul, measure, process
 
     findings = []
     with process.threads(None):
         rates = [
-            measure.Mark(f"matrix products, {n}", measure.product_rate(d) / GB, "GFLOP/s")
+            measure.BenchResult(f"matrix products, {n}", measure.matmul_flops_per_s(d) / GB, "GFLOP/s")
             for n, d in machines.DTYPES.items()
         ]
         if machine.available_bytes is None or machine.available_bytes > LITTLE_MEMORY:
-            rates.append(measure.Mark("reading memory", measure.reading_rate() / GB, "GB/s"))
+            rates.append(measure.BenchResult("reading memory", measure.reading_rate() / GB, "GB/s"))
         device = machines.device("auto")
         key = machines.key(device)
-        found = replace(known.read(cache, key), rates=products.rates(device))
+        found = replace(known.read(cache, key), rates=matmul.rates(device))
         try:
             known.write(cache, key, found)
         except FirstwordsError as error:
             findings.append(Finding("bad", str(error)))
-        precision = products.precision_of(found.rates)
+        precision = matmul.precision_of(found.rates)
         findings.append(_trusted(device, precision, machines.DTYPES[precision]))
         uses = {"device": str(device), "precision": precision, "threads": torch.threads}
     pays = ["where `bench --compile` measured that it pays"] if found.compiling else []
@@ -307,10 +307,10 @@ def _trusted(device: Device, precision: Precision, dtype: DType) -> Finding:
 
     from firstwords.planning import measure, trust
     from firstwords.text.batches import Batch
-    from firstwords.training.state import initial
+    from firstwords.training.state import new_state
 
     config = measure.bench_config(PRESET, precision)
-    model = initial(config.model, config.optim, config.seed, str(device), dtype).model
+    model = new_state(config.model, config.optim, config.seed, str(device), dtype).model
     shape = (measure.ROWS, config.model.context_length)
     ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
     found = trust.check(model, Batch(ids, ids.roll(-1, 1), ids.numel()), trust.Way(str(device), precision, "off"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from firstwords.planning import difficulty
 from firstwords.text import corpus as corpora
-from firstwords.text.corpus import Corpus, Part, Progress, silent
+from firstwords.text.corpus import Corpus, Part, Progress, ignore_progress
 from firstwords.text.sources import Document, Texts
 from firstwords.text.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ class TextFacts:
         return signs < PROSE_SIGNS * len(seen) and len(ENGLISH.findall(seen)) > ENGLISH_SHARE * max(1, words)
 
 
-def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = silent) -> TextFacts:
+def read(texts: Texts, *, val_fraction: float = 0.1, progress: Progress = ignore_progress) -> TextFacts:
     """Return what is in a text; it is read twice, in constant memory.
 
     Args:

@@ -17,7 +17,7 @@ from firstwords.planning.speed import Speed, timed
 
 FOLDER = "machines"
 WORTH = 2.0  # compiling must save so many times what it takes
-# On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its processor, as with the
+# On a GPU that is busy with a model, until `bench --compile` measures it. One that waits for its CPU, as with the
 # laptop presets (0.1 to 8 % of its products' rate), learns no faster from compiled ones.
 BUSY_SHARE, GPU_COMPILING_S, GPU_SAVED_SHARE = 0.15, 40.0, 0.3
 BELIEVED_S = 86400.0  # how fast a machine learns is measured anew after a day
@@ -117,9 +117,8 @@ def _learning(entry: Any, where: str) -> Learning | None:
 
 
 def _number(table: Any, name: str) -> float | None:
-    value = table.get(name) if isinstance(table, dict) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number and value is not None else None
+    value = reading.number(table.get(name)) if isinstance(table, dict) else None
+    return None if value is None else float(value)
 
 
 def write(cache: Path, key: dict[str, Any], known: Known) -> None:

@@ -66,19 +66,19 @@ def dtype_of(precision: Any, where: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def key(where: torch.device) -> dict[str, Any]:
+def key(device: torch.device) -> dict[str, Any]:
     """Return all that what was measured depends on."""
-    known = {name: value for name, value in fingerprint(where, "", "").items() if name not in ("numpy", "denormals")}
+    known = {name: value for name, value in fingerprint(device, "", "").items() if name not in ("numpy", "denormals")}
     return {**known, "machine": platform.machine()}
 
 
-def fingerprint(where: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:
+def fingerprint(device: torch.device, precision_name: str, compiled: str) -> dict[str, Any]:
     """Return all that the bits of a run depend on beside its configuration and text."""
     return {
         "torch": str(torch.__version__),
         "numpy": np.__version__,  # which orders the text
         "processor": system.processor(),  # products are other code on each
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision_name,
@@ -98,20 +98,20 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def memory_bytes() -> int | None:
     """Return the memory that this process may have, or None where the system does not tell."""
-    return system.look().memory_bytes
+    return system.read().memory_bytes
 
 
-def compiles_for_gpu(where: torch.device) -> bool:
+def compiles_for_gpu(device: torch.device) -> bool:
     """Whether `torch.compile` can make code for this device, a GPU of CUDA: by Triton, which not every PyTorch has."""
-    return where.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
-def gpu_bytes(where: torch.device) -> int | None:
+def gpu_bytes(device: torch.device) -> int | None:
     """Return the memory that this process can have of a GPU, or None where the device is none or does not tell."""
-    if where.type != "cuda":
+    if device.type != "cuda":
         return None
-    kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)  # by PyTorch, of what was freed
-    return torch.cuda.mem_get_info(where)[0] + kept
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, of what was freed
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def free_bytes() -> int | None:

@@ -25,7 +25,7 @@ from firstwords.model import cost
 from firstwords.model.generate import generate, in_precision
 from firstwords.model.gpt import GPTModel
 from firstwords.model.sampling import Sampling
-from firstwords.planning import known, machine, process, products, recipe
+from firstwords.planning import known, machine, matmul, process, recipe
 from firstwords.planning import speed as speeds
 from firstwords.planning.known import Compiling
 from firstwords.planning.speed import UPDATE_TOKENS, Point, Speed
@@ -59,7 +59,7 @@ BUSY_TOKENS = 16384  # a GPU is hardly done sooner with fewer
 
 
 @dataclass(frozen=True)
-class Mark:
+class BenchResult:
     """One thing that this machine did, how fast, and how fast it could be."""
 
     what: str
@@ -82,7 +82,7 @@ def bench_config(preset: str, precision: Precision) -> RunConfig:
 
 def learning_speed(device: torch.device, precision: Precision) -> Speed:
     """Return how fast a device learns, from whole training steps of some sizes: ten seconds at most, about."""
-    guess = speeds.guessed(products.flops_per_s(device, machine.DTYPES[precision]))
+    guess = speeds.guessed(matmul.flops_per_s(device, machine.DTYPES[precision]))
     return Speed(tuple(_point(preset, n_words, device, precision, guess) for preset, n_words in MEASURED))
 
 
@@ -140,31 +140,31 @@ def _rows(tokens_per_s: float, context_length: int, most_s: float, limit: int) -
     return min(limit, max(int(most_s / (WARM_STEPS + 1) / row_s), int(row_s < most_s)))
 
 
-def marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
+def marks(presets: Sequence[str], cache: Path) -> Iterator[BenchResult]:
     """Yield where firstwords stands on this machine: its limits, then what is done with a model of each preset.
 
     Learning is bounded by the matrix products that it must do, speaking by reading every weight once for each token. A GPU
-    learns; the processor speaks, as after `firstwords.load`.
+    learns; the CPU speaks, as after `firstwords.load`.
     """
     device = machine.device("auto")
-    precision = products.precision("auto", device, cache)  # as a run has it
+    precision = matmul.precision("auto", device, cache)  # as a run has it
     configs = {name: bench_config(name, precision) for name in presets}
-    rates = {name: product_rate(dtype, device) for name, dtype in machine.DTYPES.items()}
+    rates = {name: matmul_flops_per_s(dtype, device) for name, dtype in machine.DTYPES.items()}
     for name, rate in rates.items():
-        yield Mark(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
-    yield Mark("reading memory", reading_rate() / 1e9, "GB/s")
+        yield BenchResult(f"matrix products, {name}", rate / 1e9, "GFLOP/s")
+    yield BenchResult("reading memory", reading_rate() / 1e9, "GB/s")
     for name, config in configs.items():
         model, rows = config.model, _bench_rows(config)
         limit = rates[config.precision] / cost.training_flops(model)
         rate = rows * model.context_length / step_s(config, rows, STEPS)
-        yield Mark(f"learning, {name}", rate, "tokens/s", limit)
+        yield BenchResult(f"learning, {name}", rate, "tokens/s", limit)
         weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
         limit = reading_rate(weight_bytes) / weight_bytes
-        yield Mark(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", limit)
-    yield Mark("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")
+        yield BenchResult(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", limit)
+    yield BenchResult("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")
 
 
-def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
+def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[BenchResult]:
     """Yield what compiling a model of each preset takes, how fast it learns as it is, and how fast compiled.
 
     It is kept for runs of the same shape, which `--compile auto` then compiles where they are long enough.
@@ -173,7 +173,7 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
         ConfigError: It cannot be compiled here.
     """
     device = machine.device("auto")
-    key, precision = machine.key(device), products.precision("auto", device, cache)
+    key, precision = machine.key(device), matmul.precision("auto", device, cache)
     for name in presets:
         context_length, config = run_config({"preset": name}).model.context_length, bench_config(name, precision)
         config = replace(config, model=replace(config.model, context_length=context_length))
@@ -191,9 +191,9 @@ def compiled_marks(presets: Sequence[str], cache: Path) -> Iterator[Mark]:
         before = known.read(cache, key)
         shape = known.shape_of(config.model, config.precision)
         known.write(cache, key, replace(before, compiling={**before.compiling, shape: found}))
-        yield Mark(f"compiling, {name}", found.takes_s, "s")
-        yield Mark(f"learning, {name}", tokens / plain_s, "tokens/s")
-        yield Mark(f"learning, {name}, compiled", tokens / compiled_s, "tokens/s")
+        yield BenchResult(f"compiling, {name}", found.takes_s, "s")
+        yield BenchResult(f"learning, {name}", tokens / plain_s, "tokens/s")
+        yield BenchResult(f"learning, {name}, compiled", tokens / compiled_s, "tokens/s")
 
 
 def _bench_rows(config: RunConfig) -> int:
@@ -214,13 +214,13 @@ def seconds(work: Callable[[], object], times: int, most_s: float = math.inf) ->
     return statistics.median(took_s)
 
 
-def product_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device = CPU) -> float:
     """Return the operations a second of square matrix products, of the size that is fastest.
 
-    A processor without instructions for `dtype` is a hundred times slower: one product of the smallest size says that.
+    A CPU without instructions for `dtype` is a hundred times slower: one product of the smallest size says that.
     """
     if device.type != "cpu":
-        return max(_gpu_product_rate(dtype, device, side) for side in GPU_SIDES)
+        return max(_gpu_matmul_flops_per_s(dtype, device, side) for side in GPU_SIDES)
     rates = []
     for side in SIDES:
         a = torch.randn(side, side).to(dtype)
@@ -233,7 +233,7 @@ def product_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
     return max(rates)
 
 
-def _gpu_product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
+def _gpu_matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int) -> float:
     a = torch.randn(side, side).to(device, dtype)
 
     def some() -> None:
@@ -248,7 +248,7 @@ def _gpu_product_rate(dtype: torch.dtype, device: torch.device, side: int) -> fl
 def reading_rate(n_bytes: int = READ_BYTES) -> float:
     """Return the bytes a second at which all threads together read so many bytes again and again, at their best.
 
-    A small model's weights stay in the processor's cache, which is read faster than memory.
+    A small model's weights stay in the CPU's cache, which is read faster than memory.
     """
     n_bytes = min(n_bytes, READ_BYTES)
     numbers = torch.ones(n_bytes // 4)
@@ -286,7 +286,7 @@ def training_step(
         micro_batch_size: Learn from so many sequences at once; by default from all.
     """
     model, dtype, shape = config.model, machine.DTYPES[config.precision], (rows, config.model.context_length)
-    learned = state.initial(model, config.optim, config.seed, str(machine.device(config.device)), dtype)
+    learned = state.new_state(model, config.optim, config.seed, str(machine.device(config.device)), dtype)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
     batch = Batch(ids, ids.roll(-1, 1), ids.numel())
     fit = loop.FitConfig(config.optim, config.seed, micro_batch_size or rows, None, None, dtype, compiled)

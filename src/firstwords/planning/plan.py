@@ -17,12 +17,11 @@ from firstwords.model import cost, induction
 from firstwords.planning import prediction, recipe
 from firstwords.planning.facts import TextFacts
 from firstwords.planning.prediction import Prediction, Situation
-from firstwords.planning.recipe import Beside
+from firstwords.planning.recipe import Overhead, held_out_tokens
 from firstwords.planning.speed import Speed
 from firstwords.text import corpus as corpora
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.tokenizer import Tokenizer
-from firstwords.training.evaluate import held_out_tokens
 
 # Among these a run that names none chooses.
 PRESETS = ("laptop-tiny", "laptop-mini", "laptop-small", "laptop", "laptop-large")
@@ -39,7 +38,7 @@ Risk = Literal["low", "some", "high"]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedText:
     """A text as a tokenizer makes it, as far as a plan depends on it."""
 
     tokenizer: str
@@ -49,12 +48,12 @@ class Tokens:
     held_out: float  # tokens
     difficulty: float  # of the text; see `planning.difficulty`
     repeated: float = 0.0  # of the text's sample
-    start_s: float = recipe.START_S  # from the start of the process until a model of it is looked at
+    start_s: float = recipe.START_S  # from the start of the process to the first evaluation
 
     @property
-    def beside(self) -> Beside:
+    def overhead(self) -> Overhead:
         """What a run on it does beside learning."""
-        return Beside(self.held_out, self.training_bytes, self.start_s)
+        return Overhead(self.held_out, self.training_bytes, self.start_s)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Candidate:
     steps: int
     epochs: float
     elapsed_s: float
-    least_s: float  # that first steps and looks at it take of a time budget; 0 without one
+    least_s: float  # that first steps and evaluations take of a time budget; 0 without one
     expected: Prediction | None  # None: the law does not know a model that has learnt elsewhere
     by_heart: Risk
 
@@ -105,7 +104,7 @@ class Candidate:
         }
 
 
-def of_preset(tokens: Tokens, preset: str, for_s: float, machine: Machine) -> Candidate:
+def of_preset(tokens: TokenizedText, preset: str, for_s: float, machine: Machine) -> Candidate:
     """Return what a preset comes to on a text within a time budget."""
     named = {"preset": preset, "tokenizer": tokens.tokenizer, "model.vocab_size": tokens.vocab_size}
     config = run_config(named, {"for_s": for_s, "precision": machine.precision})
@@ -121,7 +120,7 @@ def _dropping(model: ModelConfig, preset: str, epochs: float) -> ModelConfig:
     return replace(model, drop_rate=recipe.drop_rate(epochs, model.emb_dim)) if preset in PRESETS else model
 
 
-def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
+def of_config(config: RunConfig, tokens: TokenizedText, machine: Machine) -> Candidate:
     """Return what a configuration comes to on a text.
 
     Args:
@@ -133,18 +132,18 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
 
     def learnt_at(rate: float) -> float:
         if config.for_s is not None:
-            return recipe.expected_tokens(config.for_s, rate, tokens.beside)
+            return recipe.expected_tokens(config.for_s, rate, tokens.overhead)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
     batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
     rate = machine.speed.of_run(config, batch_size)
     learnt = learnt_at(rate)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
-    looks = math.ceil(steps / (recipe.eval_every(config, tokens.held_out) or steps))
-    elapsed_s = config.for_s or recipe.steps_s(learnt, rate, tokens.beside, looks, held_out_tokens(steps, config))
+    evaluations = math.ceil(steps / (recipe.eval_every(config, tokens.held_out) or steps))
+    elapsed_s = config.for_s or recipe.steps_s(learnt, rate, tokens.overhead, evaluations, held_out_tokens(steps, config))
     micro, epochs = config.micro_batch_size or cost.micro_batch_size(model, batch_size), learnt / max(1.0, tokens.training)
     step_tokens = batch_size * model.context_length
-    least_s = 0.0 if config.for_s is None else recipe.least_s(config.for_s, rate, step_tokens, tokens.beside)
+    least_s = 0.0 if config.for_s is None else recipe.least_s(config.for_s, rate, step_tokens, tokens.overhead)
     memory = cost.training_bytes(model, micro, config.precision)
     mapped = cost.mapped_bytes(model.vocab_size, tokens.training, learnt / model.context_length)
     return Candidate(
@@ -164,7 +163,7 @@ def of_config(config: RunConfig, tokens: Tokens, machine: Machine) -> Candidate:
     )
 
 
-def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | None:
+def _expected(config: RunConfig, tokens: TokenizedText, learnt: float) -> Prediction | None:
     if config.from_ is not None:
         return None
     situation = _situation(tokens, config.model, learnt * bytes_a_token(tokens))
@@ -172,7 +171,7 @@ def _expected(config: RunConfig, tokens: Tokens, learnt: float) -> Prediction | 
     return prediction.law().predict(situation, untried(config, tokens)).at_most(untaught)
 
 
-def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situation:
+def _situation(tokens: TokenizedText, model: ModelConfig, read_bytes: float) -> Situation:
     """Return what is foretold from, for a model that learns from so many bytes of a text."""
     return Situation(
         tokens.difficulty,
@@ -180,17 +179,17 @@ def _situation(tokens: Tokens, model: ModelConfig, read_bytes: float) -> Situati
         read_bytes,
         cost.parameters(model),
         tokens.repeated,
-        induction_heads=induction.begins(model),
+        induction_heads=induction.applies(model),
         table_from_text=model.table_from_text and not model.tied_head,
     )
 
 
-def bytes_a_token(tokens: Tokens) -> float:
+def bytes_a_token(tokens: TokenizedText) -> float:
     """Return the bytes of the text that a token stands for."""
     return tokens.training_bytes / max(1.0, tokens.training)
 
 
-def untried(config: RunConfig, tokens: Tokens) -> tuple[str, ...]:
+def untried(config: RunConfig, tokens: TokenizedText) -> tuple[str, ...]:
     """Return in what a configuration differs in kind from all runs that the law was fitted to."""
     differs = {
         UNTRIED_RECIPE: config.preset not in PRESETS or not _begins_as_tried(config),
@@ -211,7 +210,7 @@ def _beginning(model: ModelConfig) -> list[Any]:
     return [model.tied_head, *(getattr(model, key.removeprefix("model.")) for key in sorted(keys_of(Role.FIRST_WEIGHTS)))]
 
 
-def by_heart(epochs: float, parameters: int, tokens: Tokens) -> Risk:
+def by_heart(epochs: float, parameters: int, tokens: TokenizedText) -> Risk:
     """Return the risk that a model learns its text by heart: how often it reads it, and how much of it it can hold."""
     can_hold = BITS_A_PARAMETER * parameters / max(1.0, tokens.difficulty * tokens.training_bytes)
     if epochs <= FEW_EPOCHS:
@@ -247,7 +246,7 @@ def _bits(candidate: Candidate) -> float:
     return candidate.expected.mid if candidate.expected else math.inf
 
 
-def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> float | None:
+def time_for(tokens: TokenizedText, preset: str, bits: float, machine: Machine) -> float | None:
     """Return the seconds in which a preset would be as good as `bits`, most likely; None: in none."""
     config = run_config({"preset": preset, "model.vocab_size": tokens.vocab_size})
     n_bytes = prediction.law().text_for(bits, _situation(tokens, config.model, 0.0))
@@ -256,7 +255,7 @@ def time_for(tokens: Tokens, preset: str, bits: float, machine: Machine) -> floa
     learnt = n_bytes / bytes_a_token(tokens)
     config = replace(config, model=_dropping(config.model, preset, learnt / max(1.0, tokens.training)))
     batch_size = recipe.batch_size(config.model.context_length, learnt, tokens.training)
-    return recipe.elapsed_s(learnt, machine.speed.of_run(config, batch_size), tokens.beside)
+    return recipe.elapsed_s(learnt, machine.speed.of_run(config, batch_size), tokens.overhead)
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ class Plan:
         }
 
 
-def tokenized(facts: TextFacts) -> dict[str, Tokens]:
+def tokenized(facts: TextFacts) -> dict[str, TokenizedText]:
     """Return a text as each tokenizer of `CHOICES` makes it, estimated from its sample."""
     known = {name: _tokenizer(name, facts) for name in dict.fromkeys(name for name, _ in CHOICES)}
     seen = b"".join(facts.sample.held_out or facts.sample.training).decode(errors="ignore")
@@ -294,7 +293,7 @@ def tokenized(facts: TextFacts) -> dict[str, Tokens]:
         share = len(tokenizer.encode(seen)) / len(seen.encode())  # tokens a byte
         training, held_out = share * facts.training_bytes + facts.n_documents, share * facts.held_out_bytes
         size, n_bytes = tokenizer.vocab_size, facts.training_bytes
-        found[name] = Tokens(name, size, training, n_bytes, held_out, difficulty, repeated, start_s)
+        found[name] = TokenizedText(name, size, training, n_bytes, held_out, difficulty, repeated, start_s)
     return found
 
 
@@ -383,7 +382,7 @@ def hint(facts: TextFacts) -> str | None:
     )
 
 
-def _described(facts: TextFacts, texts: dict[str, Tokens]) -> dict[str, Any]:
+def _described(facts: TextFacts, texts: dict[str, TokenizedText]) -> dict[str, Any]:
     any_one = next(iter(texts.values()))
     return {
         "n_bytes": facts.n_bytes,

@@ -17,9 +17,9 @@ GLIBC_VALUES = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD:
 
 
 def usable_threads() -> int:
-    """Return with how many CPU threads to compute: PyTorch's number, but no more than a container has the time of.
+    """Return the number of CPU threads to compute with: PyTorch's, but no more than a container's quota of CPU time.
 
-    PyTorch does not know of such a limit; where `OMP_NUM_THREADS` says a number, it is that one.
+    PyTorch does not know of such a quota; where `OMP_NUM_THREADS` says a number, it is that one.
     """
     count, quota = torch.get_num_threads(), system.core_quota()
     return count if quota is None or os.environ.get("OMP_NUM_THREADS") else max(1, min(count, int(quota)))

@@ -32,7 +32,7 @@ class Speed:
     flops_per_s: float = 0.0
 
     def of_run(self, config: RunConfig, batch_size: int | None = None) -> float:
-        """Return from how many tokens a second such a run learns.
+        """Return how many tokens a second such a run learns from.
 
         Args:
             config: With a shape and an optimizer.
@@ -42,7 +42,7 @@ class Speed:
         return self.tokens_per_s(config.model, _muon_tokens(config, tokens))
 
     def tokens_per_s(self, model: ModelConfig, muon_tokens: float = UPDATE_TOKENS) -> float:
-        """Return from how many tokens a second a model of this shape learns.
+        """Return how many tokens a second a model of this shape learns from.
 
         Args:
             model: The shape.

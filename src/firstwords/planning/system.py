@@ -46,7 +46,7 @@ class System:
     swap_used_bytes: int | None
 
 
-def look(root: Path = ROOT) -> System:
+def read(root: Path = ROOT) -> System:
     """Return what the system says now.
 
     Args:

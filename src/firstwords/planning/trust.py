@@ -85,7 +85,7 @@ class Check:
         return figures
 
 
-def begun(
+def first_trusted_state(
     start: Callable[[Way], TrainState],
     batch: Batch,
     way: Way,
@@ -152,7 +152,7 @@ def check(model: GPTModel, batch: Batch, way: Way) -> Check | None:
         return None
     judged = _alone(batch, part[1]) if compiled else part
     try:
-        found_loss, found = _gradients(model, *judged, machine.DTYPES[way.precision], compiled)
+        found_loss, found = _gradients(model, *judged, machine.DTYPES[way.precision], compiled=compiled)
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         return Check(way, math.inf, math.inf, "", time.perf_counter() - started_s, failed=reason)
@@ -176,14 +176,14 @@ def _alone(batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    model: GPTModel, tokens: Tensor, targets: Tensor, dtype: torch.dtype, compiled: bool = False
+    model: GPTModel, tokens: Tensor, targets: Tensor, dtype: torch.dtype, *, compiled: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the nats per token and the gradient of every weight, both on the CPU, as a training step forms them."""
     parameters, device = dict(model.named_parameters()), model.tok_emb.weight.device
     counted = int((targets != IGNORE).sum())
     with _without_dropout(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         features = forward_of(model, compiled=compiled)(tokens.to(device))
-        nats = target_nats(features, model.out_head.weight, targets.to(device), compiled)
+        nats = target_nats(features, model.out_head.weight, targets.to(device), compiled=compiled)
     gradients = torch.autograd.grad(nats / max(1, counted), list(parameters.values()))
     return float(nats.detach()) / max(1, counted), {name: g.to("cpu") for name, g in zip(parameters, gradients, strict=True)}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from firstwords import reading, store
 from firstwords.config import read_toml
-from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError, Notify, unheard
+from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError, Notify, ignore_line
 from firstwords.runs.journal import Journal
 from firstwords.text import corpus as corpora
 
@@ -103,7 +103,7 @@ class RunFolder:
         return corpora.cache_folder() / name
 
     @contextmanager
-    def writing(self, notice: Notify = unheard) -> Iterator[None]:
+    def writing(self, notice: Notify = ignore_line) -> Iterator[None]:
         """Hold the run's lock, having removed what a killed process left half-written.
 
         Args:

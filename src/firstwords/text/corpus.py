@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from firstwords import store
-from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError, Notify, unheard
+from firstwords.errors import CannotCreateError, ConfigError, DataError, FirstwordsError, NoInputError, Notify, ignore_line
 from firstwords.text import sources
 from firstwords.text import tokenizer as tokenizers
 from firstwords.text.sources import Document, Texts
@@ -166,11 +166,11 @@ def cache_folder() -> Path:
     return store.cache_folder() / "corpora"
 
 
-def silent(what: str, share: float | None) -> None:
+def ignore_progress(what: str, share: float | None) -> None:
     """Show no progress."""
 
 
-def survey(texts: Texts, progress: Progress = silent, take: Callable[[bytes], object] = lambda _: None) -> Survey:
+def survey(texts: Texts, progress: Progress = ignore_progress, take: Callable[[bytes], object] = lambda _: None) -> Survey:
     """Read every document once.
 
     Args:
@@ -220,8 +220,8 @@ def prepare(
     special: tuple[str, ...] = (),
     became: Tokenizer | int | None = None,
     check: Callable[[str, Path], None] = lambda *_: None,
-    notice: Notify = unheard,
-    progress: Progress = silent,
+    notice: Notify = ignore_line,
+    progress: Progress = ignore_progress,
 ) -> Corpus:
     """Return the corpus of `texts`, from the cache where the same content was prepared in the same way before.
 

@@ -38,8 +38,8 @@ from firstwords.errors import (
     Notify,
     PermissionDeniedError,
     StorageError,
+    ignore_line,
     quoted,
-    unheard,
 )
 from firstwords.text.tokenizer import END_OF_TEXT
 
@@ -130,7 +130,7 @@ class Texts:
         return chain.from_iterable(part() for part in self._parts)
 
 
-def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: Notify = unheard) -> Texts:
+def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: Notify = ignore_line) -> Texts:
     """Find the texts and look at their first 64 KiB; the rest is read when the result is iterated.
 
     Args:

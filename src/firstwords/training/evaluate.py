@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,6 @@ from firstwords.model.loss import bits_per_byte, perplexity, token_figures, toke
 from firstwords.text.batches import IGNORE, Batch
 from firstwords.text.corpus import Part
 
-if TYPE_CHECKING:
-    from firstwords.config import RunConfig
-
-HELD_OUT_TOKENS = 65536  # that a run judges itself by, at most: the mean of so many is known to about 0.4 %
-FIRST_TOKENS = 2048  # and at step 0, when nothing is learnt that would be worth more time
 TRAINING_TOKENS = 512  # that the training figure of an evaluation is made from, at least
 
 
@@ -118,7 +113,7 @@ def evaluate(
     """
     if not part.n_tokens:
         return None
-    plan = _plan(part, model.config.context_length, most_tokens)
+    plan = _chosen_windows(part, model.config.context_length, most_tokens)
     with evaluating(model):
         nats = sum(_nats(model, part, group, dtype) for group in _groups(plan))
     return Evaluation.of(nats, *_counts(part, plan))
@@ -141,7 +136,7 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
     """Return what `evaluate` sums up, token by token, or None where the part has no token."""
     if not part.n_tokens:
         return None
-    plan = _plan(part, model.config.context_length, None)
+    plan = _chosen_windows(part, model.config.context_length, None)
     nats, ranks = np.zeros(len(part.ids), np.float32), np.zeros(len(part.ids), np.int32)
     at, total = np.zeros((2, model.config.context_length)), 0.0
     with evaluating(model):
@@ -163,16 +158,7 @@ def evaluate_tokens(model: GPTModel, part: Part, dtype: torch.dtype = torch.floa
 
 def of_mean(nats_per_token: float, part: Part, context_length: int, most_tokens: int | None) -> Evaluation:
     """Return the figures that belong to a mean that `evaluate` gave."""
-    return Evaluation.of_mean(nats_per_token, *_counts(part, _plan(part, context_length, most_tokens)))
-
-
-def held_out_tokens(step: int, config: RunConfig) -> int:
-    """Return by how many held-out tokens, at most, a run judges itself at a step.
-
-    Fewer at step 0, but for a model that has learnt before: that may stay the best, and is held against later ones.
-    """
-    most = config.eval_tokens or HELD_OUT_TOKENS
-    return min(most, FIRST_TOKENS) if step == 0 and config.from_ is None else most
+    return Evaluation.of_mean(nats_per_token, *_counts(part, _chosen_windows(part, context_length, most_tokens)))
 
 
 def cost_in_tokens(held_out_tokens: float) -> float:
@@ -183,8 +169,8 @@ def cost_in_tokens(held_out_tokens: float) -> float:
     return (2 * held_out_tokens + TRAINING_TOKENS) / 3
 
 
-def _plan(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:
-    """Return the windows that are looked at, the longest first; of a long part no other is made."""
+def _chosen_windows(part: Part, context_length: int, most_tokens: int | None) -> list[Window]:
+    """Return the windows that are evaluated, the longest first; of a long part no other is made."""
     starts = np.flatnonzero(part.ids == separator(part))
     ends = np.append(starts[1:], len(part.ids))
     if most_tokens is None or part.n_tokens <= most_tokens:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ from firstwords.training.state import TrainState, all_finite, batch_index
 SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
 FIRST_SAVE = 3.0  # later saves hold AdamW's two means too, and take so many times as long as the one at step 0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
+
+
+class StepFigures(NamedTuple):
+    """What an update came to."""
+
+    nats_per_token: float
+    grad_norm: float  # before clipping
 
 
 class TooLargeError(Exception):
@@ -67,7 +75,7 @@ def fit(
 
     Args:
         state: Changed in place.
-        batches: The batch of the update after that many updates; see `state.taken`.
+        batches: The batch of the update after that many updates; see `state.without_skipped`.
         config: Fixed for the run.
         evaluate: Nats per token on training text, and the held-out figures, of `state.model` now, at a step.
         sample: What `state.model` says now; its argument is the step.
@@ -79,23 +87,28 @@ def fit(
     """
     reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward_of(state.model, compiled=config.compiled)
-    if state.step == 0:  # saved before the look, which a run resumed here takes as if it were first
+    if state.step == 0:  # saved before the evaluation, which a run resumed here takes as if it were first
         took_s = FIRST_SAVE * (yield from _save(state))
         saved_s = time.perf_counter()
-        yield from _look(state, evaluate, sample, evaluating=True, sampling=True)
+        yield from _evaluate(state, evaluate)
+        yield from _sample(state, sample)
     while state.total_steps is None or state.step < state.total_steps:
         started_s = time.perf_counter()
         batch, lr = batches(state.step), learning_rate(state.step, config.optim, state.total_steps)
-        losses = None
+        figures = None
         with suppress(TooLargeError):  # which holds on to the step's memory until it is gone
-            losses = train_step(state, batch, config, lr, forward)
-        if losses is None:
+            figures = train_step(state, batch, config, lr, forward)
+        if figures is None:
             config = dataclasses.replace(config, micro_batch_size=_smaller(config.micro_batch_size, len(batch.tokens)))
             yield MicroBatchCut(state.step, config.micro_batch_size)
             continue
-        yield _count(state, batch.n_targets, lr, losses, started_s, began_s)
-        last, due, sampling = _due(state, config)
-        best = yield from _look(state, evaluate, sample, evaluating=due, sampling=sampling)
+        yield _count(state, batch.n_targets, lr, figures, started_s, began_s)
+        last = state.step == state.total_steps
+        evaluation_due = last or (state.eval_every is not None and state.step % state.eval_every == 0)
+        sample_due = last or (state.step % config.sample_every == 0 if config.sample_every else evaluation_due)
+        best = evaluation_due and (yield from _evaluate(state, evaluate))
+        if sample_due:
+            yield from _sample(state, sample)
         reason, since_s = should_stop(), time.perf_counter() - saved_s
         if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
             state.elapsed_s = round(time.perf_counter() - began_s, 3)
@@ -107,13 +120,6 @@ def fit(
         if reason:
             break
     yield Stopped(state.step, reason or "done")
-
-
-def _due(state: TrainState, config: FitConfig) -> tuple[bool, bool, bool]:
-    """Return whether the last step is done, whether an evaluation is due, and whether a sample is."""
-    last = state.step == state.total_steps
-    evaluating = last or (state.eval_every is not None and state.step % state.eval_every == 0)
-    return last, evaluating, last or state.step % config.sample_every == 0 if config.sample_every else evaluating
 
 
 def _save(state: TrainState) -> Generator[Event, None, float]:
@@ -136,9 +142,7 @@ def _save_interval_s(config: FitConfig, took_s: float) -> float:
     return max(SAVE_EVERY_S, SAVE_FACTOR * took_s) if config.save_every_s is None else config.save_every_s
 
 
-def _count(
-    state: TrainState, n_targets: int, lr: float, losses: tuple[float, float], started_s: float, began_s: float
-) -> StepDone:
+def _count(state: TrainState, n_targets: int, lr: float, figures: StepFigures, started_s: float, began_s: float) -> StepDone:
     """Count the update that began at `started_s` and return what to say of it; the run, without pauses, at `began_s`."""
     now_s = time.perf_counter()
     state.step, state.tokens = state.step + 1, state.tokens + n_targets
@@ -146,9 +150,9 @@ def _count(
     return StepDone(
         step=state.step,
         tokens=state.tokens,
-        nats_per_token=losses[0],
+        nats_per_token=figures.nats_per_token,
         lr=lr,
-        grad_norm=losses[1],
+        grad_norm=figures.grad_norm,
         tokens_per_s=round(n_targets / (now_s - started_s), 1),
         took_s=round(now_s - started_s, 4),
         elapsed_s=state.elapsed_s,
@@ -160,35 +164,29 @@ def _smaller(micro_batch_size: int, batch_size: int) -> int:
     return max(rows for rows in range(1, micro_batch_size // 2 + 1) if batch_size % rows == 0)
 
 
-def _look(
-    state: TrainState,
-    evaluate: Callable[[int], tuple[float, Evaluation | None]],
-    sample: Callable[[int], str],
-    *,
-    evaluating: bool,
-    sampling: bool,
-) -> Generator[Event, None, bool]:
-    """Evaluate and sample where wanted; returns whether this is the best evaluation so far."""
-    best = False
-    if evaluating:
-        train_nats_per_token, evaluation = evaluate(state.step)
-        if evaluation is not None and not math.isfinite(evaluation.nats_per_token):
-            raise diverged(f"the held-out loss is {evaluation.nats_per_token}", state.step)
-        best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
-        if best and evaluation is not None:
-            state.best_step, state.best_nats = state.step, evaluation.nats_per_token
-        yield Evaluated(state.step, train_nats_per_token, evaluation, best)
-    if sampling:
-        try:
-            text = sample(state.step)
-        except DivergedError as error:
-            raise diverged(error.what, state.step) from error
-        yield Sampled(state.step, text)
+def _evaluate(state: TrainState, evaluate: Callable[[int], tuple[float, Evaluation | None]]) -> Generator[Event, None, bool]:
+    """Evaluate the model as it is now, and return whether it is the best so far."""
+    train_nats_per_token, evaluation = evaluate(state.step)
+    if evaluation is not None and not math.isfinite(evaluation.nats_per_token):
+        raise diverged(f"the held-out loss is {evaluation.nats_per_token}", state.step)
+    best = evaluation is not None and (state.best_nats is None or evaluation.nats_per_token < state.best_nats)
+    if best and evaluation is not None:
+        state.best_step, state.best_nats = state.step, evaluation.nats_per_token
+    yield Evaluated(state.step, train_nats_per_token, evaluation, best)
     return best
 
 
-def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, forward: Forward) -> tuple[float, float]:
-    """Do one update over one global batch and return its nats per token and the gradient's norm before clipping.
+def _sample(state: TrainState, sample: Callable[[int], str]) -> Iterator[Event]:
+    """Let the model as it is now speak."""
+    try:
+        text = sample(state.step)
+    except DivergedError as error:
+        raise diverged(error.what, state.step) from error
+    yield Sampled(state.step, text)
+
+
+def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, forward: Forward) -> StepFigures:
+    """Do one update over one global batch and return what to say of it.
 
     The batch is cut into micro-batches; each adds its nats divided by the whole batch's counted targets, so the
     gradient is that of the whole whatever the cut.
@@ -213,11 +211,11 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
                     # The sparse gradient of the lookup must come before the head's dense one to be added in place. Gradients
                     # come in the opposite order of what they belong to, so this view has its place before the lookup.
                     head = head.expand_as(head)
-                nats = target_nats(forward(tokens), head, targets, config.compiled)
+                nats = target_nats(forward(tokens), head, targets, compiled=config.compiled)
             (nats / batch.n_targets).backward()  # type: ignore[no-untyped-call]
             loss += nats.detach() / batch.n_targets
-    figures = torch.stack((loss, _clip(model, config.optim.max_grad_norm), all_finite(state)))
-    nats_per_token, grad_norm, is_finite = figures.tolist()  # the one time that a step waits for its device
+    on_device = torch.stack((loss, _clip(model, config.optim.max_grad_norm), all_finite(state)))
+    nats_per_token, grad_norm, is_finite = on_device.tolist()  # the one time that a step waits for its device
     if not (math.isfinite(nats_per_token) and math.isfinite(grad_norm) and is_finite):
         _forget_gradients(state)
         index, size = batch_index(state.step, state.skipped), len(batch.tokens)
@@ -228,11 +226,11 @@ def train_step(state: TrainState, batch: Batch, config: FitConfig, lr: float, fo
     for optimizer in state.optimizers:
         optimizer.step(lr)
     _forget_gradients(state)
-    return nats_per_token, grad_norm
+    return StepFigures(nats_per_token, grad_norm)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; a GPU fetches it when it comes to it, while the processor goes on."""
+    """Return a tensor on a device; a GPU fetches it when it comes to it, while the CPU goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -252,7 +250,7 @@ def _forget_gradients(state: TrainState) -> None:
 def _clip(model: torch.nn.Module, max_grad_norm: float | None) -> Tensor:
     """Scale the gradients down to a norm of at most `max_grad_norm` and return the norm that they had.
 
-    On a processor PyTorch's own norm takes longer than the root of a product with itself, and loses more digits of a large
+    On a CPU PyTorch's own norm takes longer than the root of a product with itself, and loses more digits of a large
     table. A norm that is not finite scales nothing; see `train_step`.
     """
     limit = math.inf if max_grad_norm is None else max_grad_norm

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from firstwords.config import OptimConfig
-from firstwords.model.cost import NEWTON_SCHULZ_STEPS
+from firstwords.config import NEWTON_SCHULZ_STEPS, OptimConfig
 from firstwords.model.gpt import GPTModel
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").

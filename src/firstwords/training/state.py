@@ -15,8 +15,8 @@ from torch import Tensor
 
 from firstwords.config import ModelConfig, OptimConfig
 from firstwords.errors import DataError
-from firstwords.model.gpt import GPTModel, fill
-from firstwords.model.neighbours import begin_alike
+from firstwords.model.gpt import GPTModel, load_weights
+from firstwords.model.neighbours import mix_into_embedding
 from firstwords.text.batches import Batch
 from firstwords.training.optim import Optimizer, optimizers
 
@@ -49,7 +49,7 @@ class TrainState:
     skipped: list[list[int]] = field(default_factory=list)  # [first, last] batches that roll-backs left out, in order
 
 
-def initial(
+def new_state(
     model_config: ModelConfig,
     optim_config: OptimConfig,
     seed: int,
@@ -73,10 +73,10 @@ def initial(
         torch.manual_seed(seed)
         model = GPTModel(model_config)
     if directions is not None:
-        begin_alike(model, directions)
+        mix_into_embedding(model, directions)
     model.to(device)
     if start is not None:
-        fill(model, start.items(), "the weights to begin with")
+        load_weights(model, start.items(), "the weights to begin with")
     return TrainState(model, optimizers(model, optim_config, dtype))
 
 
@@ -89,7 +89,7 @@ def batch_index(step: int, skipped: list[list[int]]) -> int:
     return index
 
 
-def taken(batches: Callable[[int], Batch], state: TrainState) -> Callable[[int], Batch]:
+def without_skipped(batches: Callable[[int], Batch], state: TrainState) -> Callable[[int], Batch]:
     """Return the batch of each step as `state` has it at the time of the call, without those that were left out."""
     return lambda step: batches(batch_index(step, state.skipped))
 
@@ -134,9 +134,8 @@ def load_optimizer_tensors(state: TrainState, tensors: Mapping[str, Tensor]) -> 
         if name not in by_name or value.shape not in (by_name[name][0].shape, torch.Size()):
             raise DataError(f"tensor {key[:80]!r} belongs to no parameter", where="optimizer.safetensors")
         parameter, optimizer = by_name[name]
-        optimizer.state[parameter][kind] = value.to(
-            parameter.device, copy=True
-        )  # a file that is still in use could not be removed everywhere
+        # A copy: a file that is still in use could not be removed everywhere.
+        optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
 
 
 def scalars(state: TrainState) -> dict[str, Any]:

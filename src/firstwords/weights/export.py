@@ -19,7 +19,7 @@ from torch import Tensor
 
 from firstwords import reading, store
 from firstwords.config import ModelConfig
-from firstwords.errors import CannotCreateError, ConfigError, DataError, Notify, unheard
+from firstwords.errors import CannotCreateError, ConfigError, DataError, Notify, ignore_line
 from firstwords.model.functional import GELU_CUBIC
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs.tensor_file import safetensors_bytes
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of the largest logit, or of 1, in float32
 COMPARED_TOKENS = 32
 
 
-def to_hf(lm: LanguageModel, out: Path, card: str, notice: Notify = unheard) -> tuple[float, str]:
+def to_hf(lm: LanguageModel, out: Path, card: str, notice: Notify = ignore_line) -> tuple[float, str]:
     """Publish the folder `out` for transformers; return how far its logits are from ours at most, and who read it back.
 
     Args:

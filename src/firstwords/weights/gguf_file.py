@@ -20,7 +20,7 @@ from firstwords import reading, store
 from firstwords.config import ModelConfig, did_you_mean
 from firstwords.errors import ConfigError
 from firstwords.model.functional import GELU_CUBIC
-from firstwords.model.gpt import GPTModel, fill, unfilled
+from firstwords.model.gpt import GPTModel, load_weights, uninitialised
 from firstwords.model.language_model import LanguageModel
 from firstwords.weights import names
 
@@ -146,6 +146,6 @@ def _read(path: Path, config: ModelConfig, gguf: Any) -> GPTModel:
     for one in held.tensors:
         data = gguf.quants.dequantize(one.data, one.tensor_type)
         theirs.append((one.name, torch.from_numpy(np.array(data, np.float32).reshape(one.shape[::-1].tolist()))))
-    model = unfilled(config)
-    fill(model, names.to_ours(config, "gguf", theirs, str(path)), str(path))
+    model = uninitialised(config)
+    load_weights(model, names.to_ours(config, "gguf", theirs, str(path)), str(path))
     return model.eval()

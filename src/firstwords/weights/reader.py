@@ -13,9 +13,9 @@ import torch
 
 from firstwords import reading
 from firstwords.config import ModelConfig
-from firstwords.errors import ConfigError, DataError, NoInputError, Notify, unheard
+from firstwords.errors import ConfigError, DataError, NoInputError, Notify, ignore_line
 from firstwords.model import cost
-from firstwords.model.gpt import GPTModel, fill, unfilled
+from firstwords.model.gpt import GPTModel, load_weights, uninitialised
 from firstwords.model.language_model import LanguageModel
 from firstwords.runs import tensor_file
 from firstwords.text import corpus
@@ -28,12 +28,12 @@ from firstwords.weights.pickled import Pickled
 
 CONFIG, TOKENIZER, MERGES, PICKLED = "config.json", "tokenizer.json", "merges.txt", "pytorch_model.bin"
 NANOGPT_SHAPE = "model_args"
-MOST_ANGLES = 1 << 25  # of rotary positions, beside what the weights themselves take: 131,072 tokens of heads of 128
+MOST_EXTRA_ANGLES = 1 << 25  # of rotary positions, beside what the weights themselves take: 131,072 tokens of heads of 128
 GPT2_ROWS = (50257, 50304)  # of a table for GPT-2's tokens: exact, and as nanoGPT rounds it up
 
 
 def read(
-    source: Path, *, tokenizer: str | None = None, n_heads: int | None = None, notice: Notify = unheard
+    source: Path, *, tokenizer: str | None = None, n_heads: int | None = None, notice: Notify = ignore_line
 ) -> LanguageModel:
     """Return the model with its tokenizer, in float32. Its weights are read one tensor at a time.
 
@@ -107,11 +107,11 @@ def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel
     needed, there = cost.parameters(config), sum(math.prod(tensor.shape) for tensor in weights.described.values())
     if needed > 2 * there:  # before a model of that size is built; biases that it has none of, which become zeros, are few
         raise DataError(f"has {there:,} numbers, its configuration needs {needed:,}", where=weights.where)
-    if config.block == "qwen3" and 2 * config.context_length * config.head_dim > MOST_ANGLES + there:
+    if config.block == "qwen3" and 2 * config.context_length * config.head_dim > MOST_EXTRA_ANGLES + there:
         what = f"has {there:,} numbers, and a context of {config.context_length:,}, whose angles need many more"
         raise DataError(what, where=weights.where, do="lower max_position_embeddings in its config.json")
-    model = unfilled(config)
-    fill(model, names.to_ours(config, dialect, weights.tensors(), weights.where), weights.where)
+    model = uninitialised(config)
+    load_weights(model, names.to_ours(config, dialect, weights.tensors(), weights.where), weights.where)
     return model
 
 
