@@ -17,7 +17,7 @@ import torch
 from command import ESC, TEXT, TINY_FLAGS, Command, Refused, error_of, write
 from firstwords import api
 from firstwords.app.cli import main
-from firstwords.config import from_toml
+from firstwords.config_file import from_toml
 from firstwords.text.tokenizer import Tokenizer, train_bpe
 from rows import row
 

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from firstwords.config import GPT_CONFIG_124M, Block, ModelConfig, from_toml, key_types, presets, run_config, to_toml
+from firstwords.config import Block, ModelConfig, key_types, run_config
+from firstwords.config_file import from_toml, to_toml
 from firstwords.errors import ConfigError
+from firstwords.presets import GPT_CONFIG_124M, presets
 
 
 @pytest.mark.parametrize("name", sorted(presets()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from firstwords.app.cli import parser
-from firstwords.config import presets
+from firstwords.presets import presets
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,10 +14,12 @@ import torch
 from command import TINY_FLAGS, Command, Refused, write
 from conftest import journal
 from firstwords import api, pretraining, store
-from firstwords.config import ModelConfig, from_toml, presets, run_config
+from firstwords.config import ModelConfig, run_config
+from firstwords.config_file import from_toml
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.planning import system
+from firstwords.presets import presets
 from firstwords.text.tokenizer import byte_tokenizer
 from firstwords.training import state as states
 from firstwords.weights import export, hub

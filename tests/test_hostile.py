@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 import firstwords
 import hostile_files
 from firstwords import reading
-from firstwords.config import from_toml, run_config
+from firstwords.config import run_config
+from firstwords.config_file import from_toml
 from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError
 from firstwords.runs import tensor_file
 from firstwords.text import tokenizer

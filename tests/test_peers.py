@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from firstwords import api
-from firstwords.config import GPT_CONFIG_124M, ModelConfig, run_config
+from firstwords.config import ModelConfig, run_config
 from firstwords.model import cost
 from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
+from firstwords.presets import GPT_CONFIG_124M
 from firstwords.text.tokenizer import gpt2
 from firstwords.weights import export, reader, shapes
 

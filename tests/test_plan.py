@@ -15,7 +15,7 @@ from command import TEXT, TINY_FLAGS, Command, Refused, write
 from conftest import STORY, TINY, journal
 from firstwords import api, asking, judging, preparing, resolve
 from firstwords.app import plans
-from firstwords.config import SHORTEST_CONTEXT, ModelConfig, RunConfig, run_config
+from firstwords.config import ModelConfig, RunConfig, run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.events import Saved, ignore_event
 from firstwords.model import cost
@@ -23,6 +23,7 @@ from firstwords.planning import facts, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, TokenizedText
 from firstwords.planning.prediction import WORDS, Prediction
 from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDTH_POWER, Point, Speed
+from firstwords.presets import SHORTEST_CONTEXT
 from firstwords.runs.folder import RunFolder
 from firstwords.text import sources
 from firstwords.training.events import Event

@@ -27,7 +27,8 @@ import pytest
 
 from faults import STEPS, End, System, end, train
 from firstwords import store
-from firstwords.config import from_toml, run_config
+from firstwords.config import run_config
+from firstwords.config_file import from_toml
 from firstwords.errors import DataError, FirstwordsError
 from firstwords.events import Saved, Told
 from firstwords.runs import checkpoint

@@ -20,7 +20,8 @@ import torch
 
 from conftest import STORY, TINY, journal, outcome
 from firstwords import api, asking, exchange, preparing, pretraining, recorder, resolve, store, verifying
-from firstwords.config import RunConfig, from_toml, run_config
+from firstwords.config import RunConfig, run_config
+from firstwords.config_file import from_toml
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.events import Listener, Notice, Preparing, Started, Told, ignore_event
 from firstwords.insight import memorisation, record

@@ -18,12 +18,13 @@ from torch import Tensor
 from command import TINY_FLAGS, Command
 from conftest import STORY, TINY, journal, seeded
 from firstwords import api
-from firstwords.config import ModelConfig, presets, run_config
+from firstwords.config import ModelConfig, run_config
 from firstwords.events import Notice, Told
 from firstwords.model import loss
 from firstwords.model.gpt import GPTModel
 from firstwords.planning import machine, trust
 from firstwords.planning.trust import Way
+from firstwords.presets import presets
 from firstwords.runs.folder import RunFolder
 from firstwords.text.batches import Batch
 from firstwords.training.state import TrainState, new_state

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from firstwords.api import report as report
     from firstwords.api import verify as verify
     from firstwords.app.console import train as train
-    from firstwords.config import GPT_CONFIG_124M as GPT_CONFIG_124M
     from firstwords.config import ModelConfig as ModelConfig
     from firstwords.errors import FirstwordsError as FirstwordsError
     from firstwords.model.generate import generate_text_simple as generate_text_simple
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from firstwords.model.language_model import text_to_token_ids as text_to_token_ids
     from firstwords.model.language_model import token_ids_to_text as token_ids_to_text
     from firstwords.model.sampling import Sampling as Sampling
+    from firstwords.presets import GPT_CONFIG_124M as GPT_CONFIG_124M
     from firstwords.text.tokenizer import gpt2_tokenizer as gpt2_tokenizer
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Imported on first use: `import firstwords` alone costs nothing.
 _HOMES = {
     "GPTModel": "firstwords.model.gpt",
-    "GPT_CONFIG_124M": "firstwords.config",
+    "GPT_CONFIG_124M": "firstwords.presets",
     "FirstwordsError": "firstwords.errors",
     "LanguageModel": "firstwords.model.language_model",
     "ModelConfig": "firstwords.config",

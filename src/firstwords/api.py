@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import store
-from firstwords.config import DEFAULT_FOR_S, SHORTEST_CONTEXT, model_config, run_config
+from firstwords.config import DEFAULT_FOR_S, model_config, run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.events import Listener, Preparing, ignore_event, notices_to
 from firstwords.exchange import Exported as Exported
@@ -33,6 +33,7 @@ from firstwords.loading import checkpoint_of, is_foreign, locate, named_texts
 from firstwords.loading import load as load
 from firstwords.model import cost
 from firstwords.planning import facts
+from firstwords.presets import SHORTEST_CONTEXT
 from firstwords.pretraining import train as train
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder

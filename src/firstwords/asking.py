@@ -10,21 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import (
-    NONES,
-    Role,
-    RunConfig,
-    convert,
-    flag,
-    flatten,
-    key_types,
-    keys_of,
-    presets,
-    read_toml,
-    run_config,
-)
+from firstwords.config import NONES, Role, RunConfig, convert, flag, flatten, key_types, keys_of, run_config
+from firstwords.config_file import read_toml
 from firstwords.errors import ConfigError, DataError
 from firstwords.events import Listener, Notice, notices_to
+from firstwords.presets import presets
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, presets, and TOML in and out. Parts of the program get parts of it.
+"""What a run is made of, as frozen dataclasses. Parts of the program get parts of it.
 
 A key has one name everywhere: `steps` is `--steps` on the command line and `steps = ` in TOML; `model.n_layers` is
 `--model.n-layers` and `n_layers` under `[model]`. Keys that end in `_s` are times in seconds and lose the suffix as a flag:
@@ -13,29 +13,20 @@ import functools
 import math
 import os
 import re
-import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import tomli_w
-
-from firstwords import reading
-from firstwords.errors import ConfigError, DataError, NoInputError
-
-# Dotted key -> value: `{"steps": 500, "model.n_layers": 6}`. Values may still be text, as flags are.
-Overrides = Mapping[str, Any]
+from firstwords.errors import ConfigError
+from firstwords.presets import Overrides, presets
 
 Block = Literal["gpt2", "qwen3"]
 OptimizerKind = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
-MOST_DOTS = 100  # in a line of TOML, outside strings and comments
-TOML_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'[^']*+'|#.*""")  # or a comment
 OnNan = Literal["stop", "rollback"]
 Until = Literal["end", "best"]
 NONE = "none"
@@ -43,18 +34,6 @@ NONES = (NONE, "auto")  # what stands for "no value" where TOML and flags have n
 DEFAULT_FOR_S = 180.0  # of a run whose length nobody gave
 MOST_ANGLES = 2**26  # of rotary positions, of which a model keeps cosine and sine: half a gigabyte
 NEWTON_SCHULZ_STEPS = 5  # that Muon iterates
-SHORTEST_CONTEXT = 128  # of the presets that a run which names none may take
-
-GPT_CONFIG_124M: dict[str, int | float | bool] = {
-    "vocab_size": 50257,
-    "context_length": 256,
-    "emb_dim": 768,
-    "n_heads": 12,
-    "n_layers": 12,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
-CHAPTER_PROMPT = "Every effort moves you"
 
 
 class Role(Flag):
@@ -304,78 +283,6 @@ class RunConfig:
 PARTS: tuple[tuple[str, type], ...] = (("", RunConfig), ("model.", ModelConfig), ("optim.", OptimConfig))
 PART_NAMES = ("model", "optim")
 
-LAPTOP: Overrides = {  # what all presets for a laptop share
-    "tokenizer": "bpe",
-    "model.block": "qwen3",
-    "model.context_length": 256,
-    "model.emb_dim": 192,
-    "model.n_heads": 3,
-    "model.n_layers": 4,
-    "model.ff_dim": 512,
-    "model.drop_rate": 0.0,
-    "model.tied_head": True,
-    "model.norm_eps": 1e-6,
-    "model.init_std": 0.02,
-    "model.table_from_text": True,
-    "model.induction_heads": True,
-    "optim.kind": "muon",
-    "optim.peak_lr": 8e-3,
-    "optim.warmup_steps": 20,
-    "optim.weight_decay": 1.0,
-    "optim.decay": "linear",
-}
-# A table of few channels cannot be good at both ends of a model, and one that is not the output head too begins louder:
-# docs/recipe.md.
-SMALLER: Overrides = {**LAPTOP, "model.tied_head": False, "model.table_std": 0.1}
-GPT2: Overrides = {"tokenizer": "gpt2", "model.qkv_bias": True, "model.tied_head": True, "model.init_std": 0.02}
-
-
-def _gpt2(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
-    return {**GPT2, "model.emb_dim": emb_dim, "model.n_heads": n_heads, "model.n_layers": n_layers}
-
-
-def _smaller(emb_dim: int, n_heads: int, n_layers: int) -> Overrides:
-    """Return the recipe for a machine, or a time, in which few tokens are learnt from: in shorter sequences."""
-    shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "ff_dim": 16 * round(emb_dim / 6)}
-    return {**SMALLER, **{f"model.{key}": value for key, value in shape.items()}, "model.context_length": SHORTEST_CONTEXT}
-
-
-def presets() -> dict[str, Overrides]:
-    """Return every preset by name. `gpt2-*` are the shapes of GPT-2's releases (Radford et al. 2019, table 2)."""
-    return {
-        "laptop": LAPTOP,
-        "laptop-tiny": _smaller(64, 1, 2),
-        "laptop-mini": _smaller(96, 2, 3),
-        "laptop-small": {**SMALLER, "model.emb_dim": 128, "model.n_heads": 2, "model.ff_dim": 352},
-        "laptop-large": {
-            **LAPTOP,
-            "model.emb_dim": 384,
-            "model.n_heads": 6,
-            "model.n_layers": 6,
-            "model.ff_dim": 1024,
-            "optim.peak_lr": 3e-3,
-        },
-        "chapter": {
-            **{f"model.{key}": value for key, value in GPT_CONFIG_124M.items() if key != "vocab_size"},
-            "tokenizer": "gpt2",
-            "batch_size": 2,
-            "epochs": 10,
-            "eval_every": 5,
-            "eval_tokens": 5 * 2 * 256,  # its batches of an evaluation; the-verdict's held-out part has fewer
-            "sample_every": 9,
-            "shift_windows": False,
-            "optim.peak_lr": 4e-4,
-            "optim.warmup_steps": 0,
-            "optim.decay": "constant",
-            "optim.beta2": 0.999,
-            "optim.max_grad_norm": None,
-        },
-        "gpt2-124m": _gpt2(768, 12, 12),
-        "gpt2-355m": _gpt2(1024, 16, 24),
-        "gpt2-774m": _gpt2(1280, 20, 36),
-        "gpt2-1558m": _gpt2(1600, 25, 48),
-    }
-
 
 def run_config(*layers: Overrides) -> RunConfig:
     """Return the configuration that the layers make, each overriding those before it, over the preset that they name.
@@ -394,7 +301,7 @@ def run_config(*layers: Overrides) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "optim": {}}
     types_of = key_types()
     for key, value in given.items():
-        _require_known(key, types_of)
+        require_known(key, types_of)
         part, _, name = key.rpartition(".")
         parts[part][name] = convert(key, value, types_of[key])
     return RunConfig(**parts[""], model=ModelConfig(**parts["model"]), optim=OptimConfig(**parts["optim"]))
@@ -492,62 +399,10 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the overrides in a TOML file.
-
-    Raises:
-        NoInputError, DataError: It is not there, or cannot be read.
-        ConfigError: As `from_toml`.
-    """
-    if not path.exists():
-        raise NoInputError("no such file", where=str(path), do="check the name")
-    try:
-        text = reading.read_bytes(path).decode("utf-8-sig")  # as editors on Windows begin it
-    except UnicodeDecodeError as error:
-        raise DataError("cannot be read", where=str(path), why=str(error)) from error
-    return from_toml(text, str(path))
-
-
-def from_toml(text: str, where: str) -> dict[str, Any]:
-    """Return the overrides in the text of a TOML file.
-
-    Raises:
-        ConfigError: It is no TOML; the line and column are in the message. Or a line has over 100 dots outside strings.
-            An unknown key, or a value of the wrong type.
-    """
-    lines = (TOML_STRING.sub("", line) for line in text.splitlines())
-    if any(line.count(".") > MOST_DOTS for line in lines):  # the parser's time grows with their square
-        raise ConfigError("is no TOML", where=where, why=f"a line has over {MOST_DOTS} dots")
-    try:
-        found = flatten(tomllib.loads(text))
-    except (ValueError, RecursionError) as error:  # ValueError: no TOML, or a number of thousands of digits
-        raise ConfigError("is no TOML", where=where, why=str(error)) from error
-    types_of = key_types()
-    for key, value in found.items():
-        if key in PART_NAMES:
-            raise ConfigError("must be a table", where=f"{where}, {key}", do=f"write [{key}] in a line, its keys below it")
-        try:
-            _require_known(key, types_of)
-            convert(key, value, types_of[key])
-        except ConfigError as error:
-            raise ConfigError(error.what, where=f"{where}, {key}", why=error.why, do=error.do) from error
-        except ValueError as error:  # Python writes no whole number of over 4,300 digits, which TOML can have in base 16
-            raise ConfigError("holds too long a number", where=f"{where}, {key}", do="give a shorter one") from error
-    return found
-
-
-def _require_known(key: str, known: Iterable[str]) -> None:
+def require_known(key: str, known: Iterable[str]) -> None:
+    """Raise a ConfigError for a key that is unknown, with the nearest that is known."""
     if key not in known:
         raise ConfigError(f"unknown key {key!r}", where=key, do=did_you_mean(key, known))
-
-
-def to_toml(config: RunConfig) -> str:
-    """Return the whole configuration as TOML: `"none"` where there is no value, so that no preset fills it in again."""
-    return tomli_w.dumps(dataclasses.asdict(config, dict_factory=_without_none))
-
-
-def _without_none(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: NONE if value is None else value for key, value in items}
 
 
 def convert(key: str, value: Any, wanted: Any) -> Any:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import store
-from firstwords.config import CHAPTER_PROMPT, did_you_mean, run_config
+from firstwords.config import did_you_mean, run_config
 from firstwords.errors import CannotCreateError, ConfigError, DataError
 from firstwords.events import Listener, Preparing, ignore_event, notices_to
 from firstwords.loading import is_foreign, load, locate, require_finite, run_of
 from firstwords.model import cost
+from firstwords.presets import CHAPTER_PROMPT
 from firstwords.runs.folder import RunFolder
 
 EXPORTS = ("hf", "gguf", "pth")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from firstwords import reading, store
-from firstwords.config import CHAPTER_PROMPT
 from firstwords.errors import CannotCreateError, ConfigError, FirstwordsError, NoInputError
 from firstwords.events import Listener, Notice, Preparing, ignore_event, notices_to
 from firstwords.insight import quick
@@ -28,6 +27,7 @@ from firstwords.loading import (
     require_there,
     run_of,
 )
+from firstwords.presets import CHAPTER_PROMPT
 from firstwords.runs import folder as run_folder
 from firstwords.runs.folder import RunFolder
 from firstwords.text import corpus as corpora

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from firstwords import store
 from firstwords.asking import Asked
-from firstwords.config import SHORTEST_CONTEXT, RunConfig, flag
+from firstwords.config import RunConfig, flag
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, quoted
 from firstwords.events import Listener, Notice, Preparing, Told, notices_to
 from firstwords.planning import budget
+from firstwords.presets import SHORTEST_CONTEXT
 from firstwords.runs import folder as run_folder
 from firstwords.text import corpus as corpora
 from firstwords.text import sources

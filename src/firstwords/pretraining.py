@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import asking, preparing, resolve, store
-from firstwords.config import RunConfig, flatten, to_toml
+from firstwords.config import RunConfig, flatten
+from firstwords.config_file import to_toml
 from firstwords.errors import CannotCreateError, DivergedError
 from firstwords.events import Listener, Notice, Preparing, Trained, ignore_event, notices_to
 from firstwords.insight import quick

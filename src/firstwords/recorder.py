@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from firstwords import store
-from firstwords.config import RunConfig, to_toml
+from firstwords.config import RunConfig
+from firstwords.config_file import to_toml
 from firstwords.errors import (
     ConfigError,
     DataError,

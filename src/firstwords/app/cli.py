@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import __version__
-from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, presets, run_config
+from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, StoppedError, UsageError, quoted
+from firstwords.presets import presets
 
 if TYPE_CHECKING:
     from firstwords.app.console import Console

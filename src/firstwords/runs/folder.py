@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstwords import reading, store
-from firstwords.config import read_toml
+from firstwords.config_file import read_toml
 from firstwords.errors import CannotCreateError, DataError, FirstwordsError, NoInputError, Notify, ignore_line
 from firstwords.runs.journal import Journal
 from firstwords.text import corpus as corpora
@@ -82,7 +82,7 @@ class RunFolder:
         """Return the keys that it recorded.
 
         Raises:
-            FirstwordsError: As `config.read_toml`.
+            FirstwordsError: As `config_file.read_toml`.
         """
         return read_toml(self.config)
 
