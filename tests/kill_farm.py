@@ -395,7 +395,7 @@ def nothing_lost(scene: Path, run: Path, damaged: str, allowed: set[tuple[int, s
 def what_stands(run: Path) -> tuple[tuple[str, int], ...]:
     """Return the names and sizes in a run's folder, without the random parts of names."""
     files = sorted(path for path in run.rglob("*"))
-    return tuple((re.sub(r"(tmp-|damaged-)([^/]*)-x?[0-9a-f]{8}", r"\1\2", str(p)), p.stat().st_size) for p in files)
+    return tuple((re.sub(r"(tmp-|damaged-|kept-)([^/]*)-x?[0-9a-f]{8}", r"\1\2", str(p)), p.stat().st_size) for p in files)
 
 
 def publish_without_care(folder: Path, files: Any, describe: Callable[[], Any]) -> store.Json:

@@ -20,7 +20,7 @@ from firstwords.model.gpt import GPTModel
 from firstwords.model.language_model import LanguageModel
 from firstwords.planning import system
 from firstwords.presets import presets
-from firstwords.text.tokenizer import byte_tokenizer
+from firstwords.text.tokenizer import byte_tokenizer, train_bpe
 from firstwords.training import state as states
 from firstwords.weights import export, hub
 
@@ -226,3 +226,16 @@ def test_new_special_tokens_leave_the_logits_of_all_others_as_they_were(
     assert command("train", "--resume", "--out", "run", "--steps", "22").code == 0
     assert command("export", "run", "--to", "hf", "--out", "hf").code == 0
     assert api.load("hf").tokenizer.special == lm.tokenizer.special
+
+
+def test_a_run_keeps_its_own_tokenizer_where_another_run_has_its_old_place(here: Path, command: Command) -> None:
+    write(here / "text.txt", OTHER)
+    machine = [flag for flag in TINY_FLAGS if not flag.startswith(("--tokenizer", "--steps"))]
+    for name, size in (("one", 300), ("two", 280)):
+        write(here / f"{name}.json", train_bpe([OTHER], size).json.decode())
+    command("train", "text.txt", "--out", "run", "--tokenizer", "one.json", "--steps", "2", *machine)
+    Path("run").rename("old")
+    command("train", "text.txt", "--out", "run", "--tokenizer", "two.json", "--steps", "2", *machine)
+    assert command("train", "--config", "old/config.toml", "--out", "again", *machine).code == 0
+    assert command("train", "--resume", "--out", "old", "--steps", "3").code == 0  # which writes where it is by now
+    assert api.load("again").tokenizer.sha256 == api.load("old").tokenizer.sha256 != api.load("run").tokenizer.sha256

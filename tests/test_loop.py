@@ -239,3 +239,8 @@ def test_training_learns(small: ModelConfig) -> None:
         if isinstance(event, StepDone)
     ]
     assert losses[-1] < losses[0] - 1.0  # 200 random ids seen 30 times are learnt by heart
+
+
+def test_a_run_that_did_all_its_steps_is_done_whatever_was_asked_meanwhile(small: ModelConfig) -> None:
+    events, _ = run(small, 1, [5.0, 4.0], should_stop=lambda: "SIGINT")
+    assert events[-1] == Stopped(1, "done")

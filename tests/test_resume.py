@@ -25,7 +25,7 @@ from firstwords.config_file import from_toml
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, PermissionDeniedError, StorageError
 from firstwords.events import Listener, Notice, Preparing, Started, Told, ignore_event
 from firstwords.insight import memorisation, record
-from firstwords.planning import budget, machine, measure, system
+from firstwords.planning import budget, machine, matmul, measure, system
 from firstwords.recorder import TrainResult
 from firstwords.runs import checkpoint, signals
 from firstwords.runs.folder import RunFolder
@@ -136,8 +136,8 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     [({"device": "cpu"}, TINY["batch_size"]), ({"device": "auto"}, TINY["batch_size"]), ({"micro_batch_size": 1}, 1)],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA")
-def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
-    tmp_path: Path, given: dict[str, Any], micro: int
+def test_a_run_that_leaves_a_gpu_leaves_what_was_decided_for_it(
+    tmp_path: Path, given: dict[str, Any], micro: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settled(**given: Any) -> RunConfig:
         asked = asking.resumed(tmp_path / "run", None, given)
@@ -145,9 +145,14 @@ def test_a_run_that_leaves_a_gpu_leaves_the_micro_batch_that_was_cut_for_it(
 
     train(tmp_path, "run", steps=1, micro_batch_size=1)
     assert settled().micro_batch_size == 1  # the negative control: it stays on its processor
-    config = tmp_path / "run/config.toml"
-    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:1"'))
-    assert settled(**{"device": "cpu", **given}).micro_batch_size == micro
+    config, of_a_gpu = tmp_path / "run/config.toml", {'"cpu"': '"cuda:1"', '"float32"': '"bfloat16"', '"off"': '"on"'}
+    text = config.read_text()
+    for before, after in of_a_gpu.items():
+        text = text.replace(f" = {before}\n", f" = {after}\n")
+    config.write_text(text)
+    monkeypatch.setattr(matmul, "known_rates", lambda *_: {"float32": 1e11, "bfloat16": 1e9})  # has no instructions for it
+    found = settled(**{"device": "cpu", **given})
+    assert (found.micro_batch_size, found.precision, found.compile) == (micro, "float32", "off")
 
 
 def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
@@ -157,7 +162,8 @@ def test_a_run_that_goes_on_on_a_gpu_promises_no_last_bit(
         train(tmp_path, "killed", kill_at=(StepDone, 13))
     monkeypatch.setattr(RunConfig, "on_cpu", False)  # as if there were one
     told: list[Told] = []
-    train(tmp_path, "killed", resume=True, listener=told.append)
+    way = {"precision": "float32", "compile": "off"}  # else decided anew, as for a run that left one
+    api.train(out=tmp_path / "killed", resume=True, listener=told.append, **way)
     said = [notice.text for notice in told if isinstance(notice, Notice)]
     assert any("on a GPU the last bits" in line for line in said)
     assert "bit-exact resume" not in said
@@ -305,6 +311,39 @@ def test_a_best_that_was_saved_without_the_save_that_it_belongs_to_is_made_again
     seldom_saved(tmp_path, "killed", monkeypatch)
     store.remove_folder(checkpoint.folder_of(tmp_path / "killed" / "checkpoints", STEPS))
     assert same(whole, seldom_saved(tmp_path, "killed", monkeypatch, resume=True))
+    assert not list((tmp_path / "killed" / "checkpoints").glob("kept-*"))
+
+
+@pytest.mark.parametrize("otherwise", [{"steps": 2 * STEPS}, {"threads": 2}])
+def test_a_best_that_no_run_will_make_again_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, otherwise: dict[str, Any]
+) -> None:
+    """The learning rates of another length are others, and so are sums by other threads."""
+    best_step = seldom_saved(tmp_path, "killed", monkeypatch).best_step
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    weights = checkpoint.weights_sha256(checkpoints, best_step)
+    store.remove_folder(checkpoint.folder_of(checkpoints, STEPS))
+    told: list[Told] = []
+    train(tmp_path, "killed", resume=True, listener=told.append, **otherwise)
+    (kept,) = checkpoints.glob("kept-*")
+    assert store.verify(kept)["files"][checkpoint.MODEL]["sha256"] == weights
+    assert any(isinstance(line, Notice) and kept.name in line.text for line in told)
+
+
+def test_a_resume_that_is_refused_leaves_the_weights_that_are_newer(tmp_path: Path) -> None:
+    train(tmp_path, "run", keep=100, steps=6)
+    checkpoints = tmp_path / "run/checkpoints"
+    last = checkpoint.folder_of(checkpoints, 6)
+    found = checkpoint.verified(last)
+    tensors = {name: tensor.clone() for name, tensor in found.tensors(checkpoint.MODEL).items()}
+    described = {name: found.json(name) for name in (checkpoint.STATE, checkpoint.CONFIG)}
+    tokenizer_json = (last / checkpoint.TOKENIZER).read_bytes()
+    store.remove_folder(last)
+    checkpoint.save(checkpoints, 6, tensors, None, described, tokenizer_json, found.manifest["run"])
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError, match="steps already"):
+        api.train(out=tmp_path / "run", resume=True, steps=3)
+    assert contents(tmp_path / "run") == before
 
 
 def test_changed_threads_are_named_as_the_reason_why_a_resume_is_not_exact(tmp_path: Path) -> None:
@@ -640,12 +679,14 @@ def test_weights_alone_are_kept_where_what_came_after_them_is_damaged(tmp_path: 
     assert found is not None
     assert found.step == 1
     assert checkpoint.existing(tmp_path) == [first.folder]
-    (kept,) = tmp_path.glob("damaged-step-00000002-*")
+    (kept,) = tmp_path.glob("kept-step-00000002-*")
     assert any(kept.name in line for line in told)
     checkpoint.save(tmp_path, 2, {}, None, EMPTY, b"", ours)
-    checkpoint.newest(tmp_path, pytest.fail, ours)  # the negative control: what a kill left goes, and nothing is said
+    checkpoint.newest(
+        tmp_path, pytest.fail, ours, repeats=lambda _: True
+    )  # the negative control: what a kill left goes, and nothing is said
     assert checkpoint.existing(tmp_path) == [first.folder]
-    assert list(tmp_path.glob("damaged-step-00000002-*")) == [kept]
+    assert list(tmp_path.glob("kept-step-00000002-*")) == [kept]
 
 
 @pytest.mark.usefixtures("whole")
@@ -658,11 +699,17 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     assert outcome(run.path) == before
 
 
-def test_another_micro_batch_is_not_said_to_be_bit_exact(tmp_path: Path) -> None:
-    train(tmp_path, "run", sigterm_at=(StepDone, 3))
+def test_another_micro_batch_is_not_said_to_be_bit_exact_and_each_part_replays_with_its_own(tmp_path: Path) -> None:
+    train(tmp_path, "run", keep=100, sigterm_at=(StepDone, 3))
     told: list[Told] = []
-    api.train(out=tmp_path / "run", resume=True, micro_batch_size=2, listener=told.append)
+    api.train(out=tmp_path / "run", resume=True, micro_batch_size=2, steps=4, listener=told.append)
     assert Notice("not bit-exact because: micro_batch_size 4 -> 2") in told
+    assert api.verify(tmp_path / "run", replay=1).ok  # the last step, in the new way
+    api.train(out=tmp_path / "run", resume=True, micro_batch_size=4)  # it is done: nothing is trained in that way
+    assert api.verify(tmp_path / "run", replay=1).ok
+    found = api.verify(tmp_path / "run", replay=2)  # one in each
+    assert not found.ok
+    assert "micro_batch_size" in str(found.replay)
 
 
 def test_a_run_that_was_stopped_before_it_was_judged_is_not_said_to_be_as_good_as_it_began(tmp_path: Path) -> None:
@@ -1035,3 +1082,53 @@ def test_a_hangup_that_nohup_ignores_is_ignored(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 0
     assert len(journal(tmp_path / "run", "step")) == 120
+
+
+def test_a_run_on_the_built_in_text_goes_on_under_a_python_that_has_another(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pydoc_data.topics import topics
+
+    options = {key: value for key, value in TINY.items() if key != "val"}
+    api.train(out=tmp_path / "run", steps=1, **options)
+    monkeypatch.setitem(topics, "zzz", "what the next version says more")
+    assert api.train(out=tmp_path / "run", resume=True, steps=2).steps == 2
+    shutil.rmtree(cache)
+    with pytest.raises(DataError, match="each version of Python has its own"):
+        api.train(out=tmp_path / "run", resume=True, steps=3)
+
+
+def test_a_run_in_time_that_is_over_keeps_its_scale_when_it_is_asked_to_go_on(tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text(STORY * 3)
+    api.train(text, out=tmp_path / "run", **{**TINY, "for_s": 4, "report": True})
+    report = tmp_path / "run/report.html"
+    report.unlink()  # as where the run was killed before it
+    api.train(out=tmp_path / "run", resume=True, started_s=time.perf_counter() - 60)  # longer than its time
+    assert "beside others" in report.read_text()
+
+
+def test_a_journal_that_does_not_say_what_was_left_out_cannot_be_replayed(tmp_path: Path, whole: TrainResult) -> None:
+    run = RunFolder(tmp_path / "whole")
+    with run.metrics.path.open("a") as file:
+        file.write('{"event":"plan","step":1}\n')
+    assert api.verify(run.path, replay=1).ok
+    with run.metrics.path.open("a") as file:
+        file.write('{"event":"rollback","step":1}\n')
+    assert api.verify(run.path, replay=1).ok  # of a step long after it
+    with run.metrics.path.open("a") as file:
+        file.write(f'{{"event":"rollback","step":{STEPS - 1}}}\n')
+    with pytest.raises(DataError, match="which batches it left out"):
+        api.verify(run.path, replay=1)
+
+
+def test_how_often_it_evaluates_is_planned_again_where_it_is_no_longer_named(tmp_path: Path) -> None:
+    text, options = tmp_path / "story.txt", {**TINY, "for_s": 60, "eval_every": 3, "save_every_s": 0.0}
+    text.write_text(STORY * 3)
+    with pytest.raises(KilledError):
+        api.train(text, out=tmp_path / "run", listener=killing((StepDone, 20)), **options)
+    with pytest.raises(KilledError):
+        api.train(out=tmp_path / "run", resume=True, eval_every="none", listener=killing((StepDone, 40)))
+    rhythms = [line["eval_every"] for line in journal(tmp_path / "run", "plan")]
+    assert rhythms[0] == 3
+    assert rhythms[-1] != 3

@@ -218,9 +218,7 @@ def resumed(out: Path | None, config_file: str | Path | None, given: dict[str, A
     _require_utf8(config)
     if "threads" in given:
         _require_cores(config.threads)
-    named = frozenset(key_types())
-    if "micro_batch_size" not in given:
-        named -= {"micro_batch_size"}
+    named = frozenset(key_types()) - ({"micro_batch_size", "precision", "compile"} - given.keys())  # decided on the device
     was_on_gpu = not run_config(recorded).on_cpu
     return Asked(run, config, None, named, more_time=more_time, moved=frozenset(moved), was_on_gpu=was_on_gpu)
 
@@ -231,9 +229,11 @@ def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:
 
 
 def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:
-    """Return the keys with the place of the run's own tokenizer by now, where its folder was moved."""
-    recorded_place = Path(str(recorded.get("tokenizer")))
-    if recorded_place.name != run.tokenizer.name or recorded_place.is_file() or not run.tokenizer.is_file():
+    """Return the keys with the place of the run's own tokenizer by now: another run may be where its folder was."""
+    recorded_place, is_of_a_run = Path(str(recorded.get("tokenizer"))), "text_sha256" in recorded
+    if recorded_place.name != run.tokenizer.name or not run.tokenizer.is_file():
+        return recorded
+    if recorded_place.is_file() and not is_of_a_run:
         return recorded
     return {**recorded, "tokenizer": str(run.tokenizer.absolute())}
 

@@ -62,6 +62,9 @@ def tell_of_few(prepared: Corpus, context_length: int, listener: Listener) -> No
 def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
     recorded = asked.run.recorded_corpus()
+    if not asked.config.text and asked.config.val is None and recorded is not None and corpora.is_there(recorded):
+        with suppress(DataError):  # what is damaged is prepared again, as any text is
+            return _as_prepared(asked.config, recorded)  # the built-in text: each Python has its own
     try:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
@@ -72,9 +75,13 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise _with_its_place(error, asked) from error
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
-        prepared = corpora.load(recorded)
-        _require_unchanged(asked.config, recorded, prepared.text_sha256, prepared.folder)
-        return prepared
+        return _as_prepared(asked.config, recorded)
+
+
+def _as_prepared(config: RunConfig, recorded: Path) -> Corpus:
+    prepared = corpora.load(recorded)
+    _require_unchanged(config, recorded, prepared.text_sha256, prepared.folder)
+    return prepared
 
 
 def _require_unchanged(
@@ -89,10 +96,13 @@ def _require_unchanged(
         folder: Of the text as it would be prepared by now.
         may_go: Whether the run would go on with what was prepared if the text were not there.
     """
-    where = ", ".join(config.text) or "text"
+    where = ", ".join(config.text) or "the built-in text"
+    python_s = "each version of Python has its own: go on with the one that the run began with, or begin a new run"
     if recorded is not None and folder != recorded:
         do = "restore it, or begin a new run"
-        if may_go and corpora.is_there(recorded):
+        if not config.text:
+            do = python_s
+        elif may_go and corpora.is_there(recorded):
             do += "; or move away what changed: the run then goes on with the text as it was prepared"
         raise DataError(
             "the text, its held-out part or its tokenizer changed since the run began",
@@ -105,7 +115,7 @@ def _require_unchanged(
             "the text is not the one that the run was made from",
             where=where,
             why=f"its SHA-256 is {text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
-            do="restore the text, or begin a new run",
+            do="restore the text, or begin a new run" if config.text else python_s,
         )
 
 

@@ -159,7 +159,7 @@ def _new_recorder(
     if resume or checks:
         store.write(run.config, to_toml(config).encode())
     now_s = time.perf_counter()
-    if config.for_s is not None:
+    if config.for_s is not None and not recorder.is_over:
         left_s = max(config.for_s - state.elapsed_s, LEAST_LEFT_S)
         as_first = config.from_ is not None and not resume  # then the first evaluation, which is timed, judges as much
         recorder.budget = _time_budget(config, prepared, started_s, now_s, left_s, as_first=as_first)
@@ -216,7 +216,9 @@ def _first_state(
         ),
         resolve.batches(config, prepared)(0).rows(config.micro_batch_size or 1),
         trust.Way(config.device, config.precision, config.compile),
-        lambda: matmul.precision(asked.config.precision, torch.device("cpu"), store.cache_folder()),
+        lambda: matmul.precision(
+            asked.config.precision if "precision" in asked.given else "auto", torch.device("cpu"), store.cache_folder()
+        ),
         insist=config.trust_device,
         notice=notices_to(listener),
     )
@@ -338,4 +340,4 @@ def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: TokenFigures | None
         line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
         recorder.listener(Notice(line))
         return None
-    return quick.scale(lm, recorder.corpus, recorder.run.path.name, tokens)
+    return quick.scale(lm, recorder.corpus, recorder.run.name, tokens)

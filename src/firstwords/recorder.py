@@ -258,7 +258,7 @@ class Recorder:
         """Return what `state.json` says; the journals are made durable as far as it says."""
         journal_bytes = {journal.path.name: journal.size_bytes() for journal in (self.run.metrics, self.run.samples)}
         also = {"journal_bytes": journal_bytes, "fingerprint": self.fingerprint, "for_s": self.config.for_s}
-        also["judged_step"] = self._judged_step()
+        also |= {"judged_step": self._judged_step(), "named_eval_every": self.config.eval_every}
         return {**states.scalars(self.state), **also}
 
     def _publish(
@@ -381,17 +381,12 @@ class Recorder:
             what, why = "no checkpoint to go on from is there", "the run was saved, so they were removed or not copied"
             do = "put them back, or begin a new run with another --out"
             raise NoInputError(what, where=str(self.run.checkpoints), why=why, do=do)
-        repeats = self.config.on_nan != "rollback"
-        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity, repeats=repeats)
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity, repeats=self._repeats_from)
         if found is None:
             for journal in (self.run.metrics, self.run.samples):
                 store.cut(journal.path, 0)
             self._notice("the run has no checkpoint yet: beginning at step 0 with what it recorded")
             return
-        if self.config.steps is not None and self.config.steps < found.step:  # before the journals are cut
-            what = f"the run has {found.step} steps already"
-            do = f"give more than {found.step}, or as many epochs as have more, or begin a new run"
-            raise ConfigError(what, where="--steps", do=do)
         saved, predicted = self._load(found)
         has_more_time = self._extend(saved, more_time=more_time)
         if not has_more_time:
@@ -410,6 +405,23 @@ class Recorder:
         if elsewhere and self.config.on_cpu and all(before.get(way) == self.fingerprint[way] for way in ways):
             what = f"this is another processor, and the run goes on as it began: --threads {self.config.threads}"
             self._notice(f"{what} --precision {self.config.precision}; given anew, they may suit it better")
+
+    def _repeats_from(self, found: Checkpoint) -> bool:
+        """Whether the run comes from a checkpoint to the very weights again that it came to from there before.
+
+        Raises:
+            ConfigError: It is to end before that checkpoint.
+        """
+        if self.config.steps is not None and self.config.steps < found.step:
+            what = f"the run has {found.step} steps already"
+            do = f"give more than {found.step}, or as many epochs as have more, or begin a new run"
+            raise ConfigError(what, where="--steps", do=do)
+        saved, length = found.json(checkpoint.STATE), self.config.steps
+        if not self.config.on_cpu or self.config.on_nan == "rollback" or self.config.for_s is not None:
+            return False
+        same_length = length in (None, saved.get("total_steps"))
+        same_rhythm = saved.get("eval_every") == self.state.eval_every  # else its step may pass unjudged
+        return same_length and same_rhythm and saved.get("fingerprint") == self.fingerprint
 
     def _sameness(self, saved: store.Json) -> str:
         """Return how exactly a run goes on that computes as before: its learning rates are those of its new length."""
@@ -461,7 +473,7 @@ class Recorder:
             raise error
         state, from_step, elapsed_s = self.state, self.state.step, self.state.elapsed_s
         last, plan = states.batch_index(from_step, state.skipped), (state.total_steps, state.eval_every)
-        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity, repeats=False)
+        found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
         assert found is not None  # it would have raised
         self._load(found)
         first = states.batch_index(state.step, state.skipped)
@@ -490,6 +502,8 @@ class Recorder:
             state.eval_every = self.config.eval_every
         if self.config.eval_every is not None:
             state.eval_every = self.config.eval_every
+        elif saved.get("named_eval_every") is not None:  # and is to be planned now
+            state.eval_every = None
         if self.config.steps is not None:
             state.total_steps = self.config.steps
             state.eval_every = recipe.eval_every(self.config, self.corpus.val.n_tokens)

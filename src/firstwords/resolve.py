@@ -52,15 +52,16 @@ def settle(
     started_s = time.perf_counter() if started_s is None else started_s
     config = _of_text(asked, prepared)
     device = machine.device(config.device)
-    if device.type == "cpu" and asked.was_on_gpu and "micro_batch_size" not in asked.given:  # it was for a GPU's memory
-        config = dataclasses.replace(config, micro_batch_size=None)
+    if device.type == "cpu" and asked.was_on_gpu:
+        of_a_cpu: dict[str, Any] = {"micro_batch_size": None, "precision": "auto", "compile": "auto"}
+        config = dataclasses.replace(config, **{key: of_a_cpu[key] for key in of_a_cpu.keys() - asked.given})
     with process.threads(config.threads):
         cache = store.cache_folder()
         precision = matmul.precision(config.precision, device, cache)
         found = matmul.known_of(device, cache)
         config = dataclasses.replace(config, precision=precision, device=str(device))
         tokens = plan_tokens(prepared, config.tokenizer, difficulty, repeated)
-        here = plan.Machine(speed(device, precision, config, found), precision, on_gpu=device.type != "cpu")
+        here = plan.Machine(speed(device, precision, config, found), precision, machine.free_bytes(), device.type != "cpu")
         tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
         fitted = functools.partial(_fitted_to, asked, config, prepared)
         is_timed = device.type == "cpu" and config.compile != "on" and config.budget_s is not None
@@ -85,7 +86,7 @@ def settle(
     )
     config, expected = _expected(config, tokens, here, found)
     if asked.begins:
-        _require_time(expected)
+        _require_time(expected, config)
     if expected.memory_bytes is None:
         return config, expected
     had_bytes = machine.peak_bytes() or 0  # more where a larger model was taken to measure the speed by
@@ -122,7 +123,7 @@ def _require_memory(config: RunConfig) -> None:
         raise ConfigError(
             f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
             where="--model.emb-dim",
-            do="take a smaller preset, --micro-batch-size or --model.context-length",
+            do=f"take a smaller {'model' if config.from_ else 'preset'}, --micro-batch-size or --model.context-length",
         )
 
 
@@ -254,16 +255,18 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: TokenizedText, her
     return dataclasses.replace(config, steps=steps, epochs=None)
 
 
-def _require_time(expected: Candidate) -> None:
+def _require_time(expected: Candidate, config: RunConfig) -> None:
     """Raise a ConfigError for a model that is too large to learn anything within the time budget on this machine."""
     if not expected.has_time:
         least_s, smaller = expected.least_s, "" if expected.preset == "laptop-tiny" else ", or a smaller --preset"
+        if config.from_ is not None:
+            smaller = ", or a smaller model"
         longer = f"{math.ceil(least_s / 60)}m" if least_s > 99 else f"{math.ceil(least_s)}s"
         raise ConfigError(
             "no time is left to learn",
             where=flag("for_s"),
-            why=f"first steps and evaluations of {expected.preset} take about {least_s:.0f} s, all in there are"
-            f" {expected.elapsed_s:.0f} s",
+            why=f"first steps and evaluations of {config.from_ or expected.preset} take about {least_s:.0f} s,"
+            f" all in there are {expected.elapsed_s:.0f} s",
             do=f"give --for {longer} or more{smaller}",
         )
 

@@ -273,9 +273,9 @@ def _verify_file(path: Path, record: Mapping[str, Any], from_disk: bool) -> None
             raise DataError("is damaged", where=str(path), why="its SHA-256 is not the one in its manifest")
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder to `damaged-...` so that nothing takes it for a good one, and return its new place."""
-    place = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
+def set_aside(folder: Path, mark: str = "damaged") -> Path:
+    """Rename a folder to `damaged-...`, or after another mark, so that nothing goes on with it, and return its new place."""
+    place = folder.with_name(f"{mark}-{folder.name}-{secrets.token_hex(4)}")
     with _speaking_of(folder):
         os.rename(folder, place)
         _sync_folder(folder.parent)

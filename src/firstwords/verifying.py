@@ -129,7 +129,9 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     start = starts[-1]
     later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]
     began = later[0] if later else {}  # how the steps after it were computed; it may itself be from before a resume
-    config = replace(config, **{way: began[way] for way in ("threads", "precision") if way in began})
+    config = replace(
+        config, **{way: began[way] for way in ("threads", "precision", "compile", "micro_batch_size") if way in began}
+    )
     try:
         machine.device(config.device)
     except ConfigError as error:
@@ -139,6 +141,7 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
         state = _state_at(start, config)
         found = _compare(state, config, run, state.step + n_steps)
         here = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
+        here["micro_batch_size"] = config.micro_batch_size
     otherwise = dict.fromkeys(filter(None, (machine.differences(began, one) for one in (*later, here))))
     if found.ok or not otherwise:
         return found
@@ -167,12 +170,30 @@ def _state_at(folder: Path, config: RunConfig) -> TrainState:
     return state
 
 
+def _plans(run: RunFolder) -> dict[int, int]:
+    """Return how long the run was to be, from each step on at which that changed."""
+    lines = run.metrics.of_steps("plan", "resume", "start")
+    return {step: total for step, line in lines if isinstance(total := line.get("total_steps"), int)}
+
+
+def _rollbacks(run: RunFolder, steps: range) -> dict[int, list[int]]:
+    """Return the first and the last batch that were left out, from each of the steps on at which that was."""
+    found = {}
+    for step, line in run.metrics.of_steps("rollback"):
+        match line:
+            case {"first_batch": int(first), "last_batch": int(last)}:
+                found[step] = [first, last]
+            case _ if step in steps:
+                what, do = "a roll-back does not say which batches it left out", "replay steps after it"
+                raise DataError(what, where=str(run.metrics.path), do=do)
+    return found
+
+
 def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> Replay:
     """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
     replayed = range(state.step + 1, end + 1)
     recorded = {step: line for step, line in run.metrics.of_steps("step") if step in replayed}
-    plans = {step: line["total_steps"] for step, line in run.metrics.of_steps("plan", "resume", "start")}
-    rollbacks = {step: [line["first_batch"], line["last_batch"]] for step, line in run.metrics.of_steps("rollback")}
+    plans, rollbacks = _plans(run), _rollbacks(run, range(state.step, end))
     later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
     folder = run.recorded_corpus()
     if folder is None:
@@ -191,8 +212,8 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> 
         line = recorded.get(state.step)
         if line is None:
             raise DataError(f"step {state.step} is not in it", where=str(run.metrics.path), do="replay fewer steps")
-        if figures != (line["nats_per_token"], line["grad_norm"]):
-            wanted = line["nats_per_token"], line["grad_norm"]
+        wanted = line.get("nats_per_token"), line.get("grad_norm")
+        if figures != wanted:
             problem = f"step {state.step}: loss and gradient norm are {figures}, recorded are {wanted}"
             problem += "" if config.on_cpu else "; on a GPU the last bits of a step may differ each time"
             return Replay(start, state.step, ok=False, problem=problem)

@@ -229,10 +229,11 @@ def _introduction(told: Started) -> list[str]:
     """Return the lines that say what will be trained on what."""
     config, corpus = told.config, told.corpus
     shape = f"{config.model.n_layers} layers of {config.model.emb_dim}, context {config.model.context_length}"
+    origin = config.preset if config.from_ is None else f"from {visible(config.from_)}"
     length = count(config.steps, "step") if config.steps else f"for {duration(config.for_s or 0)}"
     return [
         f"text   {corpus.train.n_tokens:,} tokens to learn from, {corpus.val.n_tokens:,} held out ({config.tokenizer})",
-        f"model  {cost.parameters(config.model):,} parameters: {shape} ({config.preset})",
+        f"model  {cost.parameters(config.model):,} parameters: {shape} ({origin})",
         f"run    {visible(str(told.run))}, {length} of {config.batch_size} sequences, {config.precision},"
         f" {count(config.threads or 1, 'thread')}" + (f", from step {told.step}" if told.step else ""),
         *plans.expectation(told.predicted),

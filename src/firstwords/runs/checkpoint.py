@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,19 +176,26 @@ def has_begun(parent: Path) -> bool:
     return False
 
 
-def newest(parent: Path, notice: Notify, run: Mapping[str, str] | None = None, *, repeats: bool = True) -> Checkpoint | None:
+def newest(
+    parent: Path,
+    notice: Notify,
+    run: Mapping[str, str] | None = None,
+    *,
+    repeats: Callable[[Checkpoint], bool] = lambda _: False,
+) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None where there is no checkpoint at all.
 
     Args:
         parent: The run's folder of checkpoints.
         notice: Told of each one that is passed over.
         run: The hashes of the run that goes on from here, whose lock the caller holds: checkpoints of another run and
-            damaged ones are set aside, and newer ones of weights only removed, or set aside too where a damaged one was
-            passed over. None: any one's weights will do, and nothing is touched.
-        repeats: Whether the run comes to the same weights again; else newer ones of weights only are set aside.
+            damaged ones are set aside, and newer ones of weights only too, or removed where none is damaged and the run
+            `repeats`. None: any one's weights will do, and nothing is touched.
+        repeats: Whether the run comes from a checkpoint to the same weights again; asked before anything is touched.
 
     Raises:
         DataError: There are checkpoints, and none is whole and of this run; nothing is touched.
+        FirstwordsError: As `repeats`; nothing is touched.
     """
     refused: dict[Path, DataError] = {}
     weights_only = list[Path]()
@@ -201,15 +208,16 @@ def newest(parent: Path, notice: Notify, run: Mapping[str, str] | None = None, *
         if run is not None and not found.continuable:
             weights_only.append(folder)
             continue
+        keep = not repeats(found) or bool(refused)
         for damaged, reason in refused.items():
             notice(f"{reason}; " + (f"set aside as {store.set_aside(damaged).name}" if run else "an older one is used"))
-        _clear(weights_only, notice, keep=bool(refused) or not repeats)
+        _clear(weights_only, notice, keep=keep)
         return found
     if refused:
         why, newest_refused = "; ".join(map(str, refused.values())), next(iter(refused.values()))
         do = newest_refused.do or "begin a new run with another --out"
         raise DataError("every checkpoint is damaged or of another run", where=str(parent), why=why, do=do)
-    _clear(weights_only, notice, keep=not repeats)
+    _clear(weights_only, notice, keep=True)
     return None
 
 
@@ -221,7 +229,7 @@ def _clear(weights_only: list[Path], notice: Notify, *, keep: bool) -> None:
     """
     for folder in weights_only:
         if keep:
-            kept = store.set_aside(folder).name
+            kept = store.set_aside(folder, "kept").name
             notice(f"{folder.name} has weights alone, from after where the run goes on: kept as {kept}")
         else:
             store.remove_folder(folder)

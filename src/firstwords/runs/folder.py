@@ -25,6 +25,11 @@ class RunFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """What the run is called: the folder's own name, also where the path is `.`."""
+        return self.path.absolute().name
+
+    @property
     def config(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.toml"

@@ -119,7 +119,7 @@ def fit(
             yield CopyDue(state.step)
         if reason:
             break
-    yield Stopped(state.step, reason or "done")
+    yield Stopped(state.step, "done" if state.step == state.total_steps else reason or "done")
 
 
 def _save(state: TrainState) -> Generator[Event, None, float]:
