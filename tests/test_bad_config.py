@@ -341,6 +341,8 @@ def spelled(change: Callable[[dict[str, Any]], None]) -> str:
     """A small tokenizer's file with one thing wrong."""
     value = json.loads(train_bpe([TEXT], 262).json)
     change(value["model"])
+    ids = value["model"]["vocab"]  # which those of the added tokens follow
+    value["added_tokens"] = [one | {"id": ids[one["content"]]} for one in value["added_tokens"] if one["content"] in ids]
     return json.dumps(value)
 
 

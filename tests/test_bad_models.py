@@ -15,11 +15,12 @@ import torch
 import firstwords
 from command import TINY_FLAGS, Command, Refused, checkpoints, error_of, flip_a_byte, reseal, tree, write
 from firstwords import reading, store
-from firstwords.errors import DataError, NoInputError
+from firstwords.errors import DataError, NoInputError, StorageError
 from firstwords.model.generate import Sampling, generate
 from firstwords.runs.folder import RunFolder
 from firstwords.text.tokenizer import gpt2
 from firstwords.training import loop
+from firstwords.weights import pickled
 from rows import row
 
 
@@ -313,3 +314,19 @@ def test_a_rate_far_too_high_is_diverged_at_whatever_step_and_leaves_finite_weig
     assert "--optim.peak-lr" in error["do"]
     assert all(is_finite(folder) for folder in Path("run/checkpoints").glob("step-*"))
     assert command("generate", "run", "--max-new-tokens", "3").code == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_pointer_of_git_lfs_in_place_of_weights_is_known(here: Path, refused: Refused, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548105171\n"
+    write(here / name, pointer)
+    assert "git lfs pull" in refused(65, "import", name, "--out", "run")["do"]
+
+
+def test_a_disk_that_is_full_is_not_the_fault_of_the_file_that_is_read(here: Path) -> None:
+    told = json.dumps({"what": "the disk is full", "where": "/tmp/x", "why": "no space", "do": "free some"}).encode()
+    error = pickled._refusal(told, here / "model.pth", StorageError.exit_code)
+    assert (type(error), error.where) == (StorageError, "/tmp/x")
+    of_the_file = json.dumps({"what": "is damaged", "where": "", "why": "", "do": ""}).encode()
+    error = pickled._refusal(of_the_file, here / "model.pth", DataError.exit_code)
+    assert (type(error), error.where) == (DataError, str(here / "model.pth"))

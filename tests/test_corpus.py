@@ -361,3 +361,24 @@ def test_a_long_document_is_given_back_without_a_number_of_python_for_each_of_it
     assert found == [text]
     # A copy of the ids (4 bytes each, and a truth), the text twice; a list alone has a pointer of 8 bytes for each.
     assert peak < 9 * len(part.ids)
+
+
+@pytest.mark.parametrize("again", ["written", "replaced"])
+def test_a_file_that_another_of_the_same_length_replaces_meanwhile_is_told(tmp_path: Path, again: str) -> None:
+    """Else the ids of the new text would be kept under the hash of the old one."""
+    file, old, new = tmp_path / "a.txt", "alpha beta " * 200, "gamma delta" * 200
+    file.write_text(old)
+
+    def meanwhile(*_: object) -> None:
+        if again == "replaced":
+            (tmp_path / "b.txt").write_text(new)
+            (tmp_path / "b.txt").replace(file)
+        else:
+            file.write_text(new)
+            os.utime(file, ns=(0, time.time_ns() + 2 * 10**9))  # a clock of whole seconds would be as before
+
+    with pytest.raises(DataError, match="changed while being read"):
+        corpora.prepare(sources.read([file]), "bytes", cache=tmp_path / "cache", check=meanwhile)
+    file.write_text(old)
+    found = corpora.prepare(sources.read([file]), "bytes", cache=tmp_path / "cache")
+    assert found.tokenizer.decode(found.train.ids[1:6].tolist()) == "alpha"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from firstwords import store
 from firstwords.errors import (
     ConfigError,
     DataError,
@@ -529,3 +530,21 @@ def test_gzip_cut_short_is_damaged(tmp_path: Path, n_kept: int):
 )
 def test_what_is_not_whole_gzip_is_damaged(tmp_path: Path, content: bytes):
     assert error_of(DataError, write(tmp_path / "a.txt.gz", content)).what == "damaged gzip data"
+
+
+def test_what_was_exported_into_a_folder_of_texts_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("A text.")
+    store.publish(tmp_path / "model", {"README.md": [b"A card."]}, lambda: {"kind": "export"})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/manifest.json").write_text("{}")
+    (tmp_path / "own/more.md").write_text("Another text.")
+    told: list[str] = []
+    texts = read([tmp_path], notice=told.append)
+    assert contents(texts) == ["A text.", "Another text."]  # a manifest of somebody else's is none
+    assert any("model: skipped, it is what firstwords made (export)" in line for line in told)
+
+
+@pytest.mark.parametrize("name", ["...txt", "..txt", "....md"])
+def test_a_file_whose_name_is_dots_gives_a_run_a_name_of_its_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("A text.")
+    assert read([tmp_path / name]).name.strip(".") not in ("", ".", "..")

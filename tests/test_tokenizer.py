@@ -237,3 +237,17 @@ def test_a_special_token_that_depends_on_what_is_beside_it_is_refused(key: str) 
     value["added_tokens"][1][key], value["added_tokens"][0][key] = False, True
     with pytest.raises(DataError, match=rf"'<\|endoftext\|>' has {key}"):
         from_json(json.dumps(value).encode(), "tokenizer.json")
+
+
+def test_a_tokenizer_that_cannot_encode_every_byte_is_refused() -> None:
+    few = Tokenizer("few", {bytes([byte]): i for i, byte in enumerate(b"abc ")})
+    with pytest.raises(DataError, match=r"cannot encode every text.*no id for byte 0 "):
+        tokenizers.from_json(few.json, "few.json")
+
+
+def test_an_end_of_text_that_is_only_among_the_added_tokens_is_known() -> None:
+    """As the library `tokenizers` writes it where it was added to a finished vocabulary."""
+    value = json.loads(byte_tokenizer().json)
+    del value["model"]["vocab"]["<|endoftext|>"]
+    read = tokenizers.from_json(json.dumps(value).encode(), "added.json")
+    assert (read.end_of_text, read.ranks) == (256, byte_tokenizer().ranks)

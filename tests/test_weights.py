@@ -609,3 +609,39 @@ def test_what_llama_cpp_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--type"):
         export.to_gguf(drawn(GPT2), tmp_path / "model.gguf", "q4")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_model_keeps_its_own_tokenizer(here: Path, refused: Refused, command: Command) -> None:
+    export.to_hf(drawn(GPT2), here / "model", "card")
+    assert command("import", "model", "--out", "same", "--tokenizer", "model/tokenizer.json").code == 0
+    error = refused(78, "import", "model", "--out", "run", "--tokenizer", "gpt2")
+    assert "another tokenizer" in error["what"]
+    assert not Path("run").exists()
+    write(here / "model/tokenizer.json", "{}")  # which nothing can be made of
+    assert command("import", "model", "--out", "named", "--tokenizer", "bytes").code == 0
+
+
+def test_heads_are_asked_for_only_where_the_source_does_not_say_them(here: Path, refused: Refused) -> None:
+    export.to_hf(drawn(GPT2), here / "model", "card")
+    assert "says itself" in refused(78, "import", "model", "--out", "run", "--n-heads", "7")["what"]
+
+
+def test_heads_that_are_taken_for_granted_are_told_and_others_come_with_the_export(tmp_path: Path, command: Command) -> None:
+    wide = dataclasses.replace(GPT2, emb_dim=768, n_heads=8, n_layers=1)
+    export.to_pth(drawn(wide), tmp_path / "model.pth")
+    told: list[str] = []
+    tokenizer = str(tmp_path / "model.tokenizer.json")
+    assert reader.read(tmp_path / "model.pth", tokenizer=tokenizer, notice=told.append).model.config.n_heads == 12
+    assert any("taken to have GPT-2's 12 heads" in line for line in told)
+    told.clear()
+    assert reader.read(tmp_path / "model.pth", tokenizer=tokenizer, n_heads=8, notice=told.append).model.config.n_heads == 8
+    assert not told
+    export.to_hf(drawn(wide), tmp_path / "model", "card")
+    assert "--n-heads 8" in command("export", "model", "--to", "pth", "--out", "again.pth").err
+
+
+def test_weights_of_a_checkpoint_are_not_read_without_what_stands_beside_them(a_run: Path, refused: Refused) -> None:
+    (weights,) = list(a_run.glob("checkpoints/step-00000002/model.safetensors"))
+    assert str(weights.parent) in refused(78, "generate", weights)["do"]
+    write(weights.parent / "manifest.json", "{}")  # the negative control: another tool's, beside weights of another kind
+    assert refused(65, "generate", weights)["what"] != "is a part of what firstwords made"

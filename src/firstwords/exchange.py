@@ -13,10 +13,11 @@ from typing import Any
 from firstwords import store
 from firstwords.config import did_you_mean, run_config
 from firstwords.errors import CannotCreateError, ConfigError, DataError
-from firstwords.events import Listener, Preparing, ignore_event, notices_to
+from firstwords.events import Listener, Notice, Preparing, ignore_event, notices_to
 from firstwords.loading import is_foreign, load, locate, require_finite, run_of
 from firstwords.model import cost
 from firstwords.presets import CHAPTER_PROMPT
+from firstwords.reading import number
 from firstwords.runs.folder import RunFolder
 
 EXPORTS = ("hf", "gguf", "pth")
@@ -60,13 +61,13 @@ def import_model(
             the same as `.safetensors`, or nanoGPT's `ckpt.pt`.
         out: The folder to be made.
         tokenizer: Where the source has none: gpt2, bytes, or a `tokenizer.json`.
-        n_heads: Of a state dict of the chapter's that is no size of GPT-2's.
+        n_heads: Of a state dict, which does not say it; by default those of GPT-2's size.
         listener: Told what happens.
 
     Raises:
         NoInputError: Nothing is there.
         DataError: It is damaged, or a model that ours cannot be.
-        ConfigError: It does not say enough.
+        ConfigError: It does not say enough, or says otherwise than what is given.
         CannotCreateError: `out` exists.
     """
     if store.exists(Path(out)):
@@ -137,6 +138,7 @@ def export(
     import torch
 
     from firstwords.weights import export as exporting
+    from firstwords.weights import shapes
 
     lm = dataclasses.replace(lm, dtype=torch.float32)
     store.make_folder(Path(out).absolute().parent)
@@ -144,6 +146,9 @@ def export(
     read_by = "firstwords"
     if to == "pth":
         difference = exporting.to_pth(lm, Path(out))
+        heads = lm.model.config.n_heads
+        if shapes.KNOWN_HEADS.get(lm.model.config.emb_dim, heads) != heads:
+            listener(Notice(f"{out} cannot say that the model has {heads} heads: who reads it must, as --n-heads {heads}"))
     elif to == "gguf":
         difference = exporting.to_gguf(lm, Path(out), kind or "f32")
     else:
@@ -160,14 +165,16 @@ def _figures(source: Path, at_step: int) -> dict[str, Any]:
     if not run.exists:
         return {}
     last: dict[str, Any] = {}
-    for number, line in run.metrics.of_steps("evaluation", "step"):
-        if number == at_step:
+    for at, line in run.metrics.of_steps("evaluation", "step"):
+        if at == at_step:
             last[line["event"]] = line
-    found, step = last.get("evaluation"), last.get("step")
+    found, step = last.get("evaluation", {}), last.get("step", {})
     text = run_config(run.recorded_config()).text
     figures: dict[str, Any] = {"text": ", ".join(Path(name).name for name in text) or "Python's own reference"}
-    if found is not None and found.get("bits_per_byte") is not None:
-        figures["held-out bits per byte"] = f"{found['bits_per_byte']:.3f} (step {found['step']})"
-    if step is not None:
-        figures["learnt from"] = f"{step['tokens']:,} tokens in {step['elapsed_s']:.0f} s"
+    bits = number(found.get("bits_per_byte"))
+    tokens, elapsed_s = number(step.get("tokens")), number(step.get("elapsed_s"))
+    if bits is not None:
+        figures["held-out bits per byte"] = f"{bits:.3f} (step {at_step})"
+    if tokens is not None and elapsed_s is not None:
+        figures["learnt from"] = f"{tokens:,} tokens in {elapsed_s:.0f} s"
     return figures

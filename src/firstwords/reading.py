@@ -26,6 +26,7 @@ MOST_TOKENIZER_BYTES = 256 << 20  # a vocabulary of 2^20 ids takes some 50 MB
 NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 BYTES_A_VALUE = 32  # a Python object takes over 60 bytes and `{},` only 3; so many values are allowed for the largest size
 MOST_DEPTH = 64
+LFS_POINTER, LFS_PULL = b"version https://git-lfs", "fetch the file that it stands for: git lfs pull"
 MOST_DIGITS = 20  # of a whole number: 64 bits
 MOST_NAME_BYTES = 255
 MOST_NAMES = 1000  # of a folder, that are held against a misspelt one: some take 0.1 ms each
@@ -132,6 +133,12 @@ def parse_json(data: bytes, where: str, most_bytes: int = MOST_BYTES) -> dict[st
     if not isinstance(value, dict):
         raise DataError("is no JSON object", where=where, why="it must be one, in { and }")
     return value
+
+
+def require_no_pointer(head: bytes, where: str) -> None:
+    """Raise a DataError for the first bytes of a file that Git LFS put in the place of another."""
+    if head.startswith(LFS_POINTER):
+        raise DataError("is a Git LFS pointer", where=where, why="the file itself was not downloaded", do=LFS_PULL)
 
 
 def require_plain_names(names: Iterable[str], where: str) -> None:

@@ -128,6 +128,8 @@ def is_proper_name(name: str) -> bool:
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """Return the header and the number of bytes after it."""
     with reading.regular(path) as (file, size):
+        reading.require_no_pointer(file.read(len(reading.LFS_POINTER)), str(path))
+        file.seek(0)
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         most = min(size - LENGTH_BYTES, reading.MOST_BYTES)
         if most < 2:

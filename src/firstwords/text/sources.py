@@ -23,17 +23,18 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from firstwords import reading
+from firstwords import reading, store
 from firstwords.errors import (
     ConfigError,
     DataError,
+    FirstwordsError,
     NoInputError,
     Notify,
     PermissionDeniedError,
@@ -84,7 +85,7 @@ _NOT_TEXT = (  # first bytes, what they are the mark of, what to do
     (rb"PAR1", "a Parquet table", _EXPORT),
     (rb"(?s:.{6})\x00\x00\{\"", "a safetensors file", _NAME_A_TEXT),
     (rb"GGUF[\x01-\x09]\x00\x00\x00", "a GGUF model", _NAME_A_TEXT),
-    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
+    (re.escape(reading.LFS_POINTER), "a Git LFS pointer", reading.LFS_PULL),
 )
 _GUESSES = (  # encoding, the letters that its texts are made of; the more particular first
     ("shift_jis", "[\u3000-\u30ff\u4e00-\u9fff\uff01-\uff5e]"),
@@ -153,7 +154,7 @@ def read(paths: Sequence[str | Path], *, encoding: str | None = None, notice: No
     if not paths:
         return Texts("pydoc-topics", None, (_built_in,))
     sources = [source for path in paths for source in _find(path, encoding, notice)]
-    n_bytes = sum(source.size or 0 for source in sources) if all(map(_is_plain, sources)) else None
+    n_bytes = sum(source.status.st_size for source in sources if source.status) if all(map(_is_plain, sources)) else None
     return Texts(_short_name(str(paths[0])), n_bytes, tuple(source.documents for source in sources))
 
 
@@ -166,7 +167,7 @@ class _Source:
     encoding: str | None
     is_jsonl: bool = False
     is_gzip: bool = False  # by its suffix; the first bytes can say so too
-    size: int | None = None  # bytes on disk when it was found
+    status: os.stat_result | None = None  # of the file when it was found
 
     def documents(self) -> Iterator[Document]:
         if not self.is_jsonl:
@@ -200,8 +201,7 @@ class _Source:
             with gzip.GzipFile(fileobj=raw) if is_gzip else raw as file:
                 while chunk := file.read(PIECE_BYTES):
                     yield chunk
-                if self.size is not None and os.fstat(raw.fileno()).st_size != self.size:
-                    why = f"it had {self.size} bytes at the start"
+                if self.status is not None and (why := _changes(self.status, os.fstat(raw.fileno()))):
                     raise DataError("changed while being read", where=self.name, why=why, do=CHANGING)
 
     def _undecodable(self, error: UnicodeError, encoding: str, n_bytes: int, n_lines: int) -> DataError:
@@ -235,7 +235,7 @@ def _find(path: str | Path, encoding: str | None, notice: Notify) -> list[_Sourc
 
 def _is_plain(source: _Source) -> bool:
     """Whether its size on disk is that of its text in UTF-8."""
-    if source.size is None or source.is_jsonl or source.encoding is not None:
+    if source.status is None or source.is_jsonl or source.encoding is not None:
         return False
     with _errors_of(source.name), source.open() as file:
         head = file.read(4)
@@ -267,15 +267,23 @@ def _file(path: Path, encoding: str | None) -> _Source:
     name = path.name.lower()
     is_jsonl = name.removesuffix(".gz").endswith(JSON_LINES)
     is_gzip = name.endswith(".gz")
-    return _Source(_shown(path), lambda: absolute.open("rb"), encoding, is_jsonl, is_gzip, status.st_size)
+    return _Source(_shown(path), lambda: absolute.open("rb"), encoding, is_jsonl, is_gzip, status)
+
+
+def _changes(before: os.stat_result, now: os.stat_result) -> str:
+    """Return what tells that a file is another by now; empty where nothing does."""
+    if now.st_size != before.st_size:
+        return f"it had {before.st_size} bytes at the start"
+    same = (now.st_mtime_ns, now.st_ino, now.st_dev) == (before.st_mtime_ns, before.st_ino, before.st_dev)
+    return "" if same else "it was written to, or replaced, since the start"
 
 
 def _text_files(folder: Path, notice: Notify) -> list[Path]:
     found, left = list[Path](), Counter[str]()
     with _errors_of(_shown(folder)):
         for parent, folders, files in os.walk(folder, onerror=_raise):
-            if set(RUN_PARTS) <= {*folders, *files}:
-                notice(f"{_shown(Path(parent))}: skipped, it is a run and no text")
+            if what := _made_here(Path(parent), {*folders, *files}):
+                notice(f"{_shown(Path(parent))}: skipped, it is {what} and no text")
                 folders[:] = []
                 continue
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -293,6 +301,16 @@ def _text_files(folder: Path, notice: Notify) -> list[Path]:
         kinds = ", ".join(kind for kind, _ in left.most_common(SHOWN_KINDS))
         notice(f"{_shown(folder)}: other files are not read, {left.total()} of {kinds}; name those that are text one by one")
     return sorted(found, key=Path.as_posix)
+
+
+def _made_here(folder: Path, names: set[str]) -> str:
+    """Return what of ours a folder is: a run, or what was exported of one; empty where it is neither."""
+    if set(RUN_PARTS) <= names:
+        return "a run"
+    if store.MANIFEST in names:
+        with suppress(FirstwordsError):
+            return f"what firstwords made ({store.read_manifest(folder).get('kind')})"
+    return ""
 
 
 def _leading_somewhere(path: Path) -> Path:
@@ -313,12 +331,13 @@ def _spool_stdin() -> Callable[[], io.BufferedReader]:
     if sys.stdin is None:
         raise NoInputError("is closed", where=_STDIN, do="write a text into it, or name a file")
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the last source that can open it is gone
+    place = f"{_STDIN}, kept in {tempfile.gettempdir()}"
 
     def reopen() -> io.BufferedReader:
         return io.BufferedReader(_Reader(spool))
 
     weakref.finalize(reopen, spool.close)
-    with _errors_of(_STDIN):
+    with _errors_of(place):
         shutil.copyfileobj(sys.stdin.buffer, spool, PIECE_BYTES)
     return reopen
 
@@ -525,7 +544,7 @@ def _short_name(path: str) -> str:
         return "stdin"
     named = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
     name = _shown(named.name if named.is_dir() else Path(named.name.removesuffix(".gz")).stem)
-    return name[:LONGEST_NAME] or "text"
+    return name.strip(".")[:LONGEST_NAME] or "text"
 
 
 def _shown(name: str | Path) -> str:

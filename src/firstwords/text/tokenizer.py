@@ -317,7 +317,7 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         added = {one["content"]: operator.index(one["id"]) for one in listed}
         context = [f"the added token {one['content']!r} has {key}" for one in listed for key in BY_CONTEXT if one.get(key)]
         special = tuple(sorted(added.keys() - {END_OF_TEXT}, key=lambda text: added[text]))
-        contradicted = next((text for text in special if words.setdefault(text, added[text]) != added[text]), None)
+        contradicted = next((text for text in added if words.setdefault(text, added[text]) != added[text]), None)
         plain_words = words.keys() - {END_OF_TEXT, *special}
         ranks = {bytes(letters[letter] for letter in word): words[word] for word in plain_words}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -332,6 +332,9 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         raise DataError("the tokenizer gives a word two ids", where=where, why=why, do=_ANOTHER)
     if fault := _fault_of_ids(words, (END_OF_TEXT, *special)):
         raise DataError("the tokenizer's ids are not dense", where=where, why=fault, do=_ANOTHER)
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        why = f"it has no id for byte {missing[0]} by itself, and a text may hold any"
+        raise DataError("the tokenizer cannot encode every text", where=where, why=why, do=_ANOTHER)
     if fault := _fault_of_merges(ranks, merges):
         what = "the tokenizer's merges are not those of its ids, in their order"
         raise DataError(what, where=where, why=fault, do=_ANOTHER)

@@ -63,6 +63,7 @@ def require_plain(path: Path) -> None:
         head = file.read(512)
         file.seek(-min(size, END.size + LOCATOR.size + END_64.size), os.SEEK_END)
         tail = file.read()
+    reading.require_no_pointer(head, str(path))
     if head.startswith(GGUF):
         do = "import the folder for transformers, or the .pth, that it was made from"
         raise DataError("is a GGUF file, which is not read", where=str(path), do=do)

@@ -62,7 +62,7 @@ def to_hf(lm: LanguageModel, out: Path, card: str, notice: Notify = ignore_line)
         "generation_config.json": [_json(speaking)],
         "tokenizer.json": [lm.tokenizer.json],
         "tokenizer_config.json": [_json(settings)],
-        "README.md": [card.encode()],
+        "README.md": [card.encode(errors="replace")],
         **_shards(tensors),
     }
     store.publish(out, files, lambda: {"kind": "export"})

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from firstwords import store
-from firstwords.errors import DataError, FirstwordsError
+from firstwords.errors import DataError, FirstwordsError, StorageError
 from firstwords.weights import archive
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> NoReturn:
     path, out, limit_s = Path(arguments[0]), Path(arguments[1]), float(arguments[2])
     try:
         _extract(path, out, limit_s)
+    except StorageError as error:  # of the folder that it writes to
+        refuse(error.what, error.why, error.do, where=error.where, code=error.exit_code)
     except FirstwordsError as error:
         refuse(error.what, error.why, error.do)
     except MemoryError:
@@ -52,11 +54,11 @@ def main(arguments: list[str]) -> NoReturn:
     os._exit(0)
 
 
-def refuse(what: str, why: str = "", do: str = "") -> NoReturn:
-    """Say why and end the process, whatever it is doing."""
-    answer = {"what": what[:500], "why": why[:500], "do": do}
+def refuse(what: str, why: str = "", do: str = "", *, where: str = "", code: int = DataError.exit_code) -> NoReturn:
+    """Say why and end the process, whatever it is doing; `where` is empty where that is the pickled file."""
+    answer = {"what": what[:500], "where": where[:500], "why": why[:500], "do": do}
     os.write(1, json.dumps(answer).encode())
-    os._exit(DataError.exit_code)
+    os._exit(code)
 
 
 def _extract(path: Path, out: Path, limit_s: float) -> None:
@@ -190,7 +192,7 @@ def require_dense(tensors: Mapping[str, Tensor], most_bytes: int) -> None:
 
 
 def limit_resources(size: int, limit_s: float) -> None:
-    """Limit processor time, the size of files, open files, processes and core dumps, for good."""
+    """Limit CPU time, the size of files, open files, processes and core dumps, for good."""
     try:
         import resource
     except ImportError:  # Windows

@@ -14,7 +14,7 @@ import torch
 
 import firstwords
 from firstwords import reading, store
-from firstwords.errors import CannotCreateError, DataError
+from firstwords.errors import CannotCreateError, DataError, StorageError
 from firstwords.runs.checkpoint import MODEL
 from firstwords.weights import folder
 from firstwords.weights.folder import Weights
@@ -47,11 +47,12 @@ def convert(path: Path, out: Path, *, limit_s: float | None = None) -> Pickled:
     Args:
         path: The file.
         out: A folder to be made.
-        limit_s: Seconds of wall-clock and processor time; by default a minute and one second more per 20 MB.
+        limit_s: Seconds of wall-clock and CPU time; by default a minute and one second more per 20 MB.
 
     Raises:
         DataError: It holds more than plain tensors and plain values, or its process had to be ended.
         CannotCreateError: `out` exists.
+        StorageError: The folder's disk is full, or fails.
     """
     with reading.regular(path) as (_, size):
         pass
@@ -93,11 +94,12 @@ def _run(path: Path, out: Path, limit_s: float) -> None:
             raise _refusal(answer.read(MOST_ANSWER_BYTES), path, done.returncode)
 
 
-def _refusal(answer: bytes, path: Path, code: int) -> DataError:
+def _refusal(answer: bytes, path: Path, code: int) -> DataError | StorageError:
     """Return what the process said of the file, or of how it ended where it said nothing that can be understood."""
+    kind = StorageError if code == StorageError.exit_code else DataError
     try:
         told = reading.parse_json(answer, str(path))
-        return DataError(str(told["what"]), where=str(path), why=str(told["why"]), do=str(told["do"]))
+        return kind(str(told["what"]), where=str(told.get("where") or path), why=str(told["why"]), do=str(told["do"]))
     except (DataError, KeyError):
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return DataError("the process that read it was ended", where=str(path), why=how)

@@ -6,12 +6,12 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from firstwords import reading
+from firstwords import reading, store
 from firstwords.config import ModelConfig
 from firstwords.errors import ConfigError, DataError, NoInputError, Notify, ignore_line
 from firstwords.model import cost
@@ -40,26 +40,26 @@ def read(
     Args:
         source: A folder with `config.json` and weights, a file of `torch.save`, a `.safetensors` with the chapter's names.
         tokenizer: Where the source has none: gpt2, bytes, or the path of a `tokenizer.json`.
-        n_heads: Of a state dict of the chapter's that is no size of GPT-2's.
+        n_heads: Of a state dict, which does not say it; by default those of GPT-2's size.
         notice: Told of what was assumed.
 
     Raises:
         NoInputError: Nothing is there.
         DataError: It is damaged, or a model that ours cannot be.
-        ConfigError: It does not say enough: its heads, its tokenizer.
+        ConfigError: It does not say enough, its heads or its tokenizer, or says otherwise than what is given.
     """
     if not source.exists():
         raise NoInputError("there is nothing", where=str(source), do=hub.meant(str(source)) or "check the name")
     if source.is_dir() and not (source / CONFIG).is_file():
         do = "name the folder with its config.json, or a .pth; what train made is used as it is"
         raise DataError(f"has no {CONFIG}", where=str(source), do=do)
-    with _opened(source, n_heads) as (config, dialect, weights):
+    with _opened(source, n_heads, notice) as (config, dialect, weights):
         model = _filled(config, dialect, weights)
     return LanguageModel(model.eval(), _tokenizer(source, tokenizer, config, notice))
 
 
 @contextmanager
-def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Dialect, Weights]]:
+def _opened(source: Path, n_heads: int | None, notice: Notify) -> Iterator[tuple[ModelConfig, Dialect, Weights]]:
     with tempfile.TemporaryDirectory(prefix="firstwords-") as name:
         if source.is_dir():
             config, dialect = shapes.from_hf(reading.read_json(source / CONFIG), str(source / CONFIG))
@@ -67,17 +67,22 @@ def _opened(source: Path, n_heads: int | None) -> Iterator[tuple[ModelConfig, Di
             found = _unpickled(source / PICKLED, name).weights if only_pickled else folder.find(source)
             if dialect == "gpt2" and not config.qkv_bias:  # transformers trains the zeros that stand for it in an export
                 config = dataclasses.replace(config, qkv_bias=_has_qkv_bias(found))
+            _require_no_heads(n_heads, source)
             yield config, dialect, found
             return
         if source.suffix == tensor_file.SUFFIX:
+            if _is_ours(source.parent):
+                why, do = "its shape stands beside it", f"name the folder: {source.parent}"
+                raise ConfigError("is a part of what firstwords made", where=str(source), why=why, do=do)
             found = folder.find(source)
-            yield _chapter_shape(found, n_heads), "chapter", found
+            yield _chapter_shape(found, n_heads, notice), "chapter", found
             return
         taken = _unpickled(source, name)
         if isinstance(arguments := taken.scalars.get(NANOGPT_SHAPE), dict):
+            _require_no_heads(n_heads, source)
             yield shapes.from_nanogpt(arguments, str(source)), "nanogpt", taken.weights
             return
-        yield _chapter_shape(taken.weights, n_heads), "chapter", taken.weights
+        yield _chapter_shape(taken.weights, n_heads, notice), "chapter", taken.weights
 
 
 def _unpickled(source: Path, temporary: str) -> Pickled:
@@ -86,10 +91,29 @@ def _unpickled(source: Path, temporary: str) -> Pickled:
     return dataclasses.replace(taken, weights=dataclasses.replace(taken.weights, where=str(source)))
 
 
-def _chapter_shape(weights: Weights, n_heads: int | None) -> ModelConfig:
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder was published by firstwords: another tool may have a manifest too."""
+    try:
+        return (folder / store.MANIFEST).is_file() and bool(store.read_manifest(folder))
+    except DataError:
+        return False
+
+
+def _require_no_heads(n_heads: int | None, source: Path) -> None:
+    if n_heads is not None:
+        raise ConfigError(
+            "the source says itself how many heads it has", where="--n-heads", why=str(source), do="leave it out"
+        )
+
+
+def _chapter_shape(weights: Weights, n_heads: int | None, notice: Notify) -> ModelConfig:
     described = {bare(name): one.shape for name, one in weights.described.items()}
     tied = HEAD in described and described[HEAD] == described.get("tok_emb.weight") and _is_tied(weights)
-    return shapes.from_tensors(described, n_heads, tied=tied, where=weights.where)
+    config = shapes.from_tensors(described, n_heads, tied=tied, where=weights.where)
+    if n_heads is None:
+        heads = f"with {config.emb_dim} channels it is taken to have GPT-2's {config.n_heads} heads"
+        notice(f"{weights.where} does not say how many heads it has; {heads}: if it has others, import it with --n-heads")
+    return config
 
 
 def _is_tied(weights: Weights) -> bool:
@@ -116,13 +140,19 @@ def _filled(config: ModelConfig, dialect: Dialect, weights: Weights) -> GPTModel
 
 
 def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Notify) -> Tokenizer:
+    own = source / TOKENIZER
     if given is not None:
         kind, _ = corpus.parse_tokenizer(given)
         if kind == "bpe":
             raise ConfigError("a model has its tokenizer already", where="--tokenizer", do="name gpt2, bytes or a file")
-        return corpus.make_tokenizer(given, (), 0)
-    if (source / TOKENIZER).is_file():
-        return tokenizers.read(source / TOKENIZER)
+        named = corpus.make_tokenizer(given, (), 0)
+        with suppress(DataError):  # one that cannot be read is why another is named
+            if own.is_file() and tokenizers.read(own).sha256 != named.sha256:
+                why = f"its own is {own}, and its ids mean other texts in another"
+                raise ConfigError("the model has another tokenizer", where="--tokenizer", why=why, do="leave it out")
+        return named
+    if own.is_file():
+        return tokenizers.read(own)
     merges = source / MERGES
     if merges.is_file() and not tokenizers.are_gpt2s_merges(reading.read_bytes(merges)):
         why = f"its {MERGES} is not GPT-2's, and it has no {TOKENIZER}"
