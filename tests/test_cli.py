@@ -21,9 +21,11 @@ from command import TEXT, TINY_FLAGS, Command, Ended
 from firstwords import api, errors, store
 from firstwords.app.cli import main
 from firstwords.events import Preparing, Told
+from firstwords.model.language_model import LanguageModel
 from firstwords.runs.journal import Journal
 from firstwords.text import corpus
 from firstwords.training import loop
+from firstwords.watching import Watcher
 
 FIGURES = {"nats_per_token", "perplexity", "bits_per_byte"}
 TRAIN_KEYS = {
@@ -623,3 +625,48 @@ def test_the_python_verbs_give_what_the_command_line_gives(command: Command, cap
     assert capsys.readouterr() == ("", "")
     assert (result.weights_sha256, result.bits_per_byte) == (shown["weights_sha256"], shown["bits_per_byte"])
     assert firstwords.evaluate("same").bits_per_byte == shown["bits_per_byte"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="NOT RUN: there is no disk that is always full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_result_that_cannot_be_told_is_an_error_of_the_disk(a_run: Path, more: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "firstwords", "info", str(a_run), *more]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 74
+    assert "Exception ignored" not in ended.stderr
+
+
+def test_where_colours_are_not_wanted_none_are_explained(
+    a_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> str:
+        capsys.readouterr()
+        assert main(["explain", str(a_run), "some words here"]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert "surprise in nats" in said()  # the negative control
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "surprise in nats" not in said()
+
+
+def test_an_encoding_without_a_text_to_read_is_refused(a_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(a_run), "--encoding", "latin-1"]) == 78
+    assert "--encoding: there is no text" in capsys.readouterr().err
+
+
+def test_who_stops_a_finished_run_s_last_words_is_not_told_to_go_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "generate", interrupted)
+    monkeypatch.setattr(Watcher, "sample", lambda *_: "")
+    assert main(["train", "text.txt", "--out", "run", *TINY_FLAGS]) == 130
+    said = capsys.readouterr()
+    assert "go on     firstwords train" in said.out  # longer, before it spoke
+    assert "--resume" not in said.err

@@ -370,3 +370,16 @@ def test_a_time_budget_without_room_for_it_leaves_a_long_text_out(
     train(tmp_path, "run", **length, listener=lambda event: told.append(getattr(event, "text", "")))
     assert bool(journal(tmp_path / "run", "memorisation")) == has_room
     assert any("firstwords eval" in line for line in told) != has_room
+
+
+def test_a_piece_of_held_out_text_is_of_one_document_and_begins_where_one_it_would_reach_into_does() -> None:
+    """As a sample is: a joint of two documents would count as words that nobody put together."""
+    tokenizer = byte_tokenizer()
+    short = [f"yes number {n} is quite all right by me" for n in range(100, 400)]
+    pieces = memorisation.held_out_pieces(part(short, tokenizer), tokenizer, 200)
+    assert len(pieces) > 10
+    assert set(pieces) <= set(short)
+    found = Meter(part(short, tokenizer), part(short, tokenizer), tokenizer, 200).measure(["x"], None)
+    assert found.held_out_novel_8grams == 0  # it is the training text
+    long = memorisation.held_out_pieces(part([STORY * 40], tokenizer), tokenizer, 200)
+    assert {len(piece.encode()) for piece in long} == {200}  # the negative control: nothing is shortened

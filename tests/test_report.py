@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from command import TINY_FLAGS, Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, error_of, write
 from conftest import OTHER, STORY, TINY, journal
 from firstwords import api
 from firstwords.events import Notice, Told, Trained
-from firstwords.insight import surprise
+from firstwords.insight import report, surprise
 from firstwords.insight.explain import Explanation, Guess, TokenExplained
 from firstwords.insight.record import MOST_POINTS, read
 from firstwords.insight.report import _plotly, explained
@@ -539,7 +540,7 @@ def test_the_last_weights_are_judged_once_and_have_a_scale_where_all_tokens_are_
 ) -> None:
     calls: list[None] = []
 
-    def counted(*given: Any) -> evaluate.Tokens | None:
+    def counted(*given: Any) -> evaluate.TokenFigures | None:
         calls.append(None)
         return evaluate_tokens(*given)
 
@@ -552,3 +553,52 @@ def test_the_last_weights_are_judged_once_and_have_a_scale_where_all_tokens_are_
     assert ("scale" in page(run / "report.html").ids) == bool(judged)
     assert (last["n_tokens"] <= 64) == (eval_tokens == 64)
     assert first["n_tokens"] <= last["n_tokens"]
+
+
+def test_a_short_passage_is_not_cut_down_to_its_last_line() -> None:
+    tokenizer = byte_tokenizer()
+    asked = b"Question: " + b"what is it " * 25
+
+    def of(document: bytes) -> str:
+        ids = np.array([tokenizer.end_of_text, *document])
+        return surprise.passage(Part(ids, np.ones(257, dtype=np.int64), 1), tokenizer) or ""
+
+    for answer in (b"\nAnswer: yes", b"\n7"):
+        assert of(asked + answer).endswith("what is it" + " " + answer.decode())
+    assert of(b"half a line\n" + asked).startswith("Question")  # the negative control: what leaves most of it is cut
+
+
+def test_the_line_ends_of_windows_break_a_line_once() -> None:
+    """A browser takes a carriage return for a line break of its own."""
+    assert "\r" not in report._token(1, "\r\n", 0.5)
+    assert report._token(1, "\r\n", 0.5) == report._token(1, "\n", 0.5)
+    assert surprise.PART in report._token(1, "\r", 0.5)
+
+
+def test_a_run_is_called_by_its_folder_where_it_is_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path)
+    monkeypatch.chdir(run)
+    api.report(".", out="again.html")
+    assert f"<span>{run.name}</span>" in Path("again.html").read_text()
+
+
+def test_lines_of_a_journal_that_lack_numbers_end_nothing(a_run: Path, command: Command) -> None:
+    step = api.info(a_run)["best_step"]
+    lines: tuple[dict[str, Any], ...] = (
+        {"event": "evaluation", "step": step, "nats_per_token": 3.0},
+        {"event": "start", "predicted": 5},
+        {"event": "step", "step": step},
+    )
+    with (a_run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    for arguments in (("eval", a_run), ("report", a_run), ("export", a_run, "--to", "hf", "--out", "model")):
+        assert command(*arguments).code == 0
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="NOT RUN: macOS has no such names")
+def test_a_run_whose_name_is_not_utf_8_is_reported_and_else_refused(a_run: Path, command: Command) -> None:
+    moved = a_run.rename(os.fsdecode(b"caf\xe9"))
+    assert command("report", moved, "--out", "page.html").code == 0
+    assert "caf?" in Path("page.html").read_text()
+    for arguments in (("explain", moved, "some words"), ("export", moved, "--to", "hf", "--out", "model")):
+        assert "not valid UTF-8" in error_of(command(*arguments, "--json"), 65)["why"]  # safetensors cannot open it

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from command import Command, Refused, write
+from command import TINY_FLAGS, Command, Refused, write
 from conftest import STORY
 from firstwords import api
 from firstwords.config import ModelConfig
@@ -318,7 +318,7 @@ def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: 
     assert "the very text that it learnt from" in command("eval", a_run, text).err
     write(Path("part.txt"), "A new beginning, and then: " + text.read_text()[200:1200])
     assert re.search(
-        r"\b[89]\d% of this text, word for word, is what it learnt from", command("eval", a_run, "part.txt").err
+        r"\b[89]\d% of this text, word for word, is what \S+ learnt from", command("eval", a_run, "part.txt").err
     )
     write(Path("half.txt"), text.read_text()[:250] + "".join(f"{n * n * n} is new. " for n in range(20)))
     assert re.search(r"about [3-6]\d% of this text", command("eval", a_run, "half.txt").err)  # not of its first tokens alone
@@ -334,3 +334,13 @@ def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: 
 
 def test_a_model_to_compare_with_that_is_not_there_is_refused(refused: Refused, a_run: Path) -> None:
     assert refused(66, "eval", a_run, "--against", "no-such-run")["where"] == "no-such-run"
+
+
+def test_a_model_that_learnt_the_text_which_both_are_held_against_is_told_of(
+    command: Command, a_run: Path, text: Path
+) -> None:
+    assert command("train", text, "--out", "all", *TINY_FLAGS, "--val-fraction", "0").code == 0
+    assert command("train", text, "--out", "alike", *TINY_FLAGS, "--seed", "9").code == 0
+    ended = command("eval", a_run, "--against", "all", "--no-baselines")
+    assert re.search(r"\b(9\d|100)% of this text, word for word, is what all learnt from", ended.err)
+    assert "learnt from" not in command("eval", a_run, "--against", "alike", "--no-baselines").err  # the negative control

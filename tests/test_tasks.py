@@ -112,11 +112,12 @@ def test_a_last_word_and_its_passage_stand_in_the_text_and_the_other_choices_are
 ) -> None:
     least, most = tasks.PASSAGE_CHARS
     words = {item.choices[0] for item in made["last_word"].items}
-    for asked, choice in zip(made["last_word"].items, made["last_word_of_4"].items, strict=True):
+    by_context = {asked.context: asked for asked in made["last_word"].items}
+    for asked in by_context.values():
         assert any(asked.context + asked.choices[0] in text for text in english)
         assert least <= len(asked.context) <= most
-        assert choice.context == asked.context
-        assert choice.choices[choice.answer] == asked.choices[0]
+    for choice in made["last_word_of_4"].items:
+        assert choice.choices[choice.answer] == by_context[choice.context].choices[0]
         assert len(set(choice.choices)) == 4
         assert set(choice.choices) <= words
 
@@ -298,3 +299,21 @@ def test_a_run_without_held_out_text_is_told_to_have_none(command: Command, refu
     assert command("train", text, "--out", "run", *TINY_FLAGS, "--val-fraction", "0").code == 0
     for asked in ([], ["--tasks"]):
         assert refused(65, "eval", "run", *asked)["what"] == "there is no held-out text to evaluate on"
+
+
+def test_to_say_the_commonest_word_where_it_is_offered_helps_nobody() -> None:
+    """Of the words that stand together in a question each is as often the right one, however common it is."""
+    asked = [Item("c", (" sir",), 0)] * 1800 + [Item("c", (f" w{n % 40}",), 0) for n in range(1200)]
+    offered = [item for item in tasks.among_others(asked, 123) if " sir" in item.choices]
+    right = sum(item.choices[item.answer] == " sir" for item in offered)
+    assert len(offered) > 100
+    chance = 1 / tasks.CHOICES
+    assert abs(right / len(offered) - chance) < 4 * (chance * (1 - chance) / len(offered)) ** 0.5  # four standard deviations
+
+
+def test_documents_of_one_sentence_make_tasks() -> None:
+    sentences = [f"The old man number {n} walked slowly down to the river, alone." for n in range(2000)]
+    assert tasks.make(sentences)
+    assert list(tasks._sentences(["and so the end of one comes. It is followed by another one."])) == [
+        "It is followed by another one."
+    ]

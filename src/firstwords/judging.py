@@ -26,6 +26,7 @@ from firstwords.loading import (
     prepared_text,
     require_there,
     run_of,
+    tell_of_learnt_text,
 )
 from firstwords.presets import CHAPTER_PROMPT
 from firstwords.runs import folder as run_folder
@@ -122,6 +123,7 @@ def scale(
     held_out = corpora.documents(part, lm.tokenizer)
     others = []
     for other in against:
+        tell_of_learnt_text(other, part, lm.tokenizer, listener)
         tell(Preparing(f"reading it with {other}", None))
         peer = load(other, notice=notices_to(listener))
         found = evaluate_tokens(peer.model, corpora.part_of(held_out, peer.tokenizer), peer.dtype)
@@ -176,8 +178,9 @@ def memorisation(source: str | Path, *, listener: Listener = ignore_event) -> Me
     samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
     gap = None
     for step, line in run_of(Path(source)).metrics.of_steps("evaluation"):
-        if step == lm.step and line.get("nats_per_token") is not None:
-            gap = line["nats_per_token"] - line["train_nats_per_token"]
+        held_out, trained = (reading.number(line.get(key)) for key in ("nats_per_token", "train_nats_per_token"))
+        if step == lm.step and held_out is not None and trained is not None:
+            gap = held_out - trained
     return meter.measure(samples, gap)
 
 
@@ -317,8 +320,8 @@ def report(
     texts = [_or_notice(functools.partial(prepared_text, run, listener), listener) for run in folders]
     lm = _or_notice(functools.partial(load, folders[0].path), listener) if len(folders) == 1 else None
     if scale is None and lm is not None and texts[0] is not None:
-        scale = quick.scale(lm, texts[0], folders[0].path.name)
-    names = [run.path.name for run in folders]
+        scale = quick.scale(lm, texts[0], folders[0].name)
+    names = [run.name for run in folders]
     if len(set(names)) < len(names):  # exp1/notes and exp2/notes
         names = [str(run.path) for run in folders]
     records = [
@@ -336,7 +339,8 @@ def _predicted(run: RunFolder) -> dict[str, Any] | None:
     """Return what was expected of a run before its first step; None where it went on to another length since."""
     events = ("start", "resume", "stop")
     lines = [line for line in run.metrics.lines() if line["event"] in events and "predicted" in line]
-    return lines[-1]["predicted"] if lines else None
+    predicted = lines[-1]["predicted"] if lines else None
+    return predicted if isinstance(predicted, dict) else None
 
 
 def _drawn(record: Record, lm: LanguageModel | None, pictures: Mapping[str, str | Path]) -> list[Path]:

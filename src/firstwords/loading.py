@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from firstwords.model.gpt import GPTModel
     from firstwords.model.language_model import LanguageModel
     from firstwords.runs.checkpoint import Checkpoint
+    from firstwords.text.tokenizer import Tokenizer
 
 LOOKED_UP_PIECES, LOOKED_UP_TOKENS = 32, 200  # of a text that are looked for in what a model learnt from, all of a short one
 LEARNT_SHARE = 0.1  # of a text that is found there, from which on that is told: set phrases and quotations are less
@@ -142,25 +143,34 @@ def model_and_text(
     prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
-    elif look_up and (share := _learnt_share(Path(source), prepared, listener)) >= LEARNT_SHARE:
-        what = f"about {share:.0%} of this text, word for word, is what it learnt from"
-        listener(Notice(f"{what}: such figures say little of any other"))
+    elif look_up:
+        tell_of_learnt_text(source, prepared.train, lm.tokenizer, listener)
     return lm, prepared.train
 
 
-def _learnt_share(source: Path, judged: Corpus, listener: Listener) -> float:
-    """Return how much of a text stands in what a model learnt from, by pieces from all over it; 0 where that is not here."""
+def tell_of_learnt_text(source: str | Path, judged: Part, tokenizer: Tokenizer, listener: Listener) -> None:
+    """Say so where much of a text that a model is judged on stands in what it learnt from, if that is here.
+
+    Args:
+        source: The model.
+        judged: The text.
+        tokenizer: Of its ids.
+        listener: Told so.
+    """
     from firstwords.insight.memorisation import TrainingText, copied_share
 
-    learnt = kept_corpus(source)
+    learnt = kept_corpus(Path(source))
     if learnt is None:
-        return 0.0
-    text, ids, tokenizer = TrainingText(learnt.train, learnt.tokenizer), judged.train.ids, judged.tokenizer
+        return
+    text = TrainingText(learnt.train, learnt.tokenizer)
     if not text.is_kept:
-        listener(Preparing("looking for the text in what it learnt from", None))
-    ranges = corpora.evenly(len(ids), LOOKED_UP_PIECES, LOOKED_UP_TOKENS)
-    pieces = (ids[start:end] for start, end in ranges)
-    return copied_share([tokenizer.decode(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces], text)
+        listener(Preparing(f"looking for the text in what {source} learnt from", None))
+    ranges = corpora.evenly(len(judged.ids), LOOKED_UP_PIECES, LOOKED_UP_TOKENS)  # from all over it
+    pieces = (judged.ids[start:end] for start, end in ranges)
+    share = copied_share([tokenizer.decode(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces], text)
+    if share >= LEARNT_SHARE:
+        what = f"about {share:.0%} of this text, word for word, is what {source} learnt from"
+        listener(Notice(f"{what}: such figures say little of any other"))
 
 
 def _learnt_sha256(run: RunFolder) -> str | None:

@@ -225,7 +225,9 @@ def _import_flags(made: Parser) -> None:
     made.add_argument("source", metavar="SOURCE", help=known)
     made.add_argument("--out", required=True, metavar="RUN", help="the folder to be made")
     made.add_argument("--tokenizer", metavar="NAME", help="where the source has none: gpt2, bytes, or a tokenizer.json")
-    made.add_argument("--n-heads", metavar="N", help="of a state dict that is no size of GPT-2's")
+    made.add_argument(
+        "--n-heads", metavar="N", help="of a state dict, which does not say it; default: those of GPT-2's size"
+    )
 
 
 def _export_flags(made: Parser) -> None:
@@ -365,6 +367,8 @@ def plan(options: argparse.Namespace, console: Console) -> int:
 def evaluate(options: argparse.Namespace, console: Console) -> int:
     """Say how good a model is."""
     kept, out, text = options.tasks, options.tasks_out, options.text or None
+    if options.encoding is not None and text is None:
+        raise ConfigError("there is no text to read so", where="--encoding", do="leave it out, or name a text")
     if kept and (options.against or options.no_baselines):
         why, do = "they belong to a text", "leave them out, or the folder"
         raise ConfigError("goes without --against and --no-baselines", where=f"--tasks {kept}", why=why, do=do)

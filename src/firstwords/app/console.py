@@ -123,6 +123,8 @@ class Console:
 
     def trained(self, result: TrainResult) -> None:
         """Show what came of a run, and the commands to go on with."""
+        if result.stopped in ("done", "best"):
+            self.begun = None  # it is over: who stops what follows has nothing to go on with
         if self.as_json:
             self._json(vars(result))
             return
@@ -218,8 +220,8 @@ class Console:
             return
         if page is not None:
             self.out.print(f"page      {visible(page)}")
-        if self.out.is_terminal and self.out.color_system is not None:
-            column = 1 if self.out.color_system == "standard" else 0
+        if self.out.is_terminal and self.out.color_system is not None and not self.out.no_color:
+            column = 1 if self.out.color_system in ("standard", "windows") else 0  # of few colours
             self.out.print(_surprise_map(explanation, column), _legend(column), sep="\n\n")
         table = Table(box=rich.box.SIMPLE_HEAD)
         for heading in ("token", "id", "probability", "log", "rank"):

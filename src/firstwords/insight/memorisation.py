@@ -299,12 +299,24 @@ def memorisation_s(n_bytes: float) -> float:
 
 
 def held_out_pieces(val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = YARDSTICKS) -> tuple[str, ...]:
-    """Return pieces of held-out text, of so many tokens each, evenly spread; none where there is none."""
+    """Return pieces of held-out text, of so many tokens at most, evenly spread; none where there is none.
+
+    As a sample ends where its document does, so does a piece; one that would go on into the next document begins with that.
+    """
     last = len(val.ids) - n_tokens
-    starts = np.unique(np.linspace(0, max(0, last), min(most, 1 + max(0, last) // n_tokens), dtype=np.int64))
-    pieces = (val.ids[start : start + n_tokens] for start in starts.tolist())
-    texts = (b"".join(map(tokenizer.token_bytes, ids[ids != tokenizer.end_of_text])) for ids in pieces)
-    return tuple(text.decode(errors="ignore") for text in texts if text)
+    pieces: dict[int, bytes] = {}
+    for start in np.linspace(0, max(0, last), min(most, 1 + max(0, last) // n_tokens), dtype=np.int64).tolist():
+        crossed = _ends(val.ids[start : start + n_tokens], tokenizer)
+        begin = start + 1 + crossed[0] if crossed else start
+        piece = val.ids[begin : begin + n_tokens]
+        piece = piece[: next(iter(_ends(piece, tokenizer)), None)]
+        pieces[begin] = b"".join(map(tokenizer.token_bytes, piece))
+    return tuple(text.decode(errors="ignore") for text in pieces.values() if text)
+
+
+def _ends(ids: np.ndarray[Any, Any], tokenizer: Tokenizer) -> list[int]:
+    """Return where documents end in some ids."""
+    return np.flatnonzero(ids == tokenizer.end_of_text).tolist()
 
 
 def _mean(figures: Iterable[float | None]) -> float | None:

@@ -157,7 +157,7 @@ def read(
     config = run.recorded_config()
     environment, checksums, tokenizer_sha256 = _checkpoints(run)
     return Record(
-        name=name or run.path.name or str(run.path),
+        name=name or run.name or str(run.path),
         steps=steps.table(every, text),
         evaluations=_with_training_bits(_table(evaluations, EVALUATION, places), text),
         memorisation=_table(measured, MEMORISATION, places),

@@ -131,7 +131,7 @@ def _page(name: str, sections: Iterable[str], data: Mapping[str, Any], *, plotti
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in scripts)
     before, after = _asset("report.html").split("$scripts")
     values = {"title": escape(name), "css": _asset("report.css"), "hashes": hashes, "sections": "\n".join(sections)}
-    yield Template(before).substitute(values, data=_inert_json(data), version=__version__).encode()
+    yield Template(before).substitute(values, data=_inert_json(data), version=__version__).encode(errors="replace")
     for code in scripts:
         yield f"<script>{code}</script>\n".encode()
     yield after.encode()
@@ -253,7 +253,7 @@ def _map(explanation: Explanation, title: str) -> str:
 
 def _token(index: int, text: str, heat_of_it: float) -> str:
     """Return a token as it is chosen by a click. A line break is shown, and breaks the line; part of a letter is a dot."""
-    shown = escape(text or PART).replace("\n", '<span class="break">⏎</span>\n')
+    shown = escape(text.replace("\r", "") or PART).replace("\n", '<span class="break">⏎</span>\n')
     focus = 0 if index == 1 else -1  # one stop for the tab key; the arrows go on from there
     place = f'role="button" tabindex="{focus}" data-i="{index}" style="--heat:{heat_of_it:.3f}"'
     return f'<span class="token" {place}>{shown}</span>'

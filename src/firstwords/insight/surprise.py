@@ -15,9 +15,10 @@ HOTTEST = 8.0  # nats from which a token is shown at full heat: one chance in 3,
 
 
 def passage(part: Part, tokenizer: Tokenizer) -> str | None:
-    """Return the beginning of a held-out text, from its first whole line or else word on; None where there is too little.
+    """Return the beginning of a held-out text, or None where there is too little.
 
-    The same part gives the same passage. It is of the first document that is long enough, or of the longest.
+    It begins with the first whole line, or else the first whole word, where that leaves most of the text. It is of the first
+    document that is long enough, or of the longest; the same part gives the same passage.
     """
     ids = (int(token) for token in part.ids[1:MOST_IDS])
     documents = (list(run) for ends, run in itertools.groupby(ids, tokenizer.end_of_text.__eq__) if not ends)
@@ -26,7 +27,7 @@ def passage(part: Part, tokenizer: Tokenizer) -> str | None:
     text = next((text for text in texts if len(text) >= PASSAGE_BYTES), longest).decode(errors="ignore")
     for mark in ("\n", " "):
         before, found, after = text.partition(mark)
-        if found and len(before.encode()) < PASSAGE_BYTES // 2 and after.strip():
+        if found and len(before.encode()) < min(PASSAGE_BYTES, len(text.encode())) // 2 and after.strip():
             text = after.lstrip("\n")
             break
     if len(text.encode()) > PASSAGE_BYTES:

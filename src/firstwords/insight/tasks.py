@@ -43,6 +43,7 @@ _END = r"""(?:[.!?…](?=[\s"'”’)\]]|\Z)|[。！？])"""  # of a sentence: a
 _PARAGRAPH = regex.compile(r"\n\r?\n")
 _SENTENCE = regex.compile(rf"(?:(?!{_END})[\s\S])++(?:{_END}|\Z)")
 _WHOLE = regex.compile(rf"""["'“„«¿¡]?\p{{L}}[\s\S]*{_END}""")
+_CAPITAL = regex.compile(r"""["'“„«¿¡]?\p{Lu}""")
 _LAST_WORD = regex.compile(rf"(?<=[\p{{L}},;] )\p{{L}}{{3,}}(?={_END})")
 _WORD = regex.compile(r"\p{L}+")
 _TWO_WORDS = regex.compile(r"(?<![\p{L}'’-])(\p{L}+)(\s)(\p{L}+)(?![\p{L}'’-])")
@@ -182,7 +183,12 @@ def files(tasks: Sequence[Task], texts: Sequence[str], folder: Path) -> dict[str
 
     lm-eval knows the tasks as `firstwords_NAME`, all of them as `firstwords`, and `firstwords_text` besides: bits per byte
     of the beginning of the text. Its files are YAML, of which JSON is a part, and name the others by their whole path.
+
+    Raises:
+        DataError: The folder's path is no text.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder.absolute())):
+        raise DataError("is not UTF-8", where=ascii(str(folder)), why="no YAML can name it", do="give another --tasks-out")
     made: dict[str, list[bytes]] = {}
     for task in tasks:
         made[task.name + SUFFIX] = [_json(asdict(item)) for item in task.items]
@@ -236,16 +242,19 @@ def last_words(texts: Sequence[str], seed: int) -> tuple[Item, ...]:
 
 
 def among_others(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Return the same questions with three answers of other ones beside each: words as common as the right ones."""
+    """Return the same questions with three answers of other ones beside each: words as common as the right ones.
+
+    Where the four are not all different the question is left out, not drawn again: of the words that stand together in
+    those that are left, each is as often the right one, so that to prefer a common word helps nobody.
+    """
     random, words = Random(f"{seed} choices"), [item.choices[0] for item in items]
     if len(set(words)) < CHOICES:
         return ()
     made = []
     for item in items:
-        choices = {item.choices[0]: None}
-        while len(choices) < CHOICES:
-            choices[random.choice(words)] = None
-        made.append(_shuffled(item.context, list(choices), random))
+        choices = [item.choices[0], *random.choices(words, k=CHOICES - 1)]
+        if len(set(choices)) == CHOICES:
+            made.append(_shuffled(item.context, choices, random))
     return tuple(made)
 
 
@@ -315,12 +324,14 @@ def _fault(place: regex.Match[str], rule: Rule, random: Random, known: set[str])
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Yield whole sentences; the first of a text may be the end of one, and is left out."""
+    """Yield whole sentences; the first of a text may be the end of one, and counts only alone, with a capital letter."""
     least, most = SENTENCE_BYTES
     for text in texts:
         for number, match in enumerate(_SENTENCE.finditer(text)):
             sentence = match[0].strip()
-            fits = number and least <= len(sentence.encode()) <= most and not _PARAGRAPH.search(sentence)
+            alone = number == 0 and match.end() == len(text.rstrip())
+            begins = number > 0 or (alone and bool(_CAPITAL.match(sentence)))
+            fits = begins and least <= len(sentence.encode()) <= most and not _PARAGRAPH.search(sentence)
             if fits and _WHOLE.fullmatch(sentence):
                 yield sentence
 
