@@ -11,6 +11,8 @@ import torch
 
 from command import Command, Refused
 from firstwords.config import RunConfig, run_config
+from firstwords.model import cost
+from firstwords.model.gpt import GPTModel
 from firstwords.planning import matmul, measure
 from firstwords.planning.speed import Speed, guessed, point
 from firstwords.text.batches import Batch
@@ -201,3 +203,14 @@ def test_measuring_ends_when_its_time_is_over() -> None:
 def test_more_work_takes_longer() -> None:
     a = torch.ones(256, 256)
     assert measure.seconds(lambda: [a @ a for _ in range(200)], 3) > measure.seconds(lambda: a @ a, 3)
+
+
+@pytest.mark.parametrize("preset", ["chapter", "gpt2-124m", "laptop", "laptop-tiny"])
+def test_what_is_read_for_a_token_is_what_a_forward_pass_multiplies(preset: str) -> None:
+    """All but tables that are looked up in: each number of a matrix is multiplied once for a token."""
+    config = dataclasses.replace(run_config({"preset": preset}).model, vocab_size=300, n_layers=1)
+    model = GPTModel(config)
+    table = model.tok_emb.weight
+    looked_up = {id(model.pos_emb.weight)} if model.pos_emb is not None else set()
+    looked_up |= {id(table)} if model.out_head.weight is not table else set()
+    assert cost.read_parameters(config) == sum(p.numel() for p in model.parameters() if id(p) not in looked_up)

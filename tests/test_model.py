@@ -138,3 +138,15 @@ def test_a_model_that_is_to_be_filled_is_built_without_drawing_a_number(
     shapes = {name: tensor.shape for name, tensor in drawn.named_parameters()}  # a tied head is named once
     assert {name: tensor.shape for name, tensor in model.named_parameters()} == shapes
     assert all(torch.equal(own, other) for own, other in zip(model.buffers(), drawn.buffers(), strict=True))
+
+
+def test_probabilities_that_attention_keeps_count_for_the_memory_of_long_contexts() -> None:
+    config = run_config({"preset": "laptop", "model.drop_rate": 0.0}).model
+    long = dataclasses.replace(config, context_length=32 * cost.SHORT_CONTEXT)  # as many tokens as 32 short sequences have
+    # Of each token and each head half of the context, beyond what short contexts have, in two bytes.
+    kept = 2 * config.n_layers * config.n_heads * long.context_length * (long.context_length - cost.SHORT_CONTEXT) // 2
+    assert cost.training_bytes(long, 1, "bfloat16") - cost.training_bytes(config, 32, "bfloat16") == kept
+    assert cost.training_bytes(long, 1, "float32") == cost.training_bytes(config, 32, "float32")  # it keeps none
+    gpt2 = run_config({"preset": "gpt2-124m"}).model
+    dropped, whole = (cost.attention_bytes(dataclasses.replace(gpt2, drop_rate=rate), 2) for rate in (0.1, 0.0))
+    assert dropped == 2 * whole > 0  # those that are left, too

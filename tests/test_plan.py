@@ -19,9 +19,9 @@ from firstwords.config import ModelConfig, RunConfig, run_config
 from firstwords.errors import ConfigError, DataError
 from firstwords.events import Saved, ignore_event
 from firstwords.model import cost
-from firstwords.planning import facts, measure, plan, recipe
+from firstwords.planning import facts, machine, measure, plan, recipe
 from firstwords.planning.plan import Candidate, Machine, TokenizedText
-from firstwords.planning.prediction import WORDS, Prediction
+from firstwords.planning.prediction import BEYOND_PHRASES, Prediction
 from firstwords.planning.speed import DROPPING_SHARE, UPDATE_TOKENS, WIDTH_POWER, Point, Speed
 from firstwords.presets import SHORTEST_CONTEXT
 from firstwords.runs.folder import RunFolder
@@ -176,12 +176,12 @@ def test_laptop_is_recommended_unless_another_is_clearly_better() -> None:
     assert plan.recommended(by_bytes) == by_bytes[1]  # where a tokenizer is named, the sizes are compared with that one
     assert plan.recommended([usual, *by_bytes]) == usual
     short, long = (
-        dataclasses.replace(better, expected=Prediction(1.8, 1.9, 2.0, (WORDS["read_bytes"][is_long],)))
+        dataclasses.replace(better, expected=Prediction(1.8, 1.9, 2.0, (BEYOND_PHRASES["read_bytes"][is_long],)))
         for is_long in (0, 1)
     )
     assert plan.recommended([usual, short]) == short
     assert plan.recommended([usual, long]) == usual
-    hard = WORDS["difficulty"][True]  # of the text, so of every candidate
+    hard = BEYOND_PHRASES["difficulty"][True]  # of the text, so of every candidate
     of_hard_text = [
         dataclasses.replace(one, expected=Prediction(*one.expected.range, (*one.expected.beyond, hard)))
         for one in (usual, short, long)
@@ -523,3 +523,41 @@ def test_a_preset_s_batch_is_the_recipe_s() -> None:
 def test_a_text_that_no_candidate_could_learn_from_is_refused(here: Path, refused: Refused) -> None:
     write(here / "short.txt", "too short")
     assert "context" in refused(65, "plan", "short.txt")["what"]
+
+
+def test_a_recipe_of_another_kind_is_named() -> None:
+    laptop_s = {"preset": "laptop", "model.tied_head": True}
+    assert plan.UNTRIED_RECIPE not in plan.untried(
+        run_config(laptop_s, {"optim.peak_lr": 1e-4}), TOKENS
+    )  # as for short texts
+    for other in ({"model.block": "gpt2"}, {"optim.kind": "adamw"}, {"optim.peak_lr": 1.0}, {"optim.weight_decay": 0.5}):
+        assert plan.UNTRIED_RECIPE in plan.untried(run_config(laptop_s, other), TOKENS)
+
+
+def test_a_size_that_nobody_named_fits_into_the_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is refused, or tried, for being larger than what could be chosen instead."""
+    story = str(write(tmp_path / "story.txt", STORY * 20))
+    asked = asking.new(
+        tmp_path / "run", None, {"text": (story,), "for_s": 36000.0, "device": "cpu"}, lambda _: ({}, b""), ignore_event
+    )
+    prepared, tried = preparing.prepare(asked, ignore_event), list[str]()
+
+    def spied(config: RunConfig, before: Speed, most_s: float) -> Point | None:
+        tried.append(config.preset)
+        return None
+
+    monkeypatch.setattr(measure, "point_now", spied)
+    large, _ = resolve.settle(asked, prepared, difficulty=1.0)
+    assert large.preset != "laptop-tiny"  # the negative control
+
+    def needed(preset: str) -> int:
+        model = run_config({"preset": preset, "model.vocab_size": large.model.vocab_size}).model
+        rows = (large.batch_size or 1) * large.model.context_length // model.context_length
+        return cost.training_bytes(model, cost.micro_batch_size(model, rows), large.precision)
+
+    little = int((needed("laptop-tiny") + needed("laptop-mini")) / 2 / plan.FREE_SHARE)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: little)
+    monkeypatch.setattr(machine, "free_bytes", lambda: little)
+    tried.clear()
+    assert resolve.settle(asked, prepared, difficulty=1.0)[0].preset == "laptop-tiny"
+    assert set(tried) <= {"laptop-tiny"}

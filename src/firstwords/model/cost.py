@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from firstwords.config import NEWTON_SCHULZ_STEPS, ModelConfig, Precision
 
+SHORT_CONTEXT = 256  # of the models whose activations were measured
 PROCESS_BYTES = {2: 350 << 20, 4: 300 << 20}  # Python, PyTorch with products of numbers of so many bytes, a prepared text
 MAPPED_BYTES = 64 << 10  # that Linux maps at once around what is read of a file
 # Of each activation that is kept for backward, by block and the bytes of a number.
@@ -31,6 +32,14 @@ def parameters(config: ModelConfig) -> int:
         block = 4 * C * C + 3 * config.qkv_bias * C + C + 2 * C * hidden + hidden + C + 4 * C
         rest = 2 * C + config.context_length * C
     return config.n_layers * block + rest + (1 if config.tied_head else 2) * V * C
+
+
+def read_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that are read for each token that is generated: of what is looked up, next to none."""
+    looked_up = 0 if config.tied_head else config.vocab_size * config.emb_dim
+    if config.block == "gpt2":
+        looked_up += config.context_length * config.emb_dim
+    return parameters(config) - looked_up
 
 
 def training_flops(config: ModelConfig) -> int:
@@ -66,6 +75,24 @@ def activations_per_token(config: ModelConfig) -> int:
     return config.n_layers * (20 * config.emb_dim + 6 * config.hidden_dim)
 
 
+def attention_bytes(config: ModelConfig, item: int) -> float:
+    """Return what a token's attention leaves for backward on a CPU, beyond what `ACTIVATION_BYTES` has of short contexts.
+
+    Of all that is kept, the probabilities alone grow with the context: a token's are those of half of it, and of half of the
+    queries that are treated together. See `functional.causal_attention`, which keeps none of long contexts in float32 where
+    nothing is dropped, and those that are left too where something is.
+
+    Args:
+        config: The shape.
+        item: Bytes of a number.
+    """
+    dropped = config.block == "gpt2" and config.drop_rate > 0
+    if item == 4 and not dropped:
+        return 0.0
+    longer = max(0, config.context_length - SHORT_CONTEXT) / 2
+    return item * config.n_layers * config.n_heads * longer * (1 + dropped)
+
+
 def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precision = "float32") -> int:
     """Return about the peak memory of a process that trains on a CPU, in bytes.
 
@@ -74,8 +101,9 @@ def training_bytes(config: ModelConfig, micro_batch_size: int, precision: Precis
     measured: less is kept than the modules compute, as much of it is formed a second time.
     """
     item = 2 if precision == "bfloat16" else 4
-    kept = ACTIVATION_BYTES[config.block, item] * micro_batch_size * config.context_length * activations_per_token(config)
-    at_once = max(EVALUATED_AT_ONCE, micro_batch_size * config.context_length)
+    tokens = micro_batch_size * config.context_length
+    kept = tokens * (ACTIVATION_BYTES[config.block, item] * activations_per_token(config) + attention_bytes(config, item))
+    at_once = max(EVALUATED_AT_ONCE, tokens)
     chunk = chunk_bytes(config.vocab_size * config.emb_dim * item)
     logits = LOGITS_SHARE * min(chunk, at_once * config.vocab_size * item)
     return int(PROCESS_BYTES[item] + 20 * parameters(config) + kept + logits)
@@ -115,6 +143,7 @@ def micro_batch_size(
         gpu_bytes: What a GPU has left; None: a CPU learns.
         precision: Of a GPU's products.
     """
+    attention = attention_bytes(config, 2) if gpu_bytes is None else 0.0
     most_tokens, activation_bytes, room_bytes = MOST_CPU_TOKENS, CPU_ACTIVATION_BYTES, float(CPU_ROOM_BYTES)
     if gpu_bytes is not None:
         most_tokens, activation_bytes = MOST_GPU_TOKENS, GPU_ACTIVATION_BYTES * (1 if precision == "bfloat16" else 2)
@@ -122,6 +151,7 @@ def micro_batch_size(
 
     def fits(rows: int) -> bool:
         tokens = rows * config.context_length
-        return tokens <= most_tokens and activation_bytes * tokens * activations_per_token(config) <= room_bytes
+        kept = tokens * (activation_bytes * activations_per_token(config) + attention)
+        return tokens <= most_tokens and kept <= room_bytes
 
     return max((rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and fits(rows)), default=1)

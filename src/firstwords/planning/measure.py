@@ -158,7 +158,7 @@ def marks(presets: Sequence[str], cache: Path) -> Iterator[BenchResult]:
         limit = rates[config.precision] / cost.training_flops(model)
         rate = rows * model.context_length / step_s(config, rows, STEPS)
         yield BenchResult(f"learning, {name}", rate, "tokens/s", limit)
-        weight_bytes = cost.parameters(model) * machine.DTYPES[config.precision].itemsize
+        weight_bytes = cost.read_parameters(model) * machine.DTYPES[config.precision].itemsize
         limit = reading_rate(weight_bytes) / weight_bytes
         yield BenchResult(f"speaking, {name}", speaking_rate(config, SPOKEN), "tokens/s", limit)
     yield BenchResult("a text becomes GPT-2's tokens", preparing_rate(PREPARED_BYTES) / 1e6, "MB/s")

@@ -192,7 +192,7 @@ def bytes_a_token(tokens: TokenizedText) -> float:
 def untried(config: RunConfig, tokens: TokenizedText) -> tuple[str, ...]:
     """Return in what a configuration differs in kind from all runs that the law was fitted to."""
     differs = {
-        UNTRIED_RECIPE: config.preset not in PRESETS or not _begins_as_tried(config),
+        UNTRIED_RECIPE: config.preset not in PRESETS or not (_begins_as_tried(config) and _learns_as_tried(config)),
         UNTRIED_TOKENIZER: not tokens.tokenizer.startswith("bpe"),
         UNTRIED_TEXT: tokens.repeated > prediction.MOST_REPEATED,
     }
@@ -204,6 +204,13 @@ def _begins_as_tried(config: RunConfig) -> bool:
     preset = run_config({"preset": config.preset}).model
     drawn = run_config({"preset": config.preset, "model.tied_head": True}, as_drawn()).model
     return _beginning(config.model) in map(_beginning, (preset, drawn))
+
+
+def _learns_as_tried(config: RunConfig) -> bool:
+    """Whether its blocks and its optimizer are its preset's; a learning rate may be lower, as it is for short texts."""
+    preset = run_config({"preset": config.preset})
+    same_optim = replace(config.optim, peak_lr=preset.optim.peak_lr) == preset.optim
+    return same_optim and config.optim.peak_lr <= preset.optim.peak_lr and config.model.block == preset.model.block
 
 
 def _beginning(model: ModelConfig) -> list[Any]:

@@ -120,7 +120,7 @@ class Law:
         outside = {name: self._outside(name, value) for name, value in numbers(at).items()}
         spread = self.spread + self.widening * (sum(map(abs, outside.values())) + UNTRIED * len(untried))
         bits = self.bits(at)
-        beyond = tuple(WORDS[name][by > 0] for name, by in outside.items() if by)
+        beyond = tuple(BEYOND_PHRASES[name][by > 0] for name, by in outside.items() if by)
         return Prediction(bits * math.exp(-spread), bits, bits * math.exp(spread), (*beyond, *untried))
 
     def _outside(self, name: str, value: float) -> float:
@@ -145,7 +145,7 @@ class Law:
 
 # What is said of a number below, or above, what was tried.
 SHORTER_RUN = "a shorter run than any that was tried"
-WORDS = {
+BEYOND_PHRASES = {
     "difficulty": ("a text as easy as none that was tried", "a text as hard as none that was tried"),
     "text_bytes": ("a smaller text than any that was tried", "a larger text than any that was tried"),
     "read_bytes": (SHORTER_RUN, "a longer run than any that was tried"),
