@@ -218,9 +218,9 @@ def shape(case: Case, n_bytes: int) -> tuple[int, int, int]:
     batch_size = recipe.batch_size(context_length, case.tokens, 0.9 * n_bytes / BYTES_A_TOKEN)
     steps = max(1, round(case.tokens / (batch_size * context_length)))
     held_out = min(65536.0, 0.1 * n_bytes / BYTES_A_TOKEN)
-    look_steps = 2 + 2 * held_out / 3 / (batch_size * context_length)
-    looks = min(MOST_EVALUATIONS, max(1, int(EVALUATIONS_SHARE * steps / look_steps)))
-    return batch_size, steps, math.ceil(steps / looks)
+    evaluation_steps = 2 + 2 * held_out / 3 / (batch_size * context_length)
+    evaluations = min(MOST_EVALUATIONS, max(1, int(EVALUATIONS_SHARE * steps / evaluation_steps)))
+    return batch_size, steps, math.ceil(steps / evaluations)
 
 
 def sliced(texts: Path, name: str, n_bytes: int) -> bytes:

@@ -26,7 +26,7 @@ from firstwords.text import sources
 def simulate(
     budget_s: float,
     step_s: float,
-    look_s: float,
+    evaluation_s: float,
     slower: float = 1.0,
     end_s: float = 0.0,
     rest_slower: float | None = None,
@@ -38,8 +38,8 @@ def simulate(
     What is not a step becomes slower by `rest_slower`, where it is named; `done` steps were done before; `rest` seconds
     pass after a step on what is neither a step nor an evaluation.
     """
-    now_s, step, looks = 0.1, done, 0  # the first save and sample
-    plans = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * look_s / step_s, end_s=end_s)
+    now_s, step, evaluations = 0.1, done, 0  # the first save and sample
+    plans = Budget(budget_s, budget_s, now_s=0.0, evaluation_steps=0.7 * evaluation_s / step_s, end_s=end_s)
     total: int | None = None
     every: int | None = None
     while total is None or step < total:
@@ -49,19 +49,19 @@ def simulate(
         if plans.step(now_s, took_s) and step != total:
             total, every = plans.plan(step, every)
         if step == total or (every and step % every == 0):
-            now_s, looks = now_s + look_s * rest_pace, looks + 1
+            now_s, evaluations = now_s + evaluation_s * rest_pace, evaluations + 1
             plans.count_evaluation()
         now_s += rest(step) * rest_pace
-    return now_s + end_s * rest_pace, step - done, looks
+    return now_s + end_s * rest_pace, step - done, evaluations
 
 
 @pytest.mark.parametrize(("budget_s", "step_s"), [*product([20, 120], [0.01, 0.2, 1.5]), (3600, 0.2), (3600, 1.5)])
-@pytest.mark.parametrize("look_s", [0.01, 0.5, 2.0])
-def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: float) -> None:
-    took_s, _, looks = simulate(budget_s, step_s, look_s)
+@pytest.mark.parametrize("evaluation_s", [0.01, 0.5, 2.0])
+def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, evaluation_s: float) -> None:
+    took_s, _, evaluations = simulate(budget_s, step_s, evaluation_s)
     # within 3 % or the few steps that come before the first plan
     assert took_s == pytest.approx(budget_s, abs=max(0.03 * budget_s, PROBE_STEPS * step_s))
-    assert looks >= 1
+    assert evaluations >= 1
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_a_steady_machine_ends_on_time(budget_s: float, step_s: float, look_s: f
     ],
 )
 def test_what_passes_between_steps_is_time_too_and_no_evaluation_s(rest: Callable[[int], float]) -> None:
-    took_s, _, looks = simulate(60, 0.02, 0.5, rest=rest)
+    took_s, _, evaluations = simulate(60, 0.02, 0.5, rest=rest)
     assert took_s == pytest.approx(60, rel=0.03)  # without counting it, 138 s of the first kind
-    assert looks >= 7  # as often as without: they did not become slower
+    assert evaluations >= 7  # as often as without: they did not become slower
 
 
 @pytest.mark.parametrize("done", [100, 12_345])
@@ -88,15 +88,15 @@ def test_a_run_that_is_given_more_time_is_judged_as_often_as_a_new_one(done: int
 
 @pytest.mark.parametrize("slower", [0.6, 1.5])
 def test_a_machine_that_changes_its_speed_is_followed(slower: float) -> None:
-    took_s, _, looks = simulate(300, 0.2, 0.3, slower)
+    took_s, _, evaluations = simulate(300, 0.2, 0.3, slower)
     assert took_s == pytest.approx(300, rel=0.05)
-    assert looks > 5
+    assert evaluations > 5
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.5])
 def test_it_is_followed_also_where_there_is_one_evaluation_at_the_end(slower: float) -> None:
-    took_s, _, looks = simulate(60, 0.1, 6.0, slower)
-    assert looks == (1 if slower > 1 else 2)  # a plan that grew by more than a quarter has room for another
+    took_s, _, evaluations = simulate(60, 0.1, 6.0, slower)
+    assert evaluations == (1 if slower > 1 else 2)  # a plan that grew by more than a quarter has room for another
     assert took_s == pytest.approx(60, rel=0.05)  # a plan made once would miss it by a quarter
 
 
@@ -156,8 +156,8 @@ def test_steps_that_warm_up_do_not_count_in_the_first_plan(step_s: float, steps:
 
 
 def test_evaluations_take_a_small_share() -> None:
-    took_s, _, looks = simulate(120, 0.2, 3.0)
-    assert looks * 3.0 < 0.15 * took_s
+    took_s, _, evaluations = simulate(120, 0.2, 3.0)
+    assert evaluations * 3.0 < 0.15 * took_s
 
 
 def test_a_run_with_a_budget_journals_its_plan_and_ends_at_the_floor(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_nats_of_tokens_sum_to_the_loss_and_ignored_ones_are_zero(inputs: tu
     assert (nats > 0).sum() == B * T - 2
 
 
-def test_the_forms_for_a_processor_and_for_a_gpu_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forms_for_a_cpu_and_for_a_gpu_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a target that is all but certain, and with one that is so unlikely that the sum of the others is too large."""
     monkeypatch.setattr(loss, "PIECE_BYTES", 4 * 9 * 8)
     rows, head, padding = torch.eye(9), 3 * torch.randn(V, 9, generator=seeded(0)), 14

@@ -56,7 +56,7 @@ def test_a_batch_has_a_sequence_and_about_the_same_tokens_whatever_the_context(c
 
 def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() -> None:
     once, twice, thrice = (recipe.expected_tokens(seconds, 1e4, Overhead(0)) for seconds in (600, 1200, 1800))
-    assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # looks are whole
+    assert thrice - twice == pytest.approx(twice - once, rel=0.01)  # evaluations are whole
     assert once > 0
     assert recipe.expected_tokens(600, 1e4, Overhead(50_000)) < once
     assert recipe.expected_tokens(600, 1e4, Overhead(0, start_s=recipe.START_S + 100)) == pytest.approx(once - 100 * 1e4)
@@ -85,10 +85,10 @@ def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: i
     config = run_config({"steps": steps, "batch_size": 16})  # of 256 tokens each
     every = recipe.eval_every(config, held_out_tokens)
     assert every is not None
-    looks = math.ceil(steps / every)
-    assert 1 <= looks <= budget.MOST_EVALUATIONS + 1  # what does not divide has one more, at its end
-    if held_out_tokens > FIRST_TOKENS and looks > 1:
-        assert (looks - 1) * cost_in_tokens(
+    evaluations = math.ceil(steps / every)
+    assert 1 <= evaluations <= budget.MOST_EVALUATIONS + 1  # what does not divide has one more, at its end
+    if held_out_tokens > FIRST_TOKENS and evaluations > 1:
+        assert (evaluations - 1) * cost_in_tokens(
             held_out_tokens
         ) <= 1.1 * recipe.ALL_EVALUATIONS_SHARE * steps * 4096  # whole steps
     if steps >= 2000:  # which has the time for all of them
@@ -99,7 +99,7 @@ def test_a_run_of_known_length_spends_little_of_its_time_on_evaluations(steps: i
 
 def test_the_time_of_a_run_of_known_length_counts_each_evaluation() -> None:
     rate, overhead = 1e4, Overhead(1e6, start_s=3.0)
-    once, twice = (recipe.steps_s(1e5, rate, overhead, looks, HELD_OUT_TOKENS) for looks in (1, 2))
+    once, twice = (recipe.steps_s(1e5, rate, overhead, evaluations, HELD_OUT_TOKENS) for evaluations in (1, 2))
     assert twice - once == pytest.approx(recipe.SPOKEN_S + cost_in_tokens(HELD_OUT_TOKENS) / rate)
     longer = recipe.steps_s(2e5, rate, overhead, 1, HELD_OUT_TOKENS)
     assert longer - once == pytest.approx(1e5 / rate)

@@ -301,7 +301,7 @@ def test_memory_that_not_even_one_sequence_has_ends_the_run_with_what_to_do(
     assert "--model.context-length" in ended.err
 
 
-def test_a_run_that_leaves_a_gpu_learns_from_as_much_at_once_as_a_processor_should(
+def test_a_run_that_leaves_a_gpu_learns_from_as_much_at_once_as_a_cpu_should(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "gpu_bytes", lambda where: 80 << 30)  # as if there were one

@@ -60,7 +60,7 @@ class NGram:
 
         p_k(w | h) = max(c(hw) - D(c(hw)), 0) / Σ c(h·) + left(h) p_(k-1)(w | h less its oldest), p_0 = 1/256.
         """
-        keys, places = np.unique(keys, return_inverse=True)  # in order, a search finds its way in the processor's cache
+        keys, places = np.unique(keys, return_inverse=True)  # in order, a search finds its way in the CPU's cache
         p = np.full(len(keys), 1 / BYTE_VALUES)
         for k, table in enumerate(self.tables, start=1):
             wanted = keys & _mask(k)

@@ -85,9 +85,8 @@ class Scale:
     top5: float
     by_position: tuple[Position, ...]
     marks: tuple[ScaleEntry, ...]  # the best first
-    differences: tuple[
-        ScaleEntry, ...
-    ]  # by how many bits per byte each other mark needs more than the model, on the same blocks
+    # By how many bits per byte each other one needs more than the model, on the same blocks.
+    differences: tuple[ScaleEntry, ...]
     n_blocks: int  # that the intervals stand on
     words: tuple[str, ...]
     caveat: str | None  # what the intervals do not say

@@ -88,9 +88,8 @@ def write_heads(
     queries, keys = torch.zeros(2, D, C, device=table.device)
     queries[channels], keys[channels] = mixed @ identity, mixed @ before
     _set_query_key(second, queries, keys, size, SHARP_SAME)
-    _set_value_output(
-        second, said, said, COPIED * std * math.sqrt(C / D)
-    )  # the fewer of the channels it knows of, the louder it speaks
+    # The fewer of the channels it knows of, the louder it speaks.
+    _set_value_output(second, said, said, COPIED * std * math.sqrt(C / D))
 
 
 def _slow(config: ModelConfig) -> Tensor:

@@ -71,7 +71,7 @@ class Torch:
     threads: int
     devices: dict[str, str]  # by the name that --device takes
     sees_a_gpu: bool
-    has_onednn: bool  # the library of its bfloat16 products on a processor
+    has_onednn: bool  # the library of its bfloat16 products on a CPU
     gpu_fault: str = ""  # why the first GPU that it sees cannot compute
 
 
@@ -209,7 +209,7 @@ def torch_problem(program: str = IMPORT) -> str:
 
 
 def no_compiler(environment: Mapping[str, str]) -> str:
-    """Return what `torch.compile` lacks to make code for the processor, empty where nothing."""
+    """Return what `torch.compile` lacks to make code for the CPU, empty where nothing."""
     compiler = environment.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler {compiler}"
