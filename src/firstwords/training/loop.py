@@ -82,8 +82,7 @@ def fit(
         should_stop: Asked after each step; a reason stops.
 
     Raises:
-        DivergedError: A number is not finite, and the weights are those of the step before; or the last update left
-            a model that gives no finite numbers, and it is not saved.
+        DivergedError: A number is not finite; the weights are those of the step before, or not finite and not saved.
     """
     reason, saved_s, took_s = None, time.perf_counter(), 0.0
     began_s, forward = saved_s - state.elapsed_s, forward_of(state.model, compiled=config.compiled)
@@ -92,9 +91,9 @@ def fit(
         saved_s = time.perf_counter()
         yield from _evaluate(state, evaluate)
         yield from _sample(state, sample)
-    while state.total_steps is None or state.step < state.total_steps:
-        started_s = time.perf_counter()
-        batch, lr = batches(state.step), learning_rate(state.step, config.optim, state.total_steps)
+    while not reason and (state.total_steps is None or state.step < state.total_steps):
+        started_s, batch = time.perf_counter(), batches(state.step)
+        lr = learning_rate(state.step, config.optim, state.total_steps)
         figures = None
         with suppress(TooLargeError):  # which holds on to the step's memory until it is gone
             figures = train_step(state, batch, config, lr, forward)
@@ -117,8 +116,6 @@ def fit(
         elif best:
             _require_finite(state)
             yield CopyDue(state.step)
-        if reason:
-            break
     yield Stopped(state.step, "done" if state.step == state.total_steps else reason or "done")
 
 
