@@ -1108,6 +1108,30 @@ def test_a_run_in_time_that_is_over_keeps_its_scale_when_it_is_asked_to_go_on(tm
     assert "beside others" in report.read_text()
 
 
+def test_steps_before_the_length_of_a_run_is_known_replay_without_one(tmp_path: Path, whole: TrainResult) -> None:
+    """As in a run of so many steps that was given a time at step 0 instead: then the learning rate still warms up."""
+    assert verifying._plans(RunFolder(tmp_path / "whole"))[0] == STEPS
+    with (tmp_path / "whole/metrics.jsonl").open("a") as file:
+        file.write('{"event":"resume","step":0,"total_steps":null}\n')
+    assert verifying._plans(RunFolder(tmp_path / "whole"))[0] is None
+
+
+def test_a_best_of_another_course_of_the_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was made with batches left out: going on as recorded, the run does not come to it again."""
+    best_step = seldom_saved(tmp_path, "killed", monkeypatch).best_step
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    store.remove_folder(checkpoint.folder_of(checkpoints, STEPS))
+    found = checkpoint.verified(checkpoint.folder_of(checkpoints, best_step))
+    tensors = {name: tensor.clone() for name, tensor in found.tensors(checkpoint.MODEL).items()}
+    state = found.json(checkpoint.STATE) | {"skipped": [[2, 3]]}
+    described = {checkpoint.STATE: state, checkpoint.CONFIG: found.json(checkpoint.CONFIG)}
+    tokenizer_json, run = (found.folder / checkpoint.TOKENIZER).read_bytes(), found.manifest["run"]
+    store.remove_folder(found.folder)
+    checkpoint.save(checkpoints, best_step, tensors, None, described, tokenizer_json, run)
+    seldom_saved(tmp_path, "killed", monkeypatch, resume=True)
+    assert list(checkpoints.glob("kept-*"))
+
+
 def test_a_journal_that_does_not_say_what_was_left_out_cannot_be_replayed(tmp_path: Path, whole: TrainResult) -> None:
     run = RunFolder(tmp_path / "whole")
     with run.metrics.path.open("a") as file:

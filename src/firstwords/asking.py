@@ -230,7 +230,8 @@ def _is_another(key: str, value: Any, recorded: dict[str, Any]) -> bool:
 
 def _with_its_tokenizer(recorded: dict[str, Any], run: RunFolder) -> dict[str, Any]:
     """Return the keys with the place of the run's own tokenizer by now: another run may be where its folder was."""
-    recorded_place, is_of_a_run = Path(str(recorded.get("tokenizer"))), "text_sha256" in recorded
+    recorded_place = Path(str(recorded.get("tokenizer")))
+    is_of_a_run = "text_sha256" in recorded and run.checkpoints.is_dir()  # and not a copy of its file elsewhere
     if recorded_place.name != run.tokenizer.name or not run.tokenizer.is_file():
         return recorded
     if recorded_place.is_file() and not is_of_a_run:

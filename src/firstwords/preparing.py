@@ -100,7 +100,7 @@ def _require_unchanged(
     python_s = "each version of Python has its own: go on with the one that the run began with, or begin a new run"
     if recorded is not None and folder != recorded:
         do = "restore it, or begin a new run"
-        if not config.text:
+        if not config.text and config.val is None:
             do = python_s
         elif may_go and corpora.is_there(recorded):
             do += "; or move away what changed: the run then goes on with the text as it was prepared"

@@ -421,7 +421,14 @@ class Recorder:
             return False
         same_length = length in (None, saved.get("total_steps"))
         same_rhythm = saved.get("eval_every") == self.state.eval_every  # else its step may pass unjudged
-        return same_length and same_rhythm and saved.get("fingerprint") == self.fingerprint
+        if not (same_length and same_rhythm and saved.get("fingerprint") == self.fingerprint):
+            return False
+        ways, folders = ("total_steps", "eval_every", "skipped", "fingerprint"), checkpoint.existing(self.run.checkpoints)
+        newer = [folder for folder in folders if checkpoint.step_of(folder) > found.step]
+        with suppress(DataError):  # one is damaged: then all are kept in any case
+            made = [checkpoint.unverified(folder).json(checkpoint.STATE) for folder in newer]
+            return all(one.get(way) == saved.get(way) for one in made for way in ways)
+        return False
 
     def _sameness(self, saved: store.Json) -> str:
         """Return how exactly a run goes on that computes as before: its learning rates are those of its new length."""

@@ -129,9 +129,9 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     start = starts[-1]
     later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]
     began = later[0] if later else {}  # how the steps after it were computed; it may itself be from before a resume
-    config = replace(
-        config, **{way: began[way] for way in ("threads", "precision", "compile", "micro_batch_size") if way in began}
-    )
+    left_a_gpu = config.on_cpu and began.get("device", "cpu") != "cpu"  # a CPU may not even compute what was decided for it
+    ways = ["threads", *([] if left_a_gpu else ["precision", "compile", "micro_batch_size"])]
+    config = replace(config, **{way: began[way] for way in ways if way in began})
     try:
         machine.device(config.device)
     except ConfigError as error:
@@ -139,7 +139,13 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
         raise ConfigError(error.what, where="--replay", why=error.why, do=do) from error
     with process.threads(config.threads):
         state = _state_at(start, config)
-        found = _compare(state, config, run, state.step + n_steps)
+        try:
+            found = _compare(state, config, run, state.step + n_steps)
+        except RuntimeError as error:
+            if config.compile != "on":
+                raise
+            why, do = str(error).strip().partition("\n")[0], "replay it where it was trained"
+            raise ConfigError("its steps were compiled, which fails here", where="--replay", why=why, do=do) from error
         here = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
         here["micro_batch_size"] = config.micro_batch_size
     otherwise = dict.fromkeys(filter(None, (machine.differences(began, one) for one in (*later, here))))
@@ -170,10 +176,10 @@ def _state_at(folder: Path, config: RunConfig) -> TrainState:
     return state
 
 
-def _plans(run: RunFolder) -> dict[int, int]:
-    """Return how long the run was to be, from each step on at which that changed."""
+def _plans(run: RunFolder) -> dict[int, int | None]:
+    """Return how long the run was to be, from each step on at which that changed; None: not known yet."""
     lines = run.metrics.of_steps("plan", "resume", "start")
-    return {step: total for step, line in lines if isinstance(total := line.get("total_steps"), int)}
+    return {step: line["total_steps"] for step, line in lines if isinstance(line.get("total_steps", ""), int | None)}
 
 
 def _rollbacks(run: RunFolder, steps: range) -> dict[int, list[int]]:

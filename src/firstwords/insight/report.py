@@ -253,7 +253,7 @@ def _map(explanation: Explanation, title: str) -> str:
 
 def _token(index: int, text: str, heat_of_it: float) -> str:
     """Return a token as it is chosen by a click. A line break is shown, and breaks the line; part of a letter is a dot."""
-    shown = escape(text.replace("\r", "") or PART).replace("\n", '<span class="break">⏎</span>\n')
+    shown = escape(text.replace("\r", "" if "\n" in text else "␍") or PART).replace("\n", '<span class="break">⏎</span>\n')
     focus = 0 if index == 1 else -1  # one stop for the tab key; the arrows go on from there
     place = f'role="button" tabindex="{focus}" data-i="{index}" style="--heat:{heat_of_it:.3f}"'
     return f'<span class="token" {place}>{shown}</span>'

@@ -274,8 +274,9 @@ def _changes(before: os.stat_result, now: os.stat_result) -> str:
     """Return what tells that a file is another by now; empty where nothing does."""
     if now.st_size != before.st_size:
         return f"it had {before.st_size} bytes at the start"
-    same = (now.st_mtime_ns, now.st_ino, now.st_dev) == (before.st_mtime_ns, before.st_ino, before.st_dev)
-    return "" if same else "it was written to, or replaced, since the start"
+    if now.st_mtime_ns != before.st_mtime_ns:  # and no inode: FAT and some network file systems number a file anew
+        return "it was written to, or replaced, since the start"
+    return ""
 
 
 def _text_files(folder: Path, notice: Notify) -> list[Path]:
