@@ -13,7 +13,7 @@ import pytest
 
 from command import Command, write
 from conftest import STORY, TINY
-from firstwords import api
+from firstwords import api, watching
 
 pytest.importorskip("selenium", reason="NOT RUN: needs selenium, which `make browser` installs")
 from selenium import webdriver
@@ -76,7 +76,8 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(watching, "SAMPLE_TOKENS", 60)  # what is shorter has no pairs of words, whose variety is drawn
     write(tmp_path / "text.txt", STORY + HOSTILE * 9)
     api.train(tmp_path / "text.txt", out=tmp_path / "run", **{**TINY, "report": True, "steps": 6, "eval_every": 2})
     return tmp_path / "run"
