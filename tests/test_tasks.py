@@ -317,3 +317,9 @@ def test_documents_of_one_sentence_make_tasks() -> None:
     assert list(tasks._sentences(["and so the end of one comes. It is followed by another one."])) == [
         "It is followed by another one."
     ]
+
+
+def test_a_folder_that_no_yaml_can_name_is_refused(made: dict[str, Task], english: list[str]) -> None:
+    assert tasks.files(tuple(made.values()), english, Path("tasks"))  # the negative control
+    with pytest.raises(DataError, match="is not UTF-8"):
+        tasks.files(tuple(made.values()), english, Path("caf\udce9"))

@@ -262,7 +262,7 @@ def _require_utf8(config: RunConfig, *more: str) -> None:
     recorded = absolute([*config.text, *filter(None, (config.val,))])  # with the folder that they are in
     said = (config.sample_prompt, config.special_tokens)
     for name in (*said, *named, *recorded, *more):
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
+        if not reading.is_utf8(name):
             do = "write it in UTF-8" if name in said else "rename the file, or send it to standard input: -"
             do = "give another --out" if name in more else do
             raise DataError("is not UTF-8", where=ascii(name), why="no configuration can hold it", do=do)

@@ -156,6 +156,11 @@ def require_plain_names(names: Iterable[str], where: str) -> None:
         seen[name.casefold()] = name
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text has bytes in UTF-8: names and arguments that had none come as half a surrogate pair for each byte."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def number(value: Any) -> float | int | None:
     """Return a value of a file where it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

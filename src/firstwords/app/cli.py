@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from firstwords import __version__
+from firstwords import __version__, reading
 from firstwords.config import choices, did_you_mean, fields_by_key, flag, flatten, key_types, run_config
 from firstwords.errors import ConfigError, DataError, FirstwordsError, NoInputError, StoppedError, UsageError, quoted
 from firstwords.presets import presets
@@ -483,7 +483,7 @@ def info(options: argparse.Namespace, console: Console) -> int:
 
 
 def _require_text(text: str, name: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not reading.is_utf8(text):
         raise DataError("is not UTF-8", where=name, why="its bytes make no text", do="check the terminal's encoding")
 
 

@@ -187,7 +187,7 @@ def files(tasks: Sequence[Task], texts: Sequence[str], folder: Path) -> dict[str
     Raises:
         DataError: The folder's path is no text.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in str(folder.absolute())):
+    if not reading.is_utf8(str(folder.absolute())):
         raise DataError("is not UTF-8", where=ascii(str(folder)), why="no YAML can name it", do="give another --tasks-out")
     made: dict[str, list[bytes]] = {}
     for task in tasks:
