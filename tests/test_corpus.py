@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -145,6 +146,24 @@ def test_documents_that_are_encoded_together_have_the_ids_that_each_has(tmp_path
     expected = [token for text in texts for token in (corpus.tokenizer.end_of_text, *corpus.tokenizer.encode(text))]
     assert corpus.train.ids.tolist() == expected
     assert (corpus.train.n_documents, corpus.train.n_bytes) == (len(texts), sum(len(text.encode()) for text in texts))
+
+
+def test_threads_that_encode_share_no_state_of_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, all_at_work, used = Tokenizer.piece_ids, threading.Barrier(2), dict[int, set[int]]()
+
+    def watched(self: Tokenizer, piece: str) -> tokenizers.Ids:
+        if threading.get_ident() not in used:
+            used[threading.get_ident()] = set()
+            all_at_work.wait(60)
+        used[threading.get_ident()].add(id(self.encoding))
+        return encode(self, piece)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(Tokenizer, "piece_ids", watched)
+    prepare(tmp_path, "".join(lines(9000)), tokenizer="gpt2", held_out=0.0)
+    first, second = used.values()
+    assert (len(first), len(second)) == (1, 1)
+    assert first != second
 
 
 def test_the_share_that_is_done_never_falls_within_a_pass() -> None:

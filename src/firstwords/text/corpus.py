@@ -7,10 +7,12 @@ document's first token is predicted from `<|endoftext|>`. All cores encode, in c
 from __future__ import annotations
 
 import array
+import dataclasses
 import functools
 import hashlib
 import math
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -468,9 +470,19 @@ def _key(
     return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
+class _OfThread(threading.local):
+    """A tokenizer that each thread has to itself.
+
+    The state of a pattern that two threads share goes from core to core with every word: they encode no faster than one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = dataclasses.replace(tokenizer)
+
+
 def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: Tokenizer, text_sha256: str) -> None:
     dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
-    counts: dict[str, dict[str, int]] = {}
+    own, counts = _OfThread(tokenizer), dict[str, dict[str, int]]()
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
         count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
@@ -482,7 +494,7 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
 
     def encoded(group: list[str | None]) -> tuple[int, int, np.ndarray[Any, Any]]:
         end, n_bytes = np.array([tokenizer.end_of_text], dtype), sum(len(piece.encode()) for piece in group if piece)
-        ids = [end if piece is None else tokenizer.piece_ids(piece).astype(dtype) for piece in group]
+        ids = [end if piece is None else own.tokenizer.piece_ids(piece).astype(dtype) for piece in group]
         return group.count(None), n_bytes, np.concatenate(ids)
 
     store.publish(
