@@ -4,7 +4,7 @@
 
 Random weights, the likeliest token each time. What a command line does is counted: for us, bringing the weights into low
 precision too. Every contender runs in a process of its own, one after another; the median over all rounds counts. The limit
-is how often this machine can read weights of that size. Processors with fast bfloat16 have one table, those without another.
+is how often this machine can read weights of that size. Each kind of processor has a table; see `record.kind`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from record import interleaved, measured, report
+from record import interleaved, kind, measured, report
 
 PROMPT = "Every effort moves you"
 Speak = Callable[[int], object]
@@ -97,11 +97,8 @@ def main() -> None:
         rows.append([name, f"{given.tokens / figures['took_s']:.0f}", "", f"{figures['took_s'] / ours:.2f}"])
     head = ["", "tokens/s", "", "times as long as ours"]
 
-    from race_peers import bfloat16_is_faster
-
-    precision = "bfloat16" if bfloat16_is_faster() else "float32"
-    title = f"GPT-2 124M speaks {given.tokens} tokens, where matrix products are faster in {precision}"
-    report(f"generation-{precision}", title, head, rows, write=given.write)
+    which, where = kind()
+    report(f"generation-{which}", f"GPT-2 124M speaks {given.tokens} tokens, {where}", head, rows, write=given.write)
 
 
 if __name__ == "__main__":

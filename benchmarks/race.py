@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from record import report
+from record import kind, report
 
 LAPTOP = "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 --n_layer=4"
 LAPTOP += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -121,11 +121,9 @@ def main() -> None:
     peers += [word for package in given.peers for word in (package, "took")]
     head = ["text", "size", "firstwords", "took", *peers, "xz given the rest", "bz2 given the rest"]
 
-    from race_peers import bfloat16_is_faster
-
-    precision = "bfloat16" if bfloat16_is_faster() else "float32"
-    title = f"Held-out bits per byte after {given.seconds:g} seconds, matrix products in {precision}"
-    report(f"race-{precision}", title, head, rows, write=given.write)
+    which, where = kind()
+    title = f"Held-out bits per byte after {given.seconds:g} seconds, {where}"
+    report(f"race-{which}", title, head, rows, write=given.write)
 
 
 if __name__ == "__main__":

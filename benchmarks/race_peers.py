@@ -9,7 +9,6 @@ peer has learnt: it is not charged with the evaluation, which for some would tak
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
@@ -21,16 +20,10 @@ import torch
 import torch.nn.functional as F
 from race import split
 
+from record import bfloat16_is_faster
+
 T, B = 256, 16
 Ids = torch.Tensor
-
-
-@functools.cache
-def bfloat16_is_faster() -> bool:
-    """Whether matrix products in bfloat16 are faster here, by the measurement that chooses our own precision."""
-    from firstwords.planning import matmul
-
-    return matmul.precision("auto", torch.device("cpu")) == "bfloat16"
 
 
 def precision() -> torch.autocast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -57,6 +58,27 @@ def report(key: str, title: str, head: list[str], rows: list[list[str]], *, writ
         PAGE.write_text(before[: before.index(begin)] + section + before[before.index(end) + len(end) :])
     else:
         PAGE.write_text(f"{before.rstrip()}\n\n{section}\n")
+
+
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Whether matrix products in bfloat16 are faster here, by the measurement that chooses our own precision."""
+    import torch
+
+    from firstwords.planning import matmul
+
+    return matmul.precision("auto", torch.device("cpu")) == "bfloat16"
+
+
+def kind() -> tuple[str, str]:
+    """Return which kind of processor this is, for there is a table of each: in a word, and as its title ends."""
+    from firstwords.model.generate import has_amx
+
+    if not bfloat16_is_faster():
+        return "float32", "where matrix products are faster in float32"
+    if has_amx():
+        return "amx", "where matrix products in bfloat16 have units of their own (AMX)"
+    return "bfloat16", "where matrix products are faster in bfloat16"
 
 
 def commit() -> str:

@@ -208,7 +208,7 @@ def main() -> None:
 
     from firstwords.config import run_config
     from firstwords.model import cost
-    from record import interleaved
+    from record import interleaved, kind
 
     names = [n for n in contenders(work, given.nanogpt) if not given.only or any(part in n for part in given.only)]
     found = interleaved([MACHINE, *names], given.rounds, __file__, sys.argv[1:])
@@ -222,13 +222,10 @@ def main() -> None:
         ratio = f"{figures['step_s'] / ours:.2f}"
         memory = f"{figures['peak_bytes'] / 1e9:.1f} GB"
         rows.append([name, f"{tokens_per_s:,.0f}", f"{tokens_per_s / limit:.0%}", ratio, memory])
-    where = "" if work.device == "cpu" else f", on one {torch.cuda.get_device_name()}"
-    name = "throughput" if work.device == "cpu" else "throughput-gpu"
-    if precision == "float32":
-        name, where = "throughput-float32", f"{where}, where matrix products are faster in float32"
+    which, where = kind() if work.device == "cpu" else ("gpu", f"on one {torch.cuda.get_device_name()}")
     report(
-        name,
-        f"A training step of GPT-2 124M, context {work.T}, batch {work.B}{where}",
+        f"throughput-{which}",
+        f"A training step of GPT-2 124M, context {work.T}, batch {work.B}, {where}",
         ["", "tokens/s", "of the limit", "times as long as ours", "peak memory"],
         rows,
         write=given.write,

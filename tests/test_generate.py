@@ -245,7 +245,7 @@ def test_explaining_shows_parts_of_characters_without_failing() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("amx", [False, True])
 def test_a_rounded_layer_gives_one_row_what_it_gives_several(amx: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "_has_amx", lambda: amx)
+    monkeypatch.setattr(generating, "has_amx", lambda: amx)
     layers = [torch.nn.Linear(64, 48, bias=bias), torch.nn.Linear(64, 16, bias=bias)]
     rounded = generating.RoundedLinear(layers, torch.bfloat16, packed=False)
     x = torch.randn(1, 3, 64, generator=seeded(0))
@@ -266,7 +266,7 @@ def test_one_text_and_several_are_read_in_their_own_way_and_say_the_same_within_
 
     All sum in float32 and round once.
     """
-    monkeypatch.setattr(generating, "_has_amx", lambda: amx)
+    monkeypatch.setattr(generating, "has_amx", lambda: amx)
     torch.manual_seed(0)
     lm = LanguageModel(GPTModel(ModelConfig(257, 32, 48, 3, 2)).eval(), byte_tokenizer(), dtype=torch.bfloat16)
     mkldnn: Any = torch.backends.mkldnn

@@ -80,7 +80,7 @@ class RoundedLinear(nn.Module):
         self.dtype, self.bias = dtype, stacked(biases, dtype) if biases else None
         on_cpu = dtype == torch.bfloat16 and weight.device.type == "cpu"
         self.packed = packed and on_cpu and _can_pack()
-        self.one_as_vector = on_cpu and _has_amx()  # of one row; see `_as_one_row_is_read`
+        self.one_as_vector = on_cpu and has_amx()  # of one row; see `_as_one_row_is_read`
         self.weights = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _can_pack() -> bool:
 
 
 @functools.cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
     """Whether the CPU has units for products of small matrices (Intel's AMX), which oneDNN then uses."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return asked is not None and bool(asked())
@@ -235,7 +235,7 @@ def _as_one_row_is_read(n_rows: int) -> Iterator[None]:
     """
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.enabled
-    mkldnn.enabled = before and (n_rows > 1 or _has_amx())
+    mkldnn.enabled = before and (n_rows > 1 or has_amx())
     try:
         yield
     finally:
