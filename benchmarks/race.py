@@ -6,7 +6,7 @@ Ours is `firstwords train TEXT --for SECONDS` with nothing else chosen. nanoGPT 
 and its README's flags for a laptop, run for its 2,000 steps however long they take. bantamtrain, litgpt, transformers and
 the chapter's package have as many seconds as we, evaluation not counted (`race_peers.py`). The compressors are given the
 training text first: what they need more for the held-out text is counted. All figures are bits per byte of the held-out
-text. Processors with fast bfloat16 have one table, those without another. `texts.py` makes the texts of the tables but
+text, all of it. Each kind of processor has a table; see `record.kind`. `texts.py` makes the texts of the tables but
 tinyshakespeare.
 """
 
@@ -43,14 +43,18 @@ def split(text: str) -> tuple[str, str]:
 
 
 def firstwords(path: Path, seconds: float, folder: Path) -> tuple[float, float]:
-    """Return bits per byte and the seconds that the process took."""
-    command = [sys.executable, "-m", "firstwords", "train", path, "--for", f"{seconds}s", "--out", folder / "run", "--json"]
+    """Return bits per byte of all held-out text, and the seconds that the process took; nothing is prepared before it."""
+    environment = {**os.environ, "GOMP_SPINCOUNT": "20000", "FIRSTWORDS_CACHE": str(folder / "cache")}
+
+    def run(*arguments: str | Path) -> str:
+        command = [sys.executable, "-m", "firstwords", *arguments, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
     started_s = time.perf_counter()
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "GOMP_SPINCOUNT": "20000"}
-    )
+    run("train", path, "--for", f"{seconds}s", "--out", folder / "run")
     took_s = time.perf_counter() - started_s
-    return json.loads(ended.stdout.splitlines()[-1])["bits_per_byte"], took_s
+    judged = run("eval", folder / "run", "--no-baselines")
+    return json.loads(judged.splitlines()[-1])["bits_per_byte"], took_s
 
 
 def nanogpt(path: Path, checkout: Path, folder: Path) -> tuple[float, float]:

@@ -281,6 +281,8 @@ def test_a_text_may_stand_behind_a_flag(command: Command, a_run: Path):
     around = command("eval", a_run, "other.txt", "--no-baselines", "text.txt", "--json").json
     behind = command("eval", a_run, "--no-baselines", "other.txt", "text.txt", "--json").json
     assert before["n_bytes"] == around["n_bytes"] == behind["n_bytes"]
+    against = command("eval", a_run, "--no-baselines", "--json", "--against", a_run, "--", "other.txt", "text.txt").json
+    assert (against["n_bytes"], len(against["scale"])) == (before["n_bytes"], 2)
     assert main(["eval", str(a_run), "--no-baseline", "other.txt"]) == 2  # the negative control: a flag that is none
 
 

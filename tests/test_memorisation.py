@@ -57,7 +57,10 @@ def spans(sample: str, documents: list[str]) -> Iterator[tuple[int, int]]:
 def slowly(samples: list[str], documents: list[str]) -> tuple[int, float, float | None]:
     """Length of the longest copy, copied share, novel 8-grams; by trying all."""
     found = [list(spans(sample, documents)) for sample in samples]
-    inside = [{i for start, end in of for i in range(start, end) if end - start >= COPIED} for of in found]
+    counts = [
+        [(a, b) for a, b in of if b - a in (len(one), *range(COPIED, b + 1))] for one, of in zip(samples, found, strict=True)
+    ]
+    inside = [{i for start, end in of for i in range(start, end)} for of in counts]
     grams = []
     for sample in samples:
         words = [match.span() for match in WORD.finditer(sample)]
@@ -98,6 +101,14 @@ def test_what_is_found_is_what_trying_all_finds(alphabet: str, monkeypatch: pyte
             if found.place is not None:
                 there = documents[found.place.document][found.place.character :]
                 assert there.startswith(found.longest)
+
+
+def test_short_documents_that_are_said_whole_are_copied_and_parts_of_other_lines_are_not() -> None:
+    lines = [f"question {n}: why is {n * n} so large?" for n in range(300)]  # each far shorter than COPIED
+    assert copies(lines[::50], text(*lines)).share == 1.0
+    others = [f"question {n}: why is {n * n + 1} so small?" for n in range(7)]
+    assert copies(others, text(*lines)).share == 0.0
+    assert copies([lines[7], others[0], ""], text(*lines)).share == len(lines[7]) / (len(lines[7]) + len(others[0]))
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), gpt2(), train_bpe([STORY], 300)], ids=lambda made: made.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import shutil
@@ -330,6 +331,37 @@ def test_a_text_that_it_learnt_from_is_told_to_be_that(command: Command, a_run: 
     text.unlink()
     shutil.rmtree(cache)
     assert "nothing on the scale is given it" in command("eval", a_run, "other.txt").err
+
+
+def test_that_lines_of_a_text_of_short_documents_are_what_it_learnt_is_told(command: Command, here: Path) -> None:
+    lines = [json.dumps({"text": f"question {n}: why is {n * n} so large?"}) for n in range(400)]
+    write(Path("lines.jsonl"), "\n".join(lines))
+    write(Path("some.jsonl"), "\n".join(lines[::2]))
+    write(Path("others.jsonl"), "\n".join(lines).replace("large", "small"))
+    assert command("train", "lines.jsonl", "--out", "run", *TINY_FLAGS).code == 0
+    told = command("eval", "run", "some.jsonl", "--no-baselines").err
+    assert re.search(r"\b(8\d|9\d|100)% of this text, word for word, is what run learnt from", told)
+    assert "learnt from" not in command("eval", "run", "others.jsonl", "--no-baselines").err  # the negative control
+
+
+def test_what_a_model_learnt_before_it_went_on_with_another_text_is_told_of(
+    command: Command, a_run: Path, text: Path
+) -> None:
+    write(Path("other.txt"), "".join(f"{n * n * n} is another line. " for n in range(200)))
+    write(Path("part.txt"), text.read_text()[100:1500])
+    went_on = ("train", "other.txt", "--from", a_run, "--steps", "2")
+    assert "learnt from" not in command(*went_on, "--out", "second").err  # the negative control
+    said = r"\b(9\d|100)% of {}, word for word, is what \S*{} learnt from"
+    assert re.search(said.format("this text", "second"), command("eval", "second", "part.txt", "--no-baselines").err)
+    told = command(*went_on, "--val", "part.txt", "--out", "third").err
+    assert re.search(said.format("the held-out text", a_run.name), told)
+
+
+def test_a_damaged_journal_costs_no_figure(command: Command, a_run: Path) -> None:
+    (a_run / "metrics.jsonl").write_text("{}\n{\n{}\n")
+    ended = command("eval", a_run, "--json")
+    assert ended.json["memorisation"]["gap"] is None
+    assert "metrics.jsonl" in ended.err
 
 
 def test_a_model_to_compare_with_that_is_not_there_is_refused(refused: Refused, a_run: Path) -> None:

@@ -20,7 +20,6 @@ from firstwords.insight import quick
 from firstwords.loading import (
     kept_corpus,
     load,
-    locate,
     model_and_text,
     named_texts,
     prepared_text,
@@ -107,9 +106,7 @@ def scale(
         DataError: The text is empty, or the run has no held-out part.
         DivergedError: The numbers of a model are not finite.
     """
-    for other in against:
-        require_there(locate(other, notices_to(listener)))
-    lm, part = model_and_text(source, text, encoding, listener, look_up=True)
+    lm, part = model_and_text(source, text, encoding, listener, others=against, look_up=True)
 
     from firstwords.insight import scale as scales
     from firstwords.insight.baselines import LONGEST_HELD_OUT, baselines
@@ -176,12 +173,17 @@ def memorisation(source: str | Path, *, listener: Listener = ignore_event) -> Me
     if not meter.text.is_kept:
         listener(Preparing("looking for what it says in what it learnt from", None))
     samples = [said.text for said in lm.generate_batch(prompts, max_new_tokens=EVALUATED_TOKENS)]
+    return meter.measure(samples, _or_notice(functools.partial(_gap, run_of(Path(source)), lm.step), listener))
+
+
+def _gap(run: RunFolder, at_step: int | None) -> float | None:
+    """Return by how many nats per token held-out text was harder than training text at a step; None where none was noted."""
     gap = None
-    for step, line in run_of(Path(source)).metrics.of_steps("evaluation"):
+    for step, line in run.metrics.of_steps("evaluation"):
         held_out, trained = (reading.number(line.get(key)) for key in ("nats_per_token", "train_nats_per_token"))
-        if step == lm.step and held_out is not None and trained is not None:
+        if step == at_step and held_out is not None and trained is not None:
             gap = held_out - trained
-    return meter.measure(samples, gap)
+    return gap
 
 
 def evaluate_tasks(

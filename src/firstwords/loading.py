@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstwords import asking, preparing, reading, store
 from firstwords.config import model_config
-from firstwords.errors import DataError, NoInputError, Notify, ignore_line, quoted
+from firstwords.errors import DataError, FirstwordsError, NoInputError, Notify, ignore_line, quoted
 from firstwords.events import Listener, Notice, Preparing, notices_to
 from firstwords.model import cost
 from firstwords.runs.folder import RunFolder
@@ -125,21 +125,28 @@ def model_and_text(
     encoding: str | None,
     listener: Listener,
     *,
+    others: Sequence[str | Path] = (),
     look_up: bool = False,
 ) -> tuple[LanguageModel, Part]:
-    """Return a model and the text that it is to be judged on.
+    """Return a model and the text that it is to be judged on; what is not there is told before anything is loaded.
 
     Args:
         source: As for `load`.
         text: None: the held-out part of its run.
         encoding: Of the text.
         listener: Told where the text is what the model learnt from.
+        others: Models that must be there too.
         look_up: Look whether parts of it are, which takes a pass over all that it learnt from.
     """
+    require_there(Path(source))
+    if text is None and not run_of(Path(source)).exists:
+        raise NoInputError("a model by itself has no held-out text", where=str(source), do="name a text")
+    texts = None if text is None else sources.read(named_texts(text), encoding=encoding, notice=notices_to(listener))
+    for other in others:
+        require_there(locate(other, notices_to(listener)))
     lm = load(source, notice=notices_to(listener))
-    if text is None:
+    if texts is None:
         return lm, _held_out(Path(source), listener)
-    texts = sources.read(named_texts(text), encoding=encoding, notice=notices_to(listener))
     prepared = corpora.prepare(texts, lm.tokenizer, cache=corpora.cache_folder(), held_out=0.0)
     if prepared.text_sha256 == _learnt_sha256(run_of(Path(source))):
         listener(Notice("this is the very text that it learnt from: such figures say nothing of any other"))
@@ -148,29 +155,47 @@ def model_and_text(
     return lm, prepared.train
 
 
-def tell_of_learnt_text(source: str | Path, judged: Part, tokenizer: Tokenizer, listener: Listener) -> None:
-    """Say so where much of a text that a model is judged on stands in what it learnt from, if that is here.
+def tell_of_learnt_text(
+    source: str | Path, judged: Part, tokenizer: Tokenizer, listener: Listener, *, name: str = "this text"
+) -> None:
+    """Say so where much of a text that a model is judged on stands in what it learnt from, as far as that is here.
 
     Args:
         source: The model.
         judged: The text.
         tokenizer: Of its ids.
         listener: Told so.
+        name: What the text is called.
     """
     from firstwords.insight.memorisation import TrainingText, copied_share
 
-    learnt = kept_corpus(Path(source))
-    if learnt is None:
-        return
-    text = TrainingText(learnt.train, learnt.tokenizer)
-    if not text.is_kept:
-        listener(Preparing(f"looking for the text in what {source} learnt from", None))
     ranges = corpora.evenly(len(judged.ids), LOOKED_UP_PIECES, LOOKED_UP_TOKENS)  # from all over it
-    pieces = (judged.ids[start:end] for start, end in ranges)
-    share = copied_share([tokenizer.decode(piece[piece != tokenizer.end_of_text].tolist()) for piece in pieces], text)
-    if share >= LEARNT_SHARE:
-        what = f"about {share:.0%} of this text, word for word, is what {source} learnt from"
-        listener(Notice(f"{what}: such figures say little of any other"))
+    pieces = [piece for start, end in ranges for piece in corpora.split_at_ends(judged.ids[start:end], tokenizer)]
+    samples = [tokenizer.decode(piece.tolist()) for piece in pieces]
+    for learnt in _learnt_texts(Path(source)):
+        text = TrainingText(learnt.train, learnt.tokenizer)
+        if not text.is_kept:
+            listener(Preparing(f"looking for the text in what {source} learnt from", None))
+        share = copied_share(samples, text)
+        if share >= LEARNT_SHARE:
+            what = f"about {share:.0%} of {name}, word for word, is what {source} learnt from"
+            listener(Notice(f"{what}: such figures say little of any other"))
+            return
+
+
+def _learnt_texts(source: Path) -> Iterator[Corpus]:
+    """Yield the prepared texts that a model learnt from, as far as they are here: its run's, then those before `--from`."""
+    seen = set[Path]()
+    while (run := run_of(source)).exists and (path := run.path.absolute()) not in seen:
+        seen.add(path)
+        found = kept_corpus(source)
+        if found is not None:
+            yield found
+        try:
+            began_from = run.recorded_config().get("from_")
+        except FirstwordsError:
+            return
+        source = Path(str(began_from))
 
 
 def _learnt_sha256(run: RunFolder) -> str | None:
@@ -254,10 +279,7 @@ def kept_corpus(source: Path) -> Corpus | None:
 
 
 def _held_out(source: Path, listener: Listener) -> Part:
-    run = run_of(source)
-    if not run.exists:
-        raise NoInputError("a checkpoint by itself has no held-out text", where=str(source), do="name a text")
-    part = prepared_text(run, listener).val
+    part = prepared_text(run_of(source), listener).val
     if not part.n_tokens:
         raise DataError("there is no held-out text to evaluate on", where=str(source), do="name a text")
     return part

@@ -21,7 +21,7 @@ from firstwords.config_file import to_toml
 from firstwords.errors import CannotCreateError, DivergedError
 from firstwords.events import Listener, Notice, Preparing, Trained, ignore_event, notices_to
 from firstwords.insight import quick
-from firstwords.loading import load, named_texts, read_model, require_finite
+from firstwords.loading import load, named_texts, read_model, require_finite, tell_of_learnt_text
 from firstwords.model import cost
 from firstwords.planning import budget, facts
 from firstwords.runs import signals
@@ -148,6 +148,8 @@ def _new_recorder(
         wants_heads = config.model.induction_heads and "model.induction_heads" in asked.given
         if wants_heads and config.from_ is None and not induction.applies(config.model):
             listener(Notice("this model has no room for two heads that copy: it begins without them"))
+        if config.from_ is not None and prepared.val.n_tokens:
+            tell_of_learnt_text(config.from_, prepared.val, prepared.tokenizer, listener, name="the held-out text")
     config, state, checks = _first_state(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)

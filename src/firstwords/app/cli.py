@@ -160,10 +160,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown arguments in the verb's own parser, which knows the flags that are near."""
         options, unknown = super().parse_known_args(args, namespace)
+        end = unknown.index("--") if "--" in unknown else len(unknown)  # behind it, all are names
+        names = [*unknown[:end], *unknown[end + 1 :]]
         several = [action.dest for action in self._actions if not action.option_strings and action.nargs in ("*", "+")]
-        if several and all(word == "-" or not word.startswith("-") for word in unknown):
+        if several and all(word == "-" or not word.startswith("-") for word in unknown[:end]):
             # names behind a flag: `eval RUN --no-baselines TEXT`, which argparse has as unknown before Python 3.13
-            setattr(options, several[-1], [*getattr(options, several[-1]), *unknown])
+            setattr(options, several[-1], [*getattr(options, several[-1]), *names])
             unknown = []
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))

@@ -110,9 +110,8 @@ def _judged(model: GPTModel, rows: Sequence[_Row], device: torch.device) -> Iter
         length = len(row.inputs)
         tokens[number, :length] = torch.tensor(row.inputs)
         targets[number, length - len(row.targets) : length] = torch.tensor(row.targets)
-    features, counted = model.features(tokens.to(device)), targets != IGNORE
-    wanted = targets[counted].to(device)
-    nats, ranks = (one.cpu() for one in token_figures(features[counted.to(device)], model.out_head.weight, wanted))
+    found = token_figures(model.features(tokens.to(device)), model.out_head.weight, targets.to(device))
+    nats, ranks = (figures.cpu()[targets != IGNORE] for figures in found)
     lengths = [len(row.targets) for row in rows]
     for row_nats, row_ranks in zip(torch.split(nats.double(), lengths), torch.split(ranks, lengths), strict=True):
         yield float(row_nats.sum()), bool((row_ranks == 1).all())

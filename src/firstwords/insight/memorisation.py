@@ -53,8 +53,8 @@ class Place:
 
     @property
     def words(self) -> str:
-        """How a person counts."""
-        return f"document {self.document + 1}, character {self.character + 1}"
+        """How a person counts; documents that are held out are not among them."""
+        return f"learnt document {self.document + 1}, character {self.character + 1}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Copies:
 
     longest: str  # the longest span; empty where none has SHORTEST bytes
     place: Place | None  # its first place in the text
-    share: float  # of the characters, in spans of at least COPIED
+    share: float  # of the characters, in spans of at least COPIED and in samples that stand there whole
     novel_8grams: float | None  # share of the samples' spans of eight words that the text does not hold; None without any
 
 
@@ -229,13 +229,15 @@ class _Spans:
 
     @property
     def share(self) -> float:
-        """Of the characters, in spans of at least COPIED."""
-        total = sum(map(len, self.index.texts))
-        return _covered(np.flatnonzero(self.n_chars >= COPIED), self.ends, self.is_start) / total if total else 0.0
+        """Of the characters, in spans of at least COPIED, or in samples that stand there whole, as short documents do."""
+        lengths, starts = np.array(list(map(len, self.index.texts)), np.int64), self.index.starts
+        whole = starts[(self.n_chars[starts] == lengths) & (lengths > 0)]
+        copied = np.union1d(np.flatnonzero(self.n_chars >= COPIED), whole)
+        return _covered(copied, self.ends, self.is_start) / lengths.sum() if lengths.any() else 0.0
 
 
 def copied_share(samples: Sequence[str], text: TrainingText) -> float:
-    """Return the share of the samples' characters that stand in the training text, in spans of at least COPIED."""
+    """Return the share of the samples' characters that stand in the training text; see `Copies`."""
     return _Spans.of(samples, text).share
 
 

@@ -66,20 +66,20 @@ def token_figures(features: Tensor, head_weight: Tensor, targets: Tensor, *, ran
     """
     nats = torch.zeros(targets.numel(), device=features.device)
     ranks = torch.zeros(targets.numel(), dtype=torch.int64, device=features.device)
-    rows, flat = features.flatten(0, -2).to(_dtype(features)), targets.flatten()
+    counted = (targets.flatten() != IGNORE).nonzero()[:, 0]  # of windows that overlap, half
+    rows, wanted = features.flatten(0, -2)[counted].to(_dtype(features)), targets.flatten()[counted]
     head, vocab_size = _padded_head(head_weight, rows.dtype), len(head_weight)
     ids = torch.arange(vocab_size, device=features.device)
     for chunk, padded in _logits(rows, head, RANK_BYTES if ranked else head.element_size()):
-        wanted, logits = flat[chunk], padded[:, :vocab_size]
+        places, target, logits = counted[chunk], wanted[chunk], padded[:, :vocab_size]
         if _on_cpu(head):
-            nats[chunk] = _nats_on_cpu(logits, wanted)
+            nats[places] = _nats_on_cpu(logits, target)
         else:
-            nats[chunk] = _nats_on_gpu(padded, wanted, vocab_size, _softmax, gradient=False)
+            nats[places] = _nats_on_gpu(padded, target, vocab_size, _softmax, gradient=False)
         if ranked:
-            target = wanted.clamp(min=0)[:, None]
-            own = logits.gather(1, target)
-            ahead = torch.where(ids < target, logits >= own, logits > own)
-            ranks[chunk] = (ahead.sum(1) + 1) * (wanted != IGNORE)
+            own = logits.gather(1, target[:, None])
+            ahead = torch.where(ids < target[:, None], logits >= own, logits > own)
+            ranks[places] = ahead.sum(1) + 1
     return nats.view(targets.shape), ranks.view(targets.shape)
 
 
@@ -139,9 +139,8 @@ def _on_cpu(head: Tensor) -> bool:
 
 
 def _nats_on_cpu(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the nats (N) of the targets, float32, of logits (N, V) on a CPU."""
-    nats = torch.empty(len(targets), device=logits.device)
-    picked = targets.clamp(min=0)[:, None]
+    """Return the nats (N) of the targets, each of them counted, float32, of logits (N, V) on a CPU."""
+    nats, picked = torch.empty(len(targets), device=logits.device), targets[:, None]
     rows = max(1, PIECE_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
@@ -150,7 +149,7 @@ def _nats_on_cpu(logits: Tensor, targets: Tensor) -> Tensor:
         nats[piece] = -probability.log()[:, 0]
         if bool((probability < TINY).any()):  # where a probability is no more than rounding, its logarithm is not
             nats[piece] = -torch.log_softmax(wide, dim=-1).gather(1, target)[:, 0]
-    return nats * (targets != IGNORE)
+    return nats
 
 
 def _nats_vocab_major(logits: Tensor, targets: Tensor, rows: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

@@ -330,9 +330,13 @@ def documents(part: Part, tokenizer: Tokenizer, most_bytes: int | None = None) -
     ids = part.ids if most_bytes is None else part.ids[-(most_bytes + part.n_documents) :]
     if most_bytes is not None:
         ids = ids[np.cumsum(part.id_bytes[ids][::-1])[::-1] <= most_bytes]
+    return [text for piece in split_at_ends(ids, tokenizer) if (text := _bytes_of(piece, tokenizer))]
+
+
+def split_at_ends(ids: np.ndarray[Any, Any], tokenizer: Tokenizer) -> list[np.ndarray[Any, Any]]:
+    """Return the ids of each document, or what of it is there, without `<|endoftext|>`."""
     pieces = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))
-    texts = (_bytes_of(piece[piece != tokenizer.end_of_text], tokenizer) for piece in pieces)
-    return [text for text in texts if text]
+    return [piece[piece != tokenizer.end_of_text] for piece in pieces]
 
 
 def _bytes_of(ids: np.ndarray[Any, Any], tokenizer: Tokenizer) -> bytes:
