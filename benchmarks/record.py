@@ -70,11 +70,15 @@ def bfloat16_is_faster() -> bool:
     return matmul.precision("auto", torch.device("cpu")) == "bfloat16"
 
 
-def kind() -> tuple[str, str]:
-    """Return which kind of processor this is, for there is a table of each: in a word, and as its title ends."""
+def kind(precision: str = "") -> tuple[str, str]:
+    """Return which kind of processor this is, for there is a table of each: in a word, and as its title ends.
+
+    Args:
+        precision: In which products are faster here, where that was measured already.
+    """
     from firstwords.model.generate import has_amx
 
-    if not bfloat16_is_faster():
+    if not (precision == "bfloat16" if precision else bfloat16_is_faster()):
         return "float32", "where matrix products are faster in float32"
     if has_amx():
         return "amx", "where matrix products in bfloat16 have units of their own (AMX)"

@@ -222,7 +222,7 @@ def main() -> None:
         ratio = f"{figures['step_s'] / ours:.2f}"
         memory = f"{figures['peak_bytes'] / 1e9:.1f} GB"
         rows.append([name, f"{tokens_per_s:,.0f}", f"{tokens_per_s / limit:.0%}", ratio, memory])
-    which, where = kind() if work.device == "cpu" else ("gpu", f"on one {torch.cuda.get_device_name()}")
+    which, where = kind(precision) if work.device == "cpu" else ("gpu", f"on one {torch.cuda.get_device_name()}")
     report(
         f"throughput-{which}",
         f"A training step of GPT-2 124M, context {work.T}, batch {work.B}, {where}",

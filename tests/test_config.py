@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from firstwords.config import Block, ModelConfig, key_types, run_config
+from firstwords.config import Block, ModelConfig, flatten, key_types, run_config
 from firstwords.config_file import from_toml, to_toml
 from firstwords.errors import ConfigError
 from firstwords.presets import GPT_CONFIG_124M, presets
@@ -34,6 +34,11 @@ def test_the_newest_word_on_how_long_to_train_replaces_the_others(length: dict[s
     config = run_config({"preset": "chapter", "epochs": 10}, length)
     given = [name for name in ("steps", "epochs", "for_s") if getattr(config, name) is not None]
     assert given == list(length)
+
+
+def test_a_model_config_may_stand_where_its_keys_may() -> None:
+    model = ModelConfig(n_layers=3, emb_dim=96)
+    assert flatten({"model": model, "seed": 2}) == {**flatten({"model": vars(model)}), "seed": 2}
 
 
 def test_the_chapters_dict_is_a_model_config() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,27 @@ def test_the_events_come_in_order_and_the_first_and_last_step_are_looked_at(
         *steps(7), *looks(7), ("SaveDue", 7), ("Stopped", 7),
     ]  # fmt: skip
     assert (state.best_step, state.best_nats, state.tokens) == (7, 3.0, 7 * 6 * small.context_length - sum_ignored(small, 7))
+
+
+@pytest.mark.parametrize("held_up", [[0], [1], [1, 2]])
+def test_a_save_that_a_disk_held_up_does_not_put_off_the_others(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch, held_up: list[int]
+) -> None:
+    state, now, saved = new_state(small), [0.0], list[int]()
+    state.total_steps = 400
+
+    def later(passed_s: float = 1.0) -> float:
+        now[0] += passed_s
+        return now[0]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=later))  # each look at the clock is a second later
+    config = dataclasses.replace(CONFIG, save_every_s=None)
+    for event in fit(state, new_batches(small), config, evaluate=lambda step: (1.0, None), sample=lambda _: ""):
+        if isinstance(event, SaveDue):
+            if len(saved) in held_up:
+                later(600.0)
+            saved.append(event.step)
+    assert (len(saved) > 4) == (len(held_up) == 1)  # after two such, saving is slow
 
 
 def sum_ignored(small: ModelConfig, steps: int) -> int:

@@ -111,6 +111,15 @@ def test_short_documents_that_are_said_whole_are_copied_and_parts_of_other_lines
     assert copies([lines[7], others[0], ""], text(*lines)).share == len(lines[7]) / (len(lines[7]) + len(others[0]))
 
 
+def test_what_short_documents_end_alike_is_copied_of_held_out_text_as_well() -> None:
+    """What is said goes on from a prompt, so that held-out text is held against it without one too."""
+    lines = [f"item {n} ends as all of these do, with one word" for n in range(100, 400)]
+    learnt, held_out = (part(some, gpt2()) for some in (lines[:250], lines[250:]))
+    found = Meter(learnt, held_out, gpt2(), 60).measure([line[len("item 100 ends as") :] for line in lines[250:260]], None)
+    assert (found.copied_share, found.held_out_copied_share) == (1.0, 1.0)
+    assert isinstance(found.copied_share, float)
+
+
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), gpt2(), train_bpe([STORY], 300)], ids=lambda made: made.name)
 def test_the_figures_do_not_depend_on_the_tokenizer(tokenizer: Tokenizer) -> None:
     samples = [STORY[700:800] + " and so on", "Einst waren Enten süß → 𝄞"]

@@ -256,6 +256,16 @@ def test_a_replay_without_a_whole_checkpoint_leaves_what_else_was_found(tmp_path
     assert "no checkpoint to start from" in found.replay.problem
 
 
+def test_a_replay_past_a_damaged_checkpoint_leaves_what_else_was_found(tmp_path: Path) -> None:
+    api.train(write_text(tmp_path), out=tmp_path / "run", steps=4, **{**TINY, "save_every_s": 0.0, "keep": 50})
+    folders = sorted((tmp_path / "run/checkpoints").iterdir())
+    (folders[-1] / "manifest.json").write_text("{")
+    found = api.verify(tmp_path / "run", replay=4)
+    assert [one.ok for one in found.checkpoints] == [True] * (len(folders) - 1) + [False]
+    assert found.replay is not None
+    assert found.replay.ok
+
+
 def write_text(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(STORY)
     return tmp_path / "text.txt"
@@ -290,8 +300,19 @@ def test_a_run_that_diverges_keeps_its_best_weights_that_were_not_saved_yet(
     told: list[Told] = []
     assert train(tmp_path, resume=True, on_nan="rollback", listener=told.append).steps == STEPS
     kept = [line.text for line in told if isinstance(line, Notice) and "has weights alone" in line.text]
-    assert len(kept) == 1, "the run goes another way, and does not come to them again"
+    assert len(kept) == 2, "where it stopped and where it goes back: it goes another way, and does not come to them again"
     assert (tmp_path / "run/checkpoints" / kept[0].rpartition(" ")[2]).is_dir()
+
+
+def test_a_roll_back_keeps_best_weights_that_were_not_saved_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_FACTOR", 1e9)  # the best is copied for the next save
+    poison(monkeypatch, tmp_path)
+    told: list[Told] = []
+    assert train(tmp_path, on_nan="rollback", listener=told.append).steps == STEPS
+    kept = [line.text for line in told if isinstance(line, Notice) and "has weights alone" in line.text]
+    assert len(kept) == 1
+    folder = tmp_path / "run/checkpoints" / kept[0].rpartition(" ")[2]
+    assert api.load(folder).step == POISONED - POISONED % SAVE_EVERY
 
 
 def test_a_run_that_stopped_goes_on_with_a_roll_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def test_more_time_is_more_steps_and_never_worse() -> None:
     assert [bits(one) for one in candidates] == sorted((bits(one) for one in candidates), reverse=True)
 
 
+def test_a_run_that_is_to_judge_itself_often_is_foretold_fewer_steps() -> None:
+    config = run_config({"preset": "laptop", "model.vocab_size": TOKENS.vocab_size, "for_s": 600.0, "batch_size": 16})
+    usual, often = (plan.of_config(one, TOKENS, here()) for one in (config, dataclasses.replace(config, eval_every=2)))
+    assert often.steps < usual.steps / 1.2
+
+
 def test_a_harder_text_is_expected_to_come_out_worse() -> None:
     assert bits(laptop(180, difficulty=1.5)) < bits(laptop(180)) < bits(laptop(180, difficulty=3.5))
 
@@ -380,8 +386,10 @@ def test_plan_refuses_what_it_cannot_plan(refused: Refused, here: Path) -> None:
     refused(78, "plan", "text.txt", "--target-bits-per-byte", "2", "--for", "3m")
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_run_that_chooses_nothing_takes_what_plan_recommends(tmp_path: Path) -> None:
+def test_a_run_that_chooses_nothing_takes_what_plan_recommends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Speed(flops_per_s=2e9)  # measured twice, it might stand on either side of what is best for two sizes
+    for place, name, value in ((measure, "learning_speed", slow), (resolve, "speed", slow), (measure, "point_now", None)):
+        monkeypatch.setattr(place, name, lambda *_, value=value: value)
     story = write(tmp_path / "story.txt", STORY * 10)
     best = api.plan(story, for_s=6).recommended
     assert best is not None

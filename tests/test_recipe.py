@@ -62,6 +62,14 @@ def test_more_time_is_more_tokens_in_proportion_and_evaluations_take_theirs() ->
     assert recipe.expected_tokens(600, 1e4, Overhead(0, start_s=recipe.START_S + 100)) == pytest.approx(once - 100 * 1e4)
 
 
+def test_evaluations_of_a_named_rhythm_take_their_time() -> None:
+    overhead, rate = Overhead(50_000), 1e4
+    each_s = recipe.evaluation_s(600, rate, overhead.held_out_tokens)
+    seldom, often = (recipe.expected_tokens(600, rate, overhead, every) for every in (math.inf, 1e4))
+    assert seldom / rate + each_s == pytest.approx(often / rate + often / 1e4 * each_s)  # one is after the last step
+    assert often < recipe.expected_tokens(600, rate, overhead) < seldom
+
+
 def test_looking_up_in_a_long_text_what_the_model_says_takes_time_that_it_does_not_learn_in() -> None:
     short, long, longer = (recipe.expected_tokens(120, 1e4, Overhead(0, text_bytes=size)) for size in (1e6, 5e7, 1e10))
     assert long == pytest.approx(short - 1e4 * memorisation.memorisation_s(5e7))

@@ -520,8 +520,29 @@ def test_a_changed_tokenizer_or_held_out_text_is_refused(tmp_path: Path, changed
         (tmp_path / changed).write_bytes(train_bpe([STORY[::-1]], 280).json)
     else:
         (tmp_path / changed).write_text("another text")
-    with pytest.raises(DataError, match=r"changed since the run began.*move away what changed"):
+    with pytest.raises(DataError, match=r"changed since the run began.*move away"):
         api.train(out=tmp_path / "killed", resume=True)
+
+
+@pytest.mark.parametrize("became", [b"caf\xe9", b""])
+def test_a_text_that_cannot_be_read_any_more_may_be_moved_away(tmp_path: Path, became: bytes) -> None:
+    whole = train(tmp_path, "whole")
+    with pytest.raises(KilledError):
+        train(tmp_path, "killed", kill_at=(StepDone, 13))
+    (tmp_path / "story.txt").write_bytes(became)
+    with pytest.raises(DataError, match=r"restore it; or move away .*story\.txt, .*other\.txt: the run then goes on"):
+        api.train(out=tmp_path / "killed", resume=True)
+    (tmp_path / "story.txt").unlink()
+    assert same(whole, api.train(out=tmp_path / "killed", resume=True))
+
+
+def test_a_run_from_another_s_configuration_may_take_the_text_as_it_is_now(tmp_path: Path) -> None:
+    train(tmp_path, "first")
+    (tmp_path / "story.txt").write_text(STORY[::-1])
+    config = tmp_path / "first/config.toml"
+    with pytest.raises(DataError, match="or take it as it is now: firstwords train TEXT --config"):
+        api.train(config=config, out=tmp_path / "second")
+    assert api.train(tmp_path / "story.txt", config=config, out=tmp_path / "second").steps
 
 
 @pytest.mark.parametrize("gone", ["story.txt", "other.txt"])

@@ -246,6 +246,34 @@ def test_a_page_is_read_with_a_notice(tmp_path: Path, head: str):
     assert "HTML" in notices[0]
 
 
+JAPANESE = "山の上に寺がある。\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", JAPANESE.encode("iso2022_jp"), "ISO-2022-JP"),
+        ("a.txt", JAPANESE.encode(), None),
+        ("dump.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'), "lines of JSON"),
+        ("dump.jsonl", b'{"text": "one"}\n{"text": "two"}\n', None),
+        ("a.txt", b'{"text": is how it begins\nand goes on', None),
+        ("a.txt", b'{"other": "one"}\n', None),
+    ],
+)
+def test_what_is_no_prose_by_its_beginning_is_told(tmp_path: Path, name: str, content: bytes, told: str | None) -> None:
+    notices: list[str] = []
+    assert contents(read([write(tmp_path / name, content)], notice=notices.append))
+    assert [told in line for line in notices if told] == ([True] if told else [])
+    assert told or not notices
+
+
+def test_the_mark_of_utf8_in_an_encoding_s_name_is_no_other_encoding(tmp_path: Path) -> None:
+    notices: list[str] = []
+    path = write(tmp_path / "a.txt", "\ufeffcafé".encode())
+    assert contents(read([path], encoding="utf-8-sig", notice=notices.append)) == ["café"]
+    assert not notices
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
 def test_memory_does_not_grow_with_a_file_of_one_line(tmp_path: Path, suffix: str):
     path = tmp_path / f"long{suffix}"
@@ -354,6 +382,7 @@ def test_an_empty_file_is_refused_if_named_and_skipped_in_a_folder(tmp_path: Pat
     ("head", "kind"),
     [
         (PNG, "PNG"),
+        (b"{\\rtf1\\ansi A text.}", "RTF"),
         (b"\xff\xd8\xff\xe0", "JPEG"),
         (b"GIF89a", "GIF"),
         (b"%PDF-1.7\n", "PDF"),

@@ -239,6 +239,17 @@ def test_a_special_token_that_depends_on_what_is_beside_it_is_refused(key: str) 
         from_json(json.dumps(value).encode(), "tokenizer.json")
 
 
+@pytest.mark.parametrize("texts", [["covid", "covid19"], ["   ", "  "], ["<|endoftext|>s"]])
+def test_added_tokens_that_tools_find_in_other_places_are_refused(texts: list[str]) -> None:
+    theirs = HuggingFaceTokenizer.from_str(byte_tokenizer().json.decode())
+    theirs.add_tokens(texts)
+    read = from_json(theirs.to_str().encode(), "tokenizer.json")  # as that of a checkpoint from before they were
+    with pytest.raises(DataError, match="tools differ in where"):
+        tokenizers.require_apart(read, "tokenizer.json")
+    apart = byte_tokenizer().with_special(["<a>", "<b>"])
+    assert tokenizers.require_apart(apart, "tokenizer.json") is apart  # the negative control
+
+
 def test_a_tokenizer_that_cannot_encode_every_byte_is_refused() -> None:
     few = Tokenizer("few", {bytes([byte]): i for i, byte in enumerate(b"abc ")})
     with pytest.raises(DataError, match=r"cannot encode every text.*no id for byte 0 "):

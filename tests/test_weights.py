@@ -111,6 +111,8 @@ def test_their_tokenizer_gives_our_ids(tokenizer: Any, tmp_path: Path, transform
     lm = dataclasses.replace(drawn(dataclasses.replace(GPT2, vocab_size=300)), tokenizer=tokenizer)
     export.to_hf(lm, tmp_path / "hf", "card")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 would add token types by itself
     random = torch.Generator().manual_seed(2)
     drawn_strings = ["".join(map(chr, torch.randint(1, 0x3000, (20,), generator=random).tolist())) for _ in range(200)]
     for text in (*STRINGS, *drawn_strings):
@@ -618,7 +620,16 @@ def test_a_model_keeps_its_own_tokenizer(here: Path, refused: Refused, command: 
     assert "another tokenizer" in error["what"]
     assert not Path("run").exists()
     write(here / "model/tokenizer.json", "{}")  # which nothing can be made of
-    assert command("import", "model", "--out", "named", "--tokenizer", "bytes").code == 0
+    assert "would mean other texts" in refused(65, "import", "model", "--out", "run")["do"]
+    named = command("import", "model", "--out", "named", "--tokenizer", "bytes")
+    assert named.code == 0
+    assert "its ids are taken to be those of bytes" in named.err
+
+
+def test_the_card_of_a_model_with_learned_positions_asks_for_no_more_tokens_than_it_can_see() -> None:
+    short, long = (export.model_card("m", {}, length, trained_here=True) for length in (32, 1024))
+    assert "max_new_tokens=31)" in short
+    assert "max_new_tokens=100)" in long
 
 
 def test_heads_are_asked_for_only_where_the_source_does_not_say_them(here: Path, refused: Refused) -> None:

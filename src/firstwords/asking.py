@@ -132,7 +132,7 @@ def _tokenizer_file(name: str) -> bytes:
     if corpora.parse_tokenizer(name)[0] != "file":
         return b""
     content = reading.read_bytes(Path(name), reading.MOST_TOKENIZER_BYTES)
-    tokenizers.from_json(content, name)  # refused by the name that the person gave it
+    tokenizers.require_apart(tokenizers.from_json(content, name), name)  # refused by the name that the person gave it
     return content
 
 

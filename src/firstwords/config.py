@@ -67,7 +67,13 @@ class ModelConfig:
     emb_dim: int = option(768, "channels", least=1, most=2**20)
     n_heads: int = option(12, "attention heads", least=1, most=2**16)
     n_layers: int = option(12, "transformer blocks", least=1, most=2**14)
-    drop_rate: float = option(0.1, "dropout", least=0.0, most=0.999, role=Role.ADAPTABLE | Role.TIMELESS)
+    drop_rate: float = option(
+        0.1,
+        "dropout; a laptop preset's grows with how often the text is read",
+        least=0.0,
+        most=0.999,
+        role=Role.ADAPTABLE | Role.TIMELESS,
+    )
     qkv_bias: bool = option(False, "bias in the query, key and value layers")
     block: Block = option("gpt2", "gpt2: LayerNorm, learned positions, GELU; qwen3: RMSNorm, rotary, QK-norm, SwiGLU")
     tied_head: bool = option(False, "the output head shares the weights of the token embedding")
@@ -130,7 +136,9 @@ class OptimConfig:
     """How gradients become updates, and the learning rate over the run."""
 
     kind: OptimizerKind = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
-    peak_lr: float = option(6e-4, "highest learning rate", least=1e-12, most=1e12)
+    peak_lr: float = option(
+        6e-4, "highest learning rate; a laptop preset's falls where a text is read very often", least=1e-12, most=1e12
+    )
     floor_lr: float = option(0.0, "learning rate that the run falls to", least=0.0, most=1e12)
     warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
     decay: Decay = option("cosine", "shape of the way from peak_lr to floor_lr")
@@ -222,7 +230,7 @@ class RunConfig:
     )
     save_every_s: float | None = option(
         None,
-        "time between checkpoints; by default a minute, or 50 times what the last save took",
+        "time between checkpoints; by default a minute, or 50 times what the faster of the last two saves took",
         least=0.0,
         most=1e9,
         role=Role.RESUMABLE,
@@ -389,11 +397,12 @@ def flag(key: str) -> str:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one with dotted keys, and paths as text."""
+    """Return nested tables, or configurations such as a `ModelConfig`, as one with dotted keys, and paths as text."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+        within = dataclasses.asdict(value) if isinstance(value, ModelConfig | OptimConfig) else value
+        if isinstance(within, Mapping):
+            flat |= flatten(within, f"{prefix}{key}.")
         else:
             flat[prefix + key] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return flat

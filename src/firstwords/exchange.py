@@ -152,9 +152,9 @@ def export(
     elif to == "gguf":
         difference = exporting.to_gguf(lm, Path(out), kind or "f32")
     else:
-        shape = exporting.figures_of(lm.model.config, cost.parameters(lm.model.config))
-        figures = {**shape, **_figures(Path(source), lm.step)}
-        card = exporting.model_card(str(source), figures, trained_here=run_of(Path(source)).exists)
+        config, trained_here = lm.model.config, run_of(Path(source)).exists
+        figures = {**exporting.figures_of(config, cost.parameters(config)), **_figures(Path(source), lm.step)}
+        card = exporting.model_card(str(source), figures, config.context_length, trained_here=trained_here)
         difference, read_by = exporting.to_hf(lm, Path(out), card, notices_to(listener))
     return Exported(str(out), read_by, difference)
 

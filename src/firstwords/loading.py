@@ -156,7 +156,13 @@ def model_and_text(
 
 
 def tell_of_learnt_text(
-    source: str | Path, judged: Part, tokenizer: Tokenizer, listener: Listener, *, name: str = "this text"
+    source: str | Path,
+    judged: Part,
+    tokenizer: Tokenizer,
+    listener: Listener,
+    *,
+    name: str = "this text",
+    within_s: float | None = None,
 ) -> None:
     """Say so where much of a text that a model is judged on stands in what it learnt from, as far as that is here.
 
@@ -166,14 +172,18 @@ def tell_of_learnt_text(
         tokenizer: Of its ids.
         listener: Told so.
         name: What the text is called.
+        within_s: A time budget: what takes too much of it is not gone through.
     """
-    from firstwords.insight.memorisation import TrainingText, copied_share
+    from firstwords.insight.memorisation import TrainingText, copied_share, memorisation_s
+    from firstwords.planning import budget
 
     ranges = corpora.evenly(len(judged.ids), LOOKED_UP_PIECES, LOOKED_UP_TOKENS)  # from all over it
     pieces = [piece for start, end in ranges for piece in corpora.split_at_ends(judged.ids[start:end], tokenizer)]
     samples = [tokenizer.decode(piece.tolist()) for piece in pieces]
     for learnt in _learnt_texts(Path(source)):
         text = TrainingText(learnt.train, learnt.tokenizer)
+        if within_s is not None and not budget.has_room_for(memorisation_s(learnt.train.n_bytes), within_s):
+            continue
         if not text.is_kept:
             listener(Preparing(f"looking for the text in what {source} learnt from", None))
         share = copied_share(samples, text)
@@ -195,7 +205,9 @@ def _learnt_texts(source: Path) -> Iterator[Corpus]:
             began_from = run.recorded_config().get("from_")
         except FirstwordsError:
             return
-        source = Path(str(began_from))
+        if not isinstance(began_from, str) or not Path(began_from).is_absolute():  # random weights, or GPT-2's
+            return
+        source = Path(began_from)
 
 
 def _learnt_sha256(run: RunFolder) -> str | None:

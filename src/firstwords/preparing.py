@@ -61,7 +61,7 @@ def tell_of_few(prepared: Corpus, context_length: int, listener: Listener) -> No
 
 def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
-    recorded = asked.run.recorded_corpus()
+    recorded, was_read = asked.run.recorded_corpus(), False
     if not asked.config.text and asked.config.val is None and recorded is not None and corpora.is_there(recorded):
         with suppress(DataError):  # what is damaged is prepared again, as any text is
             return _as_prepared(asked.config, recorded)  # the built-in text: each Python has its own
@@ -69,13 +69,23 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         if "-" in (*asked.config.text, asked.config.val):
             raise NoInputError("standard input cannot be read again", where="-")
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=notices_to(listener))
-        check = functools.partial(_require_unchanged, asked.config, recorded, may_go=not asked.moved)
+
+        def check(text_sha256: str, folder: Path) -> None:
+            nonlocal was_read
+            was_read = True
+            _require_unchanged(asked.config, recorded, text_sha256, folder, may_go=not asked.moved)
+
         return _prepare_anew(asked.config, texts, listener, check, _became(asked))
     except (NoInputError, ConfigError) as error:  # a text or a tokenizer's file is gone
         if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise _with_its_place(error, asked) from error
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
         return _as_prepared(asked.config, recorded)
+    except DataError as error:
+        if was_read or asked.moved or recorded is None or not corpora.is_there(recorded):
+            raise
+        do = f"restore it; or {_move_away(asked.config)}"  # a file of the text cannot be read any more
+        raise DataError(error.what, where=error.where, why=error.why, do=do) from error
 
 
 def _as_prepared(config: RunConfig, recorded: Path) -> Corpus:
@@ -103,7 +113,7 @@ def _require_unchanged(
         if not config.text and config.val is None:
             do = python_s
         elif may_go and corpora.is_there(recorded):
-            do += "; or move away what changed: the run then goes on with the text as it was prepared"
+            do += f"; or {_move_away(config)}"
         raise DataError(
             "the text, its held-out part or its tokenizer changed since the run began",
             where=where,
@@ -111,12 +121,20 @@ def _require_unchanged(
             do=do,
         )
     if config.text_sha256 not in (None, text_sha256):
+        do = "restore the text, or begin a new run" if config.text else python_s
+        if config.text and recorded is None:  # one begins
+            do = "restore the text; or take it as it is now: firstwords train TEXT --config FILE"
         raise DataError(
             "the text is not the one that the run was made from",
             where=where,
             why=f"its SHA-256 is {text_sha256[:12]}, recorded is {str(config.text_sha256)[:12]}",
-            do="restore the text, or begin a new run" if config.text else python_s,
+            do=do,
         )
+
+
+def _move_away(config: RunConfig) -> str:
+    names = ", ".join((*config.text, *([config.val] if config.val else [])))
+    return f"move away {names}: the run then goes on with the text as it was prepared"
 
 
 def _with_its_place(error: FirstwordsError, asked: Asked) -> FirstwordsError:

@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,9 @@ def _new_recorder(
         if wants_heads and config.from_ is None and not induction.applies(config.model):
             listener(Notice("this model has no room for two heads that copy: it begins without them"))
         if config.from_ is not None and prepared.val.n_tokens:
-            tell_of_learnt_text(config.from_, prepared.val, prepared.tokenizer, listener, name="the held-out text")
+            of, tokenizer, within_s = prepared.val, prepared.tokenizer, config.for_s
+            with suppress(OSError):  # what was learnt is gone meanwhile: nothing depends on it
+                tell_of_learnt_text(config.from_, of, tokenizer, listener, name="the held-out text", within_s=within_s)
     config, state, checks = _first_state(asked, config, prepared, listener)
     state.total_steps, state.eval_every = config.steps, recipe.eval_every(config, prepared.val.n_tokens)
     fingerprint = machine.fingerprint(torch.device(config.device), config.precision, config.compile)
@@ -339,7 +341,8 @@ def _scale_of(recorder: Recorder, lm: LanguageModel, tokens: TokenFigures | None
     plans = recorder.budget
     late = plans is not None and not plans.has_time_for_scale(time.perf_counter())
     if tokens is None and (late or recorder.stopped in signals.NAMES):
-        line = f"no time was left to set its best weights on a scale: firstwords report {recorder.run.path} does"
-        recorder.listener(Notice(line))
+        why = "no time was left" if late else "it was stopped before there was time"
+        do = f"firstwords report {recorder.run.path} does"
+        recorder.listener(Notice(f"{why} to set its best weights on a scale: {do}"))
         return None
     return quick.scale(lm, recorder.corpus, recorder.run.name, tokens)

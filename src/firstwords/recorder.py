@@ -480,6 +480,8 @@ class Recorder:
             raise error
         state, from_step, elapsed_s = self.state, self.state.step, self.state.elapsed_s
         last, plan = states.batch_index(from_step, state.skipped), (state.total_steps, state.eval_every)
+        with suppress(FirstwordsError):  # of batches that are left out from now on, they never come again
+            self._publish_best()
         found = checkpoint.newest(self.run.checkpoints, self._notice, self.identity)
         assert found is not None  # it would have raised
         self._load(found)

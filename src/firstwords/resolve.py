@@ -66,7 +66,7 @@ def settle(
         fitted = functools.partial(_fitted_to, asked, config, prepared)
         is_timed = device.type == "cpu" and config.compile != "on" and config.budget_s is not None
         if device.type == "cuda" or (is_timed and asked.begins):  # all of a resumed run is decided
-            _require_memory(fitted(tokens, here))  # before a step of it is tried
+            _require_memory(fitted(tokens, here), asked)  # before a step of it is tried
             here = _at_this_moment(here, functools.partial(fitted, tokens))
     tokens = dataclasses.replace(tokens, start_s=time.perf_counter() - started_s + recipe.BEGIN_S)
     here = dataclasses.replace(here, free_bytes=machine.free_bytes())
@@ -75,7 +75,7 @@ def settle(
     model, batch_size = config.model, config.batch_size
     assert batch_size is not None
     micro = config.micro_batch_size or cost.micro_batch_size(model, batch_size, machine.gpu_bytes(device), precision)
-    _require_memory(config)
+    _require_memory(config, asked)
     config = dataclasses.replace(
         config,
         text=absolute(config.text),
@@ -113,17 +113,19 @@ def _of_text(asked: Asked, prepared: Corpus) -> RunConfig:
     return config
 
 
-def _require_memory(config: RunConfig) -> None:
+def _require_memory(config: RunConfig, asked: Asked) -> None:
     """Raise a ConfigError for what a CPU's memory does not hold; that of a GPU is found out on the way."""
     from firstwords.planning import machine
 
     micro = config.micro_batch_size or cost.micro_batch_size(config.model, config.batch_size or 1)
     needed, there = cost.training_bytes(config.model, micro, config.precision), machine.memory_bytes()
     if config.on_cpu and there is not None and needed > there:
+        where, model = "--model.emb-dim", "model" if config.from_ else "preset"
+        do = f"take a smaller {model}, --micro-batch-size or --model.context-length"
+        if not asked.begins:  # all else is decided
+            where, do = "--micro-batch-size", "take a smaller one, or go on where there is more memory"
         raise ConfigError(
-            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB",
-            where="--model.emb-dim",
-            do=f"take a smaller {'model' if config.from_ else 'preset'}, --micro-batch-size or --model.context-length",
+            f"training needs about {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB", where=where, do=do
         )
 
 
@@ -233,10 +235,9 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: TokenizedText, her
     from firstwords.planning import recipe
 
     ring, context_length = tokens.training, config.model.context_length
-    for_s = config.budget_s
+    for_s, rate = config.budget_s, here.speed.of_run(config)
     learnt = None if config.epochs is None else config.epochs * ring
     if for_s is not None:
-        rate = here.speed.of_run(config)
         learnt = recipe.expected_tokens(for_s, rate, tokens.overhead)
         if config.eval_tokens is None and "eval_tokens" not in given:  # a resumed run's figures stay of the same tokens
             config = dataclasses.replace(config, eval_tokens=recipe.eval_tokens(for_s, rate))
@@ -246,6 +247,9 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: TokenizedText, her
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:
         learnt = steps * batch_size * context_length
+    elif for_s is not None and config.eval_every is not None:
+        every_tokens = config.eval_every * batch_size * context_length
+        learnt = recipe.expected_tokens(for_s, rate, tokens.overhead, every_tokens)
     if learnt is not None and config.preset.startswith("laptop"):
         if "model.drop_rate" not in given:
             config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring, config.model.emb_dim))

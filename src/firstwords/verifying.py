@@ -118,16 +118,16 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     """
     config = run_config(run.recorded_config())
     last = max((step for step, _ in run.metrics.of_steps("step")), default=0)
-    whole = [folder for folder in whole if _is_a_start(folder)]
-    if not whole:
+    continuable = [folder for folder in whole if _is_a_start(folder)]
+    if not continuable:
         return Replay(0, 0, ok=False, problem="no checkpoint to start from is whole")
-    starts = [folder for folder in whole if checkpoint.step_of(folder) + n_steps <= last]
+    starts = [folder for folder in continuable if checkpoint.step_of(folder) + n_steps <= last]
     if n_steps < 1 or not starts:
-        most = last - min(map(checkpoint.step_of, whole))
+        most = last - min(map(checkpoint.step_of, continuable))
         do = f"allowed: from 1 to {most}" if most > 0 else "no step is recorded after a checkpoint"
         raise ConfigError(f"{n_steps} steps cannot be replayed", where="--replay", do=do)
     start = starts[-1]
-    later = [_fingerprint(folder) for folder in whole if checkpoint.step_of(folder) > checkpoint.step_of(start)]
+    later = [_fingerprint(folder) for folder in continuable if checkpoint.step_of(folder) > checkpoint.step_of(start)]
     began = later[0] if later else {}  # how the steps after it were computed; it may itself be from before a resume
     left_a_gpu = config.on_cpu and began.get("device", "cpu") != "cpu"  # a CPU may not even compute what was decided for it
     ways = ["threads", *([] if left_a_gpu else ["precision", "compile", "micro_batch_size"])]
@@ -140,7 +140,7 @@ def _replay(run: RunFolder, n_steps: int, whole: Sequence[Path]) -> Replay:
     with process.threads(config.threads):
         state = _state_at(start, config)
         try:
-            found = _compare(state, config, run, state.step + n_steps)
+            found = _compare(state, config, run, state.step + n_steps, set(map(checkpoint.step_of, whole)))
         except RuntimeError as error:
             if config.compile != "on":
                 raise
@@ -195,12 +195,11 @@ def _rollbacks(run: RunFolder, steps: range) -> dict[int, list[int]]:
     return found
 
 
-def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> Replay:
-    """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint."""
+def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int, saved: set[int]) -> Replay:
+    """Train to the step `end` and return the first difference to the journal's lines or to a checkpoint of those saved."""
     replayed = range(state.step + 1, end + 1)
     recorded = {step: line for step, line in run.metrics.of_steps("step") if step in replayed}
     plans, rollbacks = _plans(run), _rollbacks(run, range(state.step, end))
-    later = {checkpoint.step_of(folder) for folder in checkpoint.existing(run.checkpoints)}
     folder = run.recorded_corpus()
     if folder is None:
         raise DataError("no prepared text is recorded", where=str(run.corpus))
@@ -223,7 +222,7 @@ def _compare(state: TrainState, config: RunConfig, run: RunFolder, end: int) -> 
             problem = f"step {state.step}: loss and gradient norm are {figures}, recorded are {wanted}"
             problem += "" if config.on_cpu else "; on a GPU the last bits of a step may differ each time"
             return Replay(start, state.step, ok=False, problem=problem)
-        if state.step in later and _weights_sha256(state) != checkpoint.weights_sha256(run.checkpoints, state.step):
+        if state.step in saved and _weights_sha256(state) != checkpoint.weights_sha256(run.checkpoints, state.step):
             return Replay(start, state.step, ok=False, problem=f"step {state.step}: other weights than its checkpoint's")
     return Replay(start, end, ok=True)
 

@@ -39,7 +39,7 @@ LARGEST_SEED = 2**62  # leaves room for one seed a sample
 LARGEST_COUNT, MOST_SAMPLES = 10**9, 10**5  # of tokens, and of samples; more is a slip of the finger
 SPINS = "20000"  # how long a thread waits awake: with the default, two cores that others use too do a third of the work
 MODEL = "a run folder (its best checkpoint), a checkpoint folder, a model from elsewhere, or gpt2"
-FOLLOWING = ("model.vocab_size", "preset")  # keys whose default follows from others
+FOLLOWING = ("model.vocab_size", "model.drop_rate", "preset")  # keys whose default follows from others
 OF_LAPTOP = "the defaults are those of the preset laptop; naming one of these keys takes it, without --preset and --from"
 NOT_FLAGS = ("text", "text_sha256")  # keys of the configuration that the command line gives in another way
 

@@ -36,6 +36,7 @@ KEPT_BYTES = 1 << 24  # of a text that is kept decoded for the next look
 # Of a text that is not kept: it goes by for the samples, for held-out text, and up to the place of the longest copy.
 PASSES, PASSED_BYTES_PER_S = 3, 4e7
 YARDSTICKS = 32  # pieces of held-out text
+PROMPT_TOKENS = 4  # that a model is given to go on from, where what it says is measured
 TABLE_BITS = 18
 BETWEEN_DOCUMENTS, BETWEEN_SAMPLES = b"\xff", b"\xfe"  # bytes that no UTF-8 holds
 _MIX, _MIX_NEXT = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, with bits everywhere
@@ -233,7 +234,7 @@ class _Spans:
         lengths, starts = np.array(list(map(len, self.index.texts)), np.int64), self.index.starts
         whole = starts[(self.n_chars[starts] == lengths) & (lengths > 0)]
         copied = np.union1d(np.flatnonzero(self.n_chars >= COPIED), whole)
-        return _covered(copied, self.ends, self.is_start) / lengths.sum() if lengths.any() else 0.0
+        return _covered(copied, self.ends, self.is_start) / int(lengths.sum()) if lengths.any() else 0.0
 
 
 def copied_share(samples: Sequence[str], text: TrainingText) -> float:
@@ -266,7 +267,7 @@ class Meter:
 
     def __init__(self, train: Part, val: Part, tokenizer: Tokenizer, n_tokens: int) -> None:
         self.text = TrainingText(train, tokenizer)
-        self._held_out = held_out_pieces(val, tokenizer, n_tokens)
+        self._held_out = held_out_pieces(val, tokenizer, n_tokens, behind=PROMPT_TOKENS)
 
     def measure(self, samples: Sequence[str], gap: float | None) -> Memorisation:
         """Return the figures of some samples; `gap` is the held-out loss minus the training loss."""
@@ -300,11 +301,21 @@ def memorisation_s(n_bytes: float) -> float:
     return PASSES * n_bytes / PASSED_BYTES_PER_S if n_bytes > KEPT_BYTES else 0.0
 
 
-def held_out_pieces(val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = YARDSTICKS) -> tuple[str, ...]:
-    """Return pieces of held-out text, of so many tokens at most, evenly spread; none where there is none.
+def held_out_pieces(
+    val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = YARDSTICKS, *, behind: int = 0
+) -> tuple[str, ...]:
+    """Return pieces of held-out text, evenly spread; none where there is none.
 
     As a sample ends where its document does, so does a piece; one that would go on into the next document begins with that.
+
+    Args:
+        val: The text.
+        tokenizer: Of it.
+        n_tokens: Of a piece, at most.
+        most: Pieces, at most.
+        behind: Tokens that are left out at the beginning of each, as those of a prompt are none that were said.
     """
+    n_tokens += behind
     last = len(val.ids) - n_tokens
     pieces: dict[int, bytes] = {}
     for start in np.linspace(0, max(0, last), min(most, 1 + max(0, last) // n_tokens), dtype=np.int64).tolist():
@@ -312,7 +323,7 @@ def held_out_pieces(val: Part, tokenizer: Tokenizer, n_tokens: int, most: int = 
         begin = start + 1 + crossed[0] if crossed else start
         piece = val.ids[begin : begin + n_tokens]
         piece = piece[: next(iter(_ends(piece, tokenizer)), None)]
-        pieces[begin] = b"".join(map(tokenizer.token_bytes, piece))
+        pieces[begin] = b"".join(map(tokenizer.token_bytes, piece[behind:]))
     return tuple(text.decode(errors="ignore") for text in pieces.values() if text)
 
 

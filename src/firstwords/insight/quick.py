@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from firstwords.training.evaluate import TokenFigures
 
 MOST_IDS, MOST_HELD_OUT = 1_500_000, 50_000  # of texts on which the report at the end of a run has a scale: seconds
-PROMPT_TOKENS = 4  # that a model is given to go on from
 
 
 def scale(lm: LanguageModel, corpus: Corpus, name: str, tokens: TokenFigures | None = None) -> dict[str, Any] | None:
@@ -60,7 +59,7 @@ def prompts(corpus: Corpus, first: str, count: int) -> list[str]:
 
     All samples from `<|endoftext|>` would begin as the documents do, which a model learns by heart before all else.
     """
-    from firstwords.insight.memorisation import held_out_pieces
+    from firstwords.insight.memorisation import PROMPT_TOKENS, held_out_pieces
 
     held_out = held_out_pieces(corpus.val, corpus.tokenizer, PROMPT_TOKENS, count - 1)
     return [first, *held_out, *[first] * (count - 1 - len(held_out))]

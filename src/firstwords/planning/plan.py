@@ -130,14 +130,15 @@ def of_config(config: RunConfig, tokens: TokenizedText, machine: Machine) -> Can
     """
     model, rate = config.model, machine.speed.of_run(config)
 
-    def learnt_at(rate: float) -> float:
+    def learnt_at(rate: float, batch_size: int | None) -> float:
+        every = (config.eval_every or 0) * (batch_size or 0) * model.context_length
         if config.for_s is not None:
-            return recipe.expected_tokens(config.for_s, rate, tokens.overhead)
+            return recipe.expected_tokens(config.for_s, rate, tokens.overhead, every or None)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
-    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate), tokens.training)
+    batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate, None), tokens.training)
     rate = machine.speed.of_run(config, batch_size)
-    learnt = learnt_at(rate)
+    learnt = learnt_at(rate, batch_size)
     steps = max(1, int(learnt / (batch_size * model.context_length)))
     evaluations = math.ceil(steps / (recipe.eval_every(config, tokens.held_out) or steps))
     elapsed_s = config.for_s or recipe.steps_s(learnt, rate, tokens.overhead, evaluations, held_out_tokens(steps, config))

@@ -67,15 +67,16 @@ class Overhead:
     start_s: float = START_S
 
 
-def expected_tokens(for_s: float, tokens_per_s: float, overhead: Overhead) -> float:
+def expected_tokens(for_s: float, tokens_per_s: float, overhead: Overhead, every_tokens: float | None = None) -> float:
     """Return from how many tokens a run of so many seconds will learn, about.
 
     Args:
         for_s: The time budget, all in.
         tokens_per_s: At which this machine learns.
         overhead: What else takes time.
+        every_tokens: From one evaluation to the next, where that was named.
     """
-    return tokens_per_s * max(1.0, _learning_s(for_s, tokens_per_s, overhead))
+    return tokens_per_s * max(1.0, _learning_s(for_s, tokens_per_s, overhead, every_tokens))
 
 
 def elapsed_s(tokens: float, tokens_per_s: float, overhead: Overhead) -> float:
@@ -130,12 +131,15 @@ def least_s(for_s: float, tokens_per_s: float, step_tokens: int, overhead: Overh
     return ((budget.WARM_STEPS + 1) * step_tokens + sum(map(cost_in_tokens, judged))) / tokens_per_s
 
 
-def _learning_s(for_s: float, tokens_per_s: float, overhead: Overhead) -> float:
+def _learning_s(for_s: float, tokens_per_s: float, overhead: Overhead, every_tokens: float | None = None) -> float:
     """Return the seconds of a run in which it learns, about; below 0 where there is no time for more than the rest."""
     each_s, last_s = evaluation_s(for_s, tokens_per_s, overhead.held_out_tokens), memorisation_s(overhead.text_bytes)
     first_s = SPOKEN_S + cost_in_tokens(min(overhead.held_out_tokens, FIRST_TOKENS)) / tokens_per_s
     end_s = budget.END_S + (last_s if budget.has_room_for(last_s, for_s) else 0.0)
-    return for_s - overhead.start_s - first_s - end_s - budget.evaluations_within(for_s, each_s) * each_s
+    left_s = for_s - overhead.start_s - first_s - end_s
+    if every_tokens is not None:
+        return min(left_s - each_s, left_s / (1 + each_s * tokens_per_s / every_tokens))  # one is after the last step
+    return left_s - budget.evaluations_within(for_s, each_s) * each_s
 
 
 def batch_size(context_length: int, run_tokens: float | None, text_tokens: float = math.inf) -> int:

@@ -15,7 +15,7 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, repeat, zip_longest
@@ -43,6 +43,7 @@ TOKENIZER_FILE = "tokenizer.json"
 ABANDONED_S = 86400.0  # a preparation that wrote nothing for a day was killed
 SMALLEST_FITTING, LARGEST_FITTING = 512, 8192  # ids of a `bpe` whose size nobody named
 BPE_CHARS = 16 << 20  # from which a `bpe` learns, at most; a second for every few megabytes
+MOST_ENCODERS = 16  # threads, each with a tokenizer; more would wait for the one that reads the text
 IDS_AT_ONCE = 1 << 20  # that are checked, or become numbers of Python
 
 
@@ -490,7 +491,7 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
 
     def shard(name: str, documents: Iterable[Document]) -> Iterator[bytes]:
         count = counts[name] = {"ids": 0, "bytes": 0, "documents": 0}
-        for n_documents, n_bytes, ids in _in_order(encoded, _groups(_pieces(documents))):
+        for n_documents, n_bytes, ids in _in_order(pool, encoded, _groups(_pieces(documents))):
             count["documents"] += n_documents
             count["bytes"] += n_bytes
             count["ids"] += len(ids)
@@ -501,21 +502,22 @@ def _publish(folder: Path, training: _Slices, validation: _Slices, tokenizer: To
         ids = [end if piece is None else own.tokenizer.piece_ids(piece).astype(dtype) for piece in group]
         return group.count(None), n_bytes, np.concatenate(ids)
 
-    store.publish(
-        folder,
-        {
-            TOKENIZER_FILE: [tokenizer.json],
-            "train.bin": shard("train", training),
-            "val.bin": shard("val", validation),
-        },
-        lambda: {
-            "kind": "corpus",
-            "dtype": dtype.str,
-            "text_sha256": text_sha256,
-            "tokenizer": tokenizers.metadata(tokenizer),
-            **{name: {**count, "dtype": dtype.str} for name, count in counts.items()},
-        },
-    )
+    with ThreadPoolExecutor(_encoders()) as pool:
+        store.publish(
+            folder,
+            {
+                TOKENIZER_FILE: [tokenizer.json],
+                "train.bin": shard("train", training),
+                "val.bin": shard("val", validation),
+            },
+            lambda: {
+                "kind": "corpus",
+                "dtype": dtype.str,
+                "text_sha256": text_sha256,
+                "tokenizer": tokenizers.metadata(tokenizer),
+                **{name: {**count, "dtype": dtype.str} for name, count in counts.items()},
+            },
+        )
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[str | None]:
@@ -538,17 +540,19 @@ def _groups(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
         yield group
 
 
-def _in_order(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """Yield what the function makes of each item, in their order; all cores work, and few items wait."""
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        waiting: deque[Future[Made]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * cores:
-                yield waiting.popleft().result()
-        while waiting:
+def _encoders() -> int:
+    return min(os.cpu_count() or 1, MOST_ENCODERS)
+
+
+def _in_order(pool: Executor, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """Yield what the function makes of each item, in their order; all threads work, and few items wait."""
+    waiting: deque[Future[Made]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 4 * _encoders():
             yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _open(path: Path, record: dict[str, Any], tokenizer: Tokenizer) -> Part:

@@ -73,6 +73,7 @@ _NOT_TEXT = (  # first bytes, what they are the mark of, what to do
     (rb"\x89PNG\r\n\x1a\n", "a PNG image", _NAME_A_TEXT),
     (rb"\xff\xd8\xff", "a JPEG image", _NAME_A_TEXT),
     (rb"GIF8[79]a", "a GIF image", _NAME_A_TEXT),
+    (rb"\{\\rtf", "an RTF document", "save it as plain text"),
     (rb"%PDF-", "a PDF document", "take its text out: pdftotext {path}"),
     (rb"PK\x03\x04", "a ZIP archive", "unzip {path}; .docx, .odt and .epub are ZIPs too: save those as plain text"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it: 7z x {path}"),
@@ -427,14 +428,14 @@ def _check_head(source: _Source, notice: Notify) -> bool:
         raise _binary(head, source.name)
     if bom_bytes and source.encoding is None and encoding != "utf-8":
         notice(f"{source.name}: read as {encoding}, by its byte-order mark")
-    if source.encoding is not None and codecs.lookup(encoding).name != "utf-8" and _is_utf8(head):
+    if source.encoding is not None and codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig") and _is_utf8(head):
         notice(f"{source.name}: is UTF-8 by its letters, and read as {encoding} all the same, as --encoding says")
-    for note in _read_as_text(text, source.name):
+    for note in _read_as_text(text, source):
         notice(f"{source.name}: {note}")
     return True
 
 
-def _read_as_text(text: str, name: str) -> Iterator[str]:
+def _read_as_text(text: str, source: _Source) -> Iterator[str]:
     """Yield what the beginning of a text shows to be no prose, and is learnt all the same."""
     if END_OF_TEXT in text:
         yield f"holds {END_OF_TEXT}, which is read as text; lines of a .jsonl file are documents"
@@ -442,8 +443,21 @@ def _read_as_text(text: str, name: str) -> Iterator[str]:
         yield "holds NUL characters; they are read as text"
     if text.lstrip().lower().startswith(("<!doctype html", "<html")):
         yield "looks like an HTML page; its tags are read as text"
-    if marks := _NOT_PROSE.get(Path(name.lower().removesuffix(".gz")).suffix):
+    if re.search(r"\x1b(\$[@B]|\(J)", text):
+        yield "looks like ISO-2022-JP, whose marks are read as text: try --encoding iso2022_jp"
+    if not source.is_jsonl and _begins_with_line_of_json(text):
+        yield "looks like lines of JSON, whose brackets and keys are read as text: in a file of the name .jsonl they are not"
+    elif marks := _NOT_PROSE.get(Path(source.name.lower().removesuffix(".gz")).suffix):
         yield f"{marks} are read as text"
+
+
+def _begins_with_line_of_json(text: str) -> bool:
+    """Whether a text begins as a .jsonl file does."""
+    line, _, rest = text.partition("\n")
+    try:
+        return bool(rest) and line.startswith("{") and "text" in json.loads(line)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _binary(head: bytes, name: str) -> DataError:

@@ -80,7 +80,6 @@ class Tokenizer:
         words = {_spell(word, _byte_letters()) for word in self.ranks} if new else set[str]()
         special = (END_OF_TEXT, *self.special, *new)
         for text in new:
-            begins = [one for one in special if one != text and (one.startswith(text) or text.startswith(one))]
             if text == END_OF_TEXT:
                 do = "make each document a file, or a line of a .jsonl file: it is put between them"
                 what, why = f"{text!r} is a token already", "it stands between documents; inside one it is text"
@@ -89,9 +88,7 @@ class Tokenizer:
                 why = "it is empty, or has white space in it"
             elif text in words:
                 why = "it is how one of the vocabulary's own words is written"
-            elif begins:
-                why = f"one of {text!r} and {begins[0]!r} begins the other"
-            else:
+            elif not (why := _overlap(text, special)):
                 continue
             do = "give texts such as <|user|>, separated by commas"
             raise ConfigError(f"{text!r} cannot be a token of its own", where="--special-tokens", why=why, do=do)
@@ -339,6 +336,25 @@ def from_json(data: bytes, where: str) -> Tokenizer:
         what = "the tokenizer's merges are not those of its ids, in their order"
         raise DataError(what, where=where, why=fault, do=_ANOTHER)
     return Tokenizer(_name_of(ranks), ranks, special)
+
+
+def require_apart(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """Return a tokenizer from elsewhere.
+
+    Raises:
+        DataError: One of its added tokens begins another: some tools find the longer one in a text, some the first of them.
+    """
+    special = (END_OF_TEXT, *tokenizer.special)
+    if overlaps := [overlap for text in special if (overlap := _overlap(text, special))]:
+        what = "tools differ in where the tokenizer's added tokens are in a text"
+        raise DataError(what, where=where, why=overlaps[0], do=_ANOTHER)
+    return tokenizer
+
+
+def _overlap(text: str, special: Iterable[str]) -> str:
+    """Return which of the special tokens begins with the text, or the text with it, in words; empty where none does."""
+    others = [one for one in special if one != text and (one.startswith(text) or text.startswith(one))]
+    return f"one of {text!r} and {others[0]!r} begins the other" if others else ""
 
 
 def _fault_of_ids(words: dict[str, int], last: tuple[str, ...]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from firstwords.training.optim import learning_rate
 from firstwords.training.state import TrainState, all_finite, batch_index
 
 SAVE_EVERY_S, SAVE_FACTOR = 60.0, 50.0
+UNSURE_PAUSE_S = 600.0  # while one save alone was timed
 FIRST_SAVE = 3.0  # later saves hold AdamW's two means too, and take so many times as long as the one at step 0
 Forward = Callable[[Tensor], Tensor]  # (B, T) ids -> (B, T, C) features
 
@@ -70,8 +72,8 @@ def fit(
 
     A plan is part of the state: the caller may set `total_steps` and `eval_every` at any yield, and training follows. The
     model is evaluated and speaks at step 0, every `eval_every` steps and at the last one. A save is due at step 0, every
-    `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless the last save took more than
-    a fiftieth of the time since: then a copy is due. Where a device's memory runs out, the micro-batch is halved.
+    `save_every_s`, at the last step, and before stopping; after a best evaluation too, unless saving takes more than a
+    fiftieth of the time since: then a copy is due. Where a device's memory runs out, the micro-batch is halved.
 
     Args:
         state: Changed in place.
@@ -84,10 +86,10 @@ def fit(
     Raises:
         DivergedError: A number is not finite; the weights are those of the step before, or not finite and not saved.
     """
-    reason, saved_s, took_s = None, time.perf_counter(), 0.0
+    reason, saved_s, saves_s = None, time.perf_counter(), deque[float](maxlen=2)
     began_s, forward = saved_s - state.elapsed_s, forward_of(state.model, compiled=config.compiled)
     if state.step == 0:  # saved before the evaluation, which a run resumed here takes as if it were first
-        took_s = FIRST_SAVE * (yield from _save(state))
+        saves_s.append(FIRST_SAVE * (yield from _save(state)))
         saved_s = time.perf_counter()
         yield from _evaluate(state, evaluate)
         yield from _sample(state, sample)
@@ -108,10 +110,10 @@ def fit(
         best = evaluation_due and (yield from _evaluate(state, evaluate))
         if sample_due:
             yield from _sample(state, sample)
-        reason, since_s = should_stop(), time.perf_counter() - saved_s
-        if last or reason or since_s >= _save_interval_s(config, took_s) or (best and since_s >= SAVE_FACTOR * took_s):
+        reason, since_s, pause_s = should_stop(), time.perf_counter() - saved_s, _pause_s(saves_s)
+        if last or reason or since_s >= _save_interval_s(config, pause_s) or (best and since_s >= pause_s):
             state.elapsed_s = round(time.perf_counter() - began_s, 3)
-            took_s = yield from _save(state)
+            saves_s.append((yield from _save(state)))
             saved_s = time.perf_counter()
         elif best:
             _require_finite(state)
@@ -134,9 +136,19 @@ def _require_finite(state: TrainState) -> None:
         raise diverged("the update left a weight or an optimizer's number that is not finite", state.step)
 
 
-def _save_interval_s(config: FitConfig, took_s: float) -> float:
-    """Return the seconds until the next save, when the last one took `took_s`: saving costs at most a fiftieth."""
-    return max(SAVE_EVERY_S, SAVE_FACTOR * took_s) if config.save_every_s is None else config.save_every_s
+def _pause_s(saves_s: Collection[float]) -> float:
+    """Return the seconds after a save in which no other is worth its time: saving costs at most a fiftieth.
+
+    Of the last two, the faster one counts, and one alone for ten minutes at most: a save that the disk held up once puts off
+    no other for hours.
+    """
+    pause_s = SAVE_FACTOR * min(saves_s, default=0.0)
+    return pause_s if len(saves_s) > 1 else min(pause_s, UNSURE_PAUSE_S)
+
+
+def _save_interval_s(config: FitConfig, pause_s: float) -> float:
+    """Return the seconds until the next save."""
+    return max(SAVE_EVERY_S, pause_s) if config.save_every_s is None else config.save_every_s
 
 
 def _count(state: TrainState, n_targets: int, lr: float, figures: StepFigures, started_s: float, began_s: float) -> StepDone:

@@ -54,6 +54,7 @@ def to_hf(lm: LanguageModel, out: Path, card: str, notice: Notify = ignore_line)
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # before version 5, transformers adds a third that spoils ours
     }
     # Without a word on k, transformers draws from the 50 likeliest.
     speaking = {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8, "top_k": 0}
@@ -124,8 +125,9 @@ def to_gguf(lm: LanguageModel, out: Path, kind: str) -> float:
         return _require_equal(lm, model(_ids(lm)), out, gguf_file.KINDS[kind])
 
 
-def model_card(name: str, figures: Mapping[str, Any], *, trained_here: bool) -> str:
+def model_card(name: str, figures: Mapping[str, Any], context_length: int, *, trained_here: bool) -> str:
     """Return a README.md with a model's own figures; of one from elsewhere it does not say how it came to be."""
+    count = max(1, min(100, context_length - 1))  # beyond its context, one with learned positions fails
     told = [
         "A small language model, pretrained with firstwords on one person's text. It continues text; it was not taught to",
         "answer questions, and it repeats what its text says, be it right or wrong.",
@@ -153,7 +155,7 @@ def model_card(name: str, figures: Mapping[str, Any], *, trained_here: bool) -> 
         "",
         'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")',
         'ids = tokenizer("<|endoftext|>", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))",
+        f"print(tokenizer.decode(model.generate(ids, max_new_tokens={count})[0]))",
         "```",
     ]
     return "\n".join(lines) + "\n"

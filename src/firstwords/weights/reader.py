@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -146,13 +146,21 @@ def _tokenizer(source: Path, given: str | None, config: ModelConfig, notice: Not
         if kind == "bpe":
             raise ConfigError("a model has its tokenizer already", where="--tokenizer", do="name gpt2, bytes or a file")
         named = corpus.make_tokenizer(given, (), 0)
-        with suppress(DataError):  # one that cannot be read is why another is named
-            if own.is_file() and tokenizers.read(own).sha256 != named.sha256:
-                why = f"its own is {own}, and its ids mean other texts in another"
-                raise ConfigError("the model has another tokenizer", where="--tokenizer", why=why, do="leave it out")
+        try:
+            differs = own.is_file() and tokenizers.read(own).sha256 != named.sha256
+        except DataError as error:  # which is why another is named
+            notice(f"{error.where}: {error.what}; its ids are taken to be those of {given}")
+            return named
+        if differs:
+            why = f"its own is {own}, and its ids mean other texts in another"
+            raise ConfigError("the model has another tokenizer", where="--tokenizer", why=why, do="leave it out")
         return named
     if own.is_file():
-        return tokenizers.read(own)
+        try:
+            return tokenizers.require_apart(tokenizers.read(own), str(own))
+        except DataError as error:
+            do = "import another model: with another tokenizer, its ids would mean other texts"
+            raise DataError(error.what, where=error.where, why=error.why, do=do) from error
     merges = source / MERGES
     if merges.is_file() and not tokenizers.are_gpt2s_merges(reading.read_bytes(merges)):
         why = f"its {MERGES} is not GPT-2's, and it has no {TOKENIZER}"
