@@ -254,7 +254,7 @@ JAPANESE = "山の上に寺がある。\n"
     [
         ("a.txt", JAPANESE.encode("iso2022_jp"), "ISO-2022-JP"),
         ("a.txt", JAPANESE.encode(), None),
-        ("dump.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'), "lines of JSON"),
+        ("dump.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n', mtime=0), "lines of JSON"),
         ("dump.jsonl", b'{"text": "one"}\n{"text": "two"}\n', None),
         ("a.txt", b'{"text": is how it begins\nand goes on', None),
         ("a.txt", b'{"other": "one"}\n', None),
