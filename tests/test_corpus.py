@@ -77,10 +77,22 @@ def test_of_many_short_documents_some_are_held_out_whole(tmp_path: Path) -> None
     assert (planned.training_bytes, planned.held_out_bytes) == (corpus.train.n_bytes, corpus.val.n_bytes)
 
 
-@pytest.mark.parametrize("texts", [lines(99), [*lines(200), STORY * 3], [line * 80 for line in lines(120)]])
+@pytest.mark.parametrize("texts", [lines(99), [line * 80 for line in lines(120)]])
 def test_of_few_documents_or_long_ones_each_end_is_held_out(tmp_path: Path, texts: list[str]) -> None:
     corpus = corpora.prepare(as_json_lines(tmp_path, texts), "bytes", cache=tmp_path / "cache")
     assert documents(corpus.train, corpus) == [text[: int(0.9 * len(text))] for text in texts]
+
+
+def test_short_documents_beside_a_long_one_are_not_cut_in_the_middle(tmp_path: Path) -> None:
+    short, long = lines(300), STORY * 3  # far more than a twentieth of the text
+    corpus = corpora.prepare(as_json_lines(tmp_path, [*short, long]), "bytes", cache=tmp_path / "cache")
+    train, val = documents(corpus.train, corpus), documents(corpus.val, corpus)
+    cut = int(0.9 * len(long))
+    assert (train[-1], val[-1]) == (long[:cut], long[cut:])
+    assert sorted(train[:-1] + val[:-1]) == sorted(short)
+    assert 15 < len(val) < 45  # 30, and three standard deviations of a draw
+    planned = facts.read(as_json_lines(tmp_path, [*short, long]))
+    assert (planned.training_bytes, planned.held_out_bytes) == (corpus.train.n_bytes, corpus.val.n_bytes)
 
 
 def test_what_many_documents_say_alike_is_learnt_and_the_share_that_is_held_out_stays(tmp_path: Path) -> None:

@@ -223,10 +223,13 @@ def test_the_chapters_run_turns_once_after_its_best() -> None:
     assert said == [(65, Turned(50, 6.123, 6.186))]
     assert turning_point(CHAPTER_RUN) == Turned(50, 6.123, 6.373)
     assert sentence(Turned(50, 6.123, 6.373), 0.871) == (
-        "since step 50 it only gets worse on new text (6.12 -> 6.37); 87% of its output is copied"
+        "since step 50 it only gets worse on new text (6.12 -> 6.37 nats a token); 87% of its output is copied"
     )
     for nothing in (None, 0.0, 0.004):
-        assert sentence(Turned(50, 6.123, 6.373), nothing) == "since step 50 it only gets worse on new text (6.12 -> 6.37)"
+        assert (
+            sentence(Turned(50, 6.123, 6.373), nothing)
+            == "since step 50 it only gets worse on new text (6.12 -> 6.37 nats a token)"
+        )
 
 
 @pytest.mark.parametrize(

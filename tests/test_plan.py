@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -509,6 +510,13 @@ def test_nothing_is_predicted_of_a_model_that_learnt_elsewhere(tmp_path: Path) -
     on = api.train(story, out=tmp_path / "on", from_=str(tmp_path / "first"), steps=1, batch_size=2)
     assert on.predicted is not None
     assert on.predicted["bits_per_byte"] is None
+
+
+@pytest.mark.parametrize(("came", "said"), [(1.5, "(1.500)"), (1.0, "(1.000, better"), (2.5, "(2.500, worse than that)")])
+def test_what_came_is_held_against_what_was_predicted(came: float, said: str) -> None:
+    predicted = {"steps": 2, "elapsed_s": 3.0, "memory_bytes": None, "bits_per_byte": [1.2, 1.5, 2.0]}
+    result = SimpleNamespace(steps=2, elapsed_s=3.0, memory_bytes=None, bits_per_byte=came)
+    assert said in plans.comparison(result, predicted)  # type: ignore[arg-type]
 
 
 def test_plans_are_json_without_infinities(found: facts.TextFacts) -> None:

@@ -203,3 +203,13 @@ def test_explain_colours_the_text_on_a_terminal_only(command: Command, a_run: Pa
     assert Text.from_ansi(shown).plain.strip() == r"The word\x1b[2J⏎" + "\n of"
     assert f"{ESC}[30;48;2" in shown or f"{ESC}[37;48;2" in shown
     assert f"{ESC}[2J" not in coloured
+
+
+def test_a_run_whose_best_is_long_past_is_not_told_to_take_more_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    result = api.train(tmp_path / "story.txt", out=tmp_path / "run", steps=2, **TINY)
+    for best_step, advice in ((60, "firstwords train --resume"), (40, "with more text, or a smaller --preset")):
+        Console().trained(dataclasses.replace(result, steps=95, best_step=best_step))
+        assert f"go on     {advice}" in capsys.readouterr().out

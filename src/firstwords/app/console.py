@@ -140,6 +140,9 @@ class Console:
         elif result.stopped != "done":
             self.out.print(f"stopped   by {result.stopped}; go on: firstwords train --resume --out {run}")
             return
+        elif result.bits_per_byte is not None and 2 * result.best_step < result.steps:
+            why = f"its best was at step {result.best_step}: more steps will hardly help"
+            self.out.print(f"go on     with more text, or a smaller --preset; {why}")
         else:
             self.out.print(f"go on     firstwords train --resume --out {run} --steps {2 * result.steps}")
         if result.predicted is not None:

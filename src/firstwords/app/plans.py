@@ -81,7 +81,9 @@ def comparison(result: TrainResult, predicted: Mapping[str, Any]) -> str:
     if predicted["memory_bytes"] is not None:
         parts.append(f"{predicted['memory_bytes'] / 1e9:.2f} GB" + ("" if memory is None else f" ({memory / 1e9:.2f})"))
     if bits is not None and result.bits_per_byte is not None:
-        parts.append(f"{bits[0]:.2f} to {bits[2]:.2f} bits per byte ({result.bits_per_byte:.3f})")
+        came, (low, _, high) = result.bits_per_byte, bits
+        missed = "" if low <= came <= high else ", better than that" if came < low else ", worse than that"
+        parts.append(f"{low:.2f} to {high:.2f} bits per byte ({came:.3f}{missed})")
     return ", ".join(parts)
 
 

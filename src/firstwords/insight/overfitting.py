@@ -59,4 +59,5 @@ def _verdicts(history: Sequence[tuple[int, float]]) -> Iterator[Turned | None]:
 def sentence(found: Turned, copied_share: float | None) -> str:
     """Return what a person should know: since when, how much worse, and how much of the output is copied, where any is."""
     copied = f"; {copied_share:.0%} of its output is copied" if copied_share and copied_share >= LEAST_SAID else ""
-    return f"since step {found.step} it only gets worse on new text ({found.best_nats:.2f} -> {found.last_nats:.2f}){copied}"
+    how_much = f"{found.best_nats:.2f} -> {found.last_nats:.2f} nats a token"
+    return f"since step {found.step} it only gets worse on new text ({how_much}){copied}"

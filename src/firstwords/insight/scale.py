@@ -255,5 +255,6 @@ def _in_words(difference: ScaleEntry) -> str:
         return f"not to be told from {what}: {bits:+.2f}{around} bits per byte"
     if bits > 0:
         return f"better than {what}, by {bits:.2f}{around} bits per byte"
-    advice = {"n-gram": "; who only counts does better: train longer", "other": "; for such a text that one is the better"}
+    counting = "; who only counts does better: train longer, or on more text"
+    advice = {"n-gram": counting, "other": "; for such a text that one is the better"}
     return f"worse than {what}, by {-bits:.2f}{around} bits per byte" + advice.get(difference.kind, "")

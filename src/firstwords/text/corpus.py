@@ -100,18 +100,21 @@ class Survey:
         """Characters of all documents."""
         return sum(self.n_chars)
 
-    @property
-    def is_of_short_documents(self) -> bool:
-        """Whether the end of a document is too little to be judged by, and there are enough to hold out some whole."""
-        n, total = len(self.n_chars), self.total_chars
-        return n >= MANY_DOCUMENTS and total <= SHORT_DOCUMENT * n and max(self.n_chars) <= LARGEST_SHARE * total
+    @functools.cached_property
+    def short(self) -> np.ndarray[Any, Any]:
+        """Which documents' ends are too little to be judged by; none, where there are too few to hold out some whole."""
+        n_chars, n, total = np.asarray(self.n_chars), len(self.n_chars), self.total_chars
+        if n >= MANY_DOCUMENTS and total <= SHORT_DOCUMENT * n and n_chars.max() <= LARGEST_SHARE * total:
+            return np.ones(n, bool)
+        short = n_chars <= SHORT_DOCUMENT
+        return short & (np.count_nonzero(n_chars[short]) >= MANY_DOCUMENTS)
 
 
 def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
     """Return from how many characters of each document a run learns; the rest, its end or all of it, is held out.
 
-    Of short documents a share is held out whole, the same text always on the same side: their ends, cut off from what they
-    end, would say little of a model, and it would learn to stop in the middle.
+    Of short documents, where there are many, a share is held out whole, the same text always on the same side: their ends,
+    cut off from what they end, would say little of a model, and it would learn to stop in the middle.
 
     Args:
         found: The text.
@@ -122,16 +125,20 @@ def learnt_chars(found: Survey, held_out: float) -> array.array[int]:
 
 def _whole(found: Survey, held_out: float) -> np.ndarray[Any, Any] | None:
     """Return which documents are held out as a whole; None where the end of each is."""
-    if not (held_out and found.is_of_short_documents):
+    short = found.short
+    if not (held_out and short.any()):
         return None
-    whole = _held_out_whole(np.asarray(found.marks), np.asarray(found.n_chars), held_out)
+    whole = np.zeros(len(short), bool)
+    whole[short] = _held_out_whole(np.asarray(found.marks)[short], np.asarray(found.n_chars)[short], held_out)
     return None if whole.all() else whole
 
 
 def _cuts(found: Survey, held_out: float, whole: np.ndarray[Any, Any] | None) -> array.array[int]:
+    ends = array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
     if whole is None:
-        return array.array("q", (int((1 - held_out) * n) for n in found.n_chars))
-    return array.array("q", np.where(whole, 0, found.n_chars).astype(np.int64).tobytes())
+        return ends
+    learnt = np.where(found.short, np.where(whole, 0, found.n_chars), ends)
+    return array.array("q", learnt.astype(np.int64).tobytes())
 
 
 def _held_out_whole(marks: np.ndarray[Any, Any], n_chars: np.ndarray[Any, Any], share: float) -> np.ndarray[Any, Any]:
@@ -470,8 +477,11 @@ def _key(
     elif parse_tokenizer(tokenizer)[0] == "file":
         tokenizer = "sha256:" + store.file_sha256(Path(tokenizer))
     wanted = [FORMAT, found.sha256, held_out and held_out.sha256, fraction, tokenizer]
-    if whole is not None and not np.array_equal(whole, np.asarray(found.marks) < fraction * 2**32):
+    short = found.short
+    if whole is not None and not np.array_equal(whole[short], np.asarray(found.marks)[short] < fraction * 2**32):
         wanted.append("what is said again and again is learnt")
+    if whole is not None and not short.all():
+        wanted.append("of the others the end is held out")
     return store.sha256(store.canonical_json({"prepared": [*wanted, *special]}))[:32]
 
 
