@@ -178,6 +178,20 @@ def test_threads_that_encode_share_no_state_of_a_pattern(tmp_path: Path, monkeyp
     assert first != second
 
 
+def test_on_many_cores_few_threads_have_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, used = Tokenizer.piece_ids, set[int]()
+
+    def slowly(self: Tokenizer, piece: str) -> tokenizers.Ids:
+        used.add(threading.get_ident())
+        time.sleep(0.02)  # so that each piece that waits is another thread's
+        return encode(self, piece)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    monkeypatch.setattr(Tokenizer, "piece_ids", slowly)
+    prepare(tmp_path, "a line.\n" * (40 * tokenizers.PIECE_CHARS // 8), tokenizer="bytes", held_out=0.0)
+    assert 2 < len(used) <= corpora.MOST_ENCODERS
+
+
 def test_the_share_that_is_done_never_falls_within_a_pass() -> None:
     """A budget takes a fall for the next pass, and never sees how long this one takes."""
     told: list[float | None] = []

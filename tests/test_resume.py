@@ -536,6 +536,26 @@ def test_a_text_that_cannot_be_read_any_more_may_be_moved_away(tmp_path: Path, b
     assert same(whole, api.train(out=tmp_path / "killed", resume=True))
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_whose_text_would_be_cut_otherwise_by_now_goes_on_with_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text(STORY)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_key", lambda *_: "0" * 32)  # as an earlier version may have called it
+        whole = api.train(story, out=tmp_path / "whole", steps=4, **TINY)
+        api.train(story, out=tmp_path / "run", steps=2, **TINY)
+    if changed:  # the negative control
+        story.write_text(STORY[::-1])
+        with pytest.raises(DataError, match="changed since the run began"):
+            api.train(out=tmp_path / "run", resume=True, steps=4)
+        return
+    api.train(out=tmp_path / "run", resume=True, steps=4)
+    assert (tmp_path / "run/corpus.json").read_bytes() == (tmp_path / "whole/corpus.json").read_bytes()
+    assert whole.steps == api.load(tmp_path / "run").step
+
+
 def test_a_run_from_another_s_configuration_may_take_the_text_as_it_is_now(tmp_path: Path) -> None:
     train(tmp_path, "first")
     (tmp_path / "story.txt").write_text(STORY[::-1])
@@ -861,6 +881,16 @@ def test_the_command_of_a_run_repeated_with_resume_is_the_same_where_files_are_n
     assert api.train(val=Path("other.txt"), **given).steps == STEPS
     with pytest.raises(DataError, match="changed since the run began"):
         api.train(val="story.txt", **given)  # the negative control
+
+
+def test_a_run_that_goes_on_where_there_is_less_memory_is_told_what_may_still_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, "run", sigterm_at=(StepDone, 3))
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has") as refused:
+        api.train(out=tmp_path / "run", resume=True)
+    assert refused.value.where == "--micro-batch-size"
 
 
 @pytest.mark.parametrize(("late_s", "told"), [(30.0, True), (0.0, False)])

@@ -61,7 +61,7 @@ def tell_of_few(prepared: Corpus, context_length: int, listener: Listener) -> No
 
 def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
     """Return a resumed run's text: read again, or as it was prepared where the source is gone."""
-    recorded, was_read = asked.run.recorded_corpus(), False
+    recorded, found_sha256 = asked.run.recorded_corpus(), ""
     if not asked.config.text and asked.config.val is None and recorded is not None and corpora.is_there(recorded):
         with suppress(DataError):  # what is damaged is prepared again, as any text is
             return _as_prepared(asked.config, recorded)  # the built-in text: each Python has its own
@@ -71,8 +71,8 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         texts = sources.read(asked.config.text, encoding=asked.config.encoding, notice=notices_to(listener))
 
         def check(text_sha256: str, folder: Path) -> None:
-            nonlocal was_read
-            was_read = True
+            nonlocal found_sha256
+            found_sha256 = text_sha256
             _require_unchanged(asked.config, recorded, text_sha256, folder, may_go=not asked.moved)
 
         return _prepare_anew(asked.config, texts, listener, check, _became(asked))
@@ -82,10 +82,15 @@ def _prepare_again(asked: Asked, listener: Listener) -> Corpus:
         listener(Notice(f"{error.where}: {error.what}; going on with the prepared text"))
         return _as_prepared(asked.config, recorded)
     except DataError as error:
-        if was_read or asked.moved or recorded is None or not corpora.is_there(recorded):
+        if asked.moved or recorded is None or not corpora.is_there(recorded):
             raise
-        do = f"restore it; or {_move_away(asked.config)}"  # a file of the text cannot be read any more
-        raise DataError(error.what, where=error.where, why=error.why, do=do) from error
+        if not found_sha256:  # a file of the text cannot be read any more
+            do = f"restore it; or {_move_away(asked.config)}"
+            raise DataError(error.what, where=error.where, why=error.why, do=do) from error
+        by_text_alone = asked.config.val is None and corpora.parse_tokenizer(asked.config.tokenizer)[0] != "file"
+        if not by_text_alone or found_sha256 != asked.config.text_sha256:
+            raise
+        return _as_prepared(asked.config, recorded)  # the same text, which was cut otherwise when the run began
 
 
 def _as_prepared(config: RunConfig, recorded: Path) -> Corpus:

@@ -247,9 +247,8 @@ def _fitted(config: RunConfig, given: frozenset[str], tokens: TokenizedText, her
     steps = config.steps if config.epochs is None else batches(config, prepared).steps(config.epochs)
     if steps is not None:
         learnt = steps * batch_size * context_length
-    elif for_s is not None and config.eval_every is not None:
-        every_tokens = config.eval_every * batch_size * context_length
-        learnt = recipe.expected_tokens(for_s, rate, tokens.overhead, every_tokens)
+    elif for_s is not None:  # now that the batch is known
+        learnt = recipe.expected_tokens(for_s, rate, tokens.overhead, recipe.named_rhythm(config, batch_size))
     if learnt is not None and config.preset.startswith("laptop"):
         if "model.drop_rate" not in given:
             config = _with_model(config, drop_rate=recipe.drop_rate(learnt / ring, config.model.emb_dim))

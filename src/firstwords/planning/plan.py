@@ -131,9 +131,9 @@ def of_config(config: RunConfig, tokens: TokenizedText, machine: Machine) -> Can
     model, rate = config.model, machine.speed.of_run(config)
 
     def learnt_at(rate: float, batch_size: int | None) -> float:
-        every = (config.eval_every or 0) * (batch_size or 0) * model.context_length
         if config.for_s is not None:
-            return recipe.expected_tokens(config.for_s, rate, tokens.overhead, every or None)
+            every = None if batch_size is None else recipe.named_rhythm(config, batch_size)
+            return recipe.expected_tokens(config.for_s, rate, tokens.overhead, every)
         return float((config.steps or 0) * (config.batch_size or 1) * model.context_length)
 
     batch_size = config.batch_size or recipe.batch_size(model.context_length, learnt_at(rate, None), tokens.training)

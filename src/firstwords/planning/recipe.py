@@ -91,6 +91,11 @@ def elapsed_s(tokens: float, tokens_per_s: float, overhead: Overhead) -> float:
     return high_s
 
 
+def named_rhythm(config: RunConfig, batch_size: int) -> float | None:
+    """Return from how many tokens a run learns between two evaluations; None where nobody named that."""
+    return None if config.eval_every is None else config.eval_every * batch_size * config.model.context_length
+
+
 def eval_every(config: RunConfig, n_held_out: float) -> int | None:
     """Return after how many steps a run judges itself; None where that is planned with its time.
 
